@@ -1,0 +1,114 @@
+"""Targets: the machine a step is compiled for, as text, and how many devices it has.
+
+=====================  ==========================================================================
+``cpu:8``              8 emulated CPU devices (`shardlab.emulate`)
+``tpu:v5p:4x8x8``      a TPU slice by its generation and the shape of its torus, in chips
+``gpu:h200:8x8``       hosts x GPUs of a host
+``local``              whatever JAX finds here; reading it starts JAX
+=====================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from shardlab.mesh.faults import Fault, nearest, raise_faults, suggestion
+
+# Dims of the torus. One JAX device is one chip on all of these (v4 and v5p join their two cores: "megacore").
+TPU_KINDS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+GPU_KINDS = (
+    *(
+        "v100",
+        "a100",
+        "a6000",
+        "l4",
+        "l40s",
+        "h100",
+        "h200",
+        "gh200",
+        "b100",
+        "b200",
+        "b300",
+        "gb200",
+        "gb300",
+    ),
+    *("mi200", "mi250", "mi300x", "mi325x", "mi355x"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A machine to compile for.
+
+    Attributes:
+      platform: ``"cpu"``, ``"tpu"``, ``"gpu"``; of a local target, what JAX found.
+      kind: the chip, ``"v5p"``; ``""`` on CPU.
+      num_devices: how many JAX devices it has.
+      text: as declared.
+      shape: the torus in chips, or (hosts, GPUs of a host), or (devices,).
+    """
+
+    platform: str
+    kind: str
+    num_devices: int
+    text: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_target(text: str) -> Target:
+    """The target that `text` names.
+
+    Raises:
+      DeclarationError: the text is none of the four forms, or names a chip that is not known.
+
+    >>> parse_target("tpu:v5p:4x8x8").num_devices
+    256
+    >>> parse_target("gpu:h200:8x8").shape
+    (8, 8)
+    """
+    target, faults = read_target(text)
+    raise_faults(faults)
+    assert target is not None
+    return target
+
+
+def read_target(text: str) -> tuple[Target | None, list[Fault]]:
+    """The target, or None and what is wrong with the text."""
+    where = f"target {text!r}"
+    forms = "write cpu:8, tpu:v5p:4x8x8, gpu:h200:8x8 or local"
+    if not isinstance(text, str):
+        return None, [Fault(where, "is not text", forms)]
+    platform, *rest = text.split(":")
+    if text == "local":
+        import jax  # Only this form needs devices.
+
+        return Target(jax.default_backend(), "", jax.device_count(), text, (jax.device_count(),)), []
+    if platform not in ("cpu", "tpu", "gpu"):
+        near = nearest(platform, ("cpu", "tpu", "gpu", "local"))
+        hint = f"did you mean {near!r}? " if near else ""
+        return None, [Fault(where, f"{platform!r} is no platform", hint + forms)]
+    if len(rest) != (1 if platform == "cpu" else 2) or not all(rest):
+        return None, [Fault(where, f"has {len(rest) + 1} part{'s' if rest else ''}", forms)]
+    kind = "" if platform == "cpu" else rest[0]
+    if platform == "tpu" and kind not in TPU_KINDS:
+        return None, [_unknown(where, kind, tuple(TPU_KINDS))]
+    if platform == "gpu" and kind not in GPU_KINDS:
+        return None, [_unknown(where, kind, GPU_KINDS)]
+    dims = {"cpu": 1, "tpu": TPU_KINDS.get(kind, 0), "gpu": 2}[platform]
+    example = {"cpu": "8", "tpu": "4x8x8" if dims == 3 else "4x4", "gpu": "8x8"}[platform]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest[-1]) or rest[-1].count("x") != dims - 1:
+        sizes = "1 size" if dims == 1 else f"{dims} sizes"
+        return None, [Fault(where, f"{rest[-1]!r} is not {sizes} of 1 or more", f"write it like {example}")]
+    shape = tuple(int(size) for size in rest[-1].split("x"))
+    return Target(platform, kind, math.prod(shape), text, shape), []
+
+
+def _unknown(where: str, kind: str, kinds: tuple[str, ...]) -> Fault:
+    return Fault(
+        where, f"{kind!r} is not one of {', '.join(kinds)}", suggestion(kind, kinds) + "write one of them"
+    )

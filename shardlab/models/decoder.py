@@ -1,0 +1,265 @@
+"""A Llama-style decoder in Flax NNX, its loss, and the rules that make it tensor-parallel.
+
+RMSNorm before each part, rotary positions, grouped-query attention, a gated MLP (Llama 2, arXiv 2307.09288).
+
+Shapes: B examples, S tokens, D model dim, H heads of dim K, G key-value heads, V vocabulary.
+No layer names a dtype: the dtype of the parameters decides what is computed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from shardlab.sharding.rules import Rule, Rules
+
+Angles = tuple[jax.Array, jax.Array]
+"""Cosines and sines of the rotary angles, each [1, S, K/2]."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes of a decoder; called with `nnx.Rngs` it makes one, so a config is a model factory.
+
+    Attributes:
+      vocab_size: V, 256 for bytes.
+      num_layers: number of blocks.
+      model_dim: D.
+      num_heads: H, query heads.
+      num_kv_heads: G, key-value heads; each serves H / G query heads.
+      head_dim: K, even.
+      mlp_dim: width of the gated MLP.
+      dropout: rate on the embedding and on what each half of a block adds; 0 draws nothing.
+      tied: the embedding is the output kernel too.
+      rope_base: the longest rotary wavelength is about ``2 pi rope_base`` tokens.
+
+    >>> DecoderConfig(num_layers=1, model_dim=32)(nnx.Rngs(0)).tokens.embedding.shape
+    (256, 32)
+    """
+
+    vocab_size: int = 256
+    num_layers: int = 8
+    model_dim: int = 128
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    head_dim: int = 16
+    mlp_dim: int = 384
+    dropout: float = 0.0
+    tied: bool = False
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
+                "every key-value head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs, so make it even")
+
+    def __call__(self, rngs: nnx.Rngs) -> Decoder:
+        return Decoder(self, rngs=rngs)
+
+
+class Decoder(nnx.Module):
+    """``model(batch) -> logits`` [B, S, V], from ``batch["tokens"]`` [B, S] of int32.
+
+    As parts of a pipeline: ``embed(batch) -> x``, ``context(batch) -> c``, ``blocks[i](x, c) -> x``,
+    ``head(x, batch) -> logits``.
+
+    >>> model = DecoderConfig(num_layers=1)(nnx.Rngs(0))
+    >>> model({"tokens": jnp.zeros((3, 5), jnp.int32)}).shape
+    (3, 5, 256)
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        small = nnx.initializers.normal(0.02)
+        self.config = config
+        self.tokens = nnx.Embed(config.vocab_size, config.model_dim, embedding_init=small, rngs=rngs)
+        # nnx.Embed notes the dtype it was made in, and would turn bfloat16 parameters back to float32.
+        self.tokens.dtype = None
+        self.drop = dropout(config, rngs)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
+        if not config.tied:
+            self.unembed = nnx.Linear(
+                config.model_dim, config.vocab_size, use_bias=False, kernel_init=small, rngs=rngs
+            )
+
+    def __call__(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        x, c = self.embed(batch), self.context(batch)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.head(x, batch)
+
+    def embed(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The embedded tokens, [B, S, D]."""
+        return self.drop(self.tokens(batch["tokens"]))
+
+    def context(self, batch: Mapping[str, jax.Array]) -> Angles:
+        """The rotary angles of positions 0 to S-1, which every block reads."""
+        dtype = jnp.promote_types(self.tokens.embedding.dtype, jnp.float32)
+        positions = jnp.arange(batch["tokens"].shape[1], dtype=dtype)[None]
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+
+    def head(self, x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The logits, [B, S, V]."""
+        x = self.norm(x)
+        return self.tokens.attend(x) if self.config.tied else self.unembed(x)
+
+
+class Block(nnx.Module):
+    """``block(x, c) -> x``: attention, then the gated MLP, each added to what came in."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
+        self.mlp = GatedMLP(config, rngs=rngs)
+        self.attention_drop = dropout(config, rngs)
+        self.mlp_drop = dropout(config, rngs)
+
+    def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
+        x = x + self.attention_drop(self.attention(self.attention_norm(x), c))
+        return x + self.mlp_drop(self.mlp(self.mlp_norm(x)))
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention over [B, S, D]."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.head_dim = config.head_dim
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = nnx.Linear(config.model_dim, queries, use_bias=False, rngs=rngs)
+        self.k = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
+        self.v = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
+        self.o = nnx.Linear(
+            queries, config.model_dim, use_bias=False, kernel_init=residual_init(config), rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
+        q, k, v = (heads(layer(x), self.head_dim) for layer in (self.q, self.k, self.v))
+        out = causal_attention(rotate(q, c), rotate(k, c), v)
+        return self.o(out.reshape(*x.shape[:2], -1))
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202) over the last dim."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        dims = config.model_dim, config.mlp_dim
+        self.gate = nnx.Linear(*dims, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(*dims, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(*dims[::-1], use_bias=False, kernel_init=residual_init(config), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+def dropout(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Dropout:
+    """Dropout at the config's rate; at rate 0 it holds no random state."""
+    return nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
+
+
+def residual_init(config: DecoderConfig) -> nnx.Initializer:
+    """What each half of a block adds starts smaller by ``sqrt(2 L)``, so that L of them add up to one."""
+    return nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "normal")
+
+
+def heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[B, S, heads * K] as [B, S, heads, K]."""
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, base: float) -> Angles:
+    """Cosines and sines of ``position * base ** (-2 i / K)``, each [1 or B, S, K/2] (RoPE, arXiv 2104.09864).
+
+    Args:
+      positions: [1 or B, S], floating point; computed in its dtype.
+
+    >>> cos, sin = rotary_angles(jnp.arange(3.0)[None], head_dim=4, base=10_000.0)
+    >>> cos.shape, float(cos[0, 0, 0]), float(sin[0, 0, 0])
+    ((1, 3, 2), 1.0, 0.0)
+    """
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=positions.dtype) / head_dim)
+    angles = positions[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, c: Angles) -> jax.Array:
+    """x [B, S, heads, K] with each pair (i, i + K/2) of a head turned by its position's angle."""
+    cos, sin = (half[:, :, None, :] for half in c)
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of each token to itself and those before it, [B, S, H, K].
+
+    Args:
+      q: [B, S, H, K].
+      k: [B, S, G, K], G dividing H; query head h reads key-value head ``h // (H / G)``.
+      v: like k.
+    """
+    b, s, h, d = q.shape
+    grouped = q.reshape(b, s, k.shape[2], -1, d)
+    scores = jnp.einsum("bqgnd,bkgd->bgnqk", grouped, k) * d**-0.5
+    visible = jnp.arange(s)[:, None] >= jnp.arange(s)[None, :]
+    scores = jnp.where(visible, scores.astype(jnp.promote_types(q.dtype, jnp.float32)), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bgnqk,bkgd->bqgnd", weights, v).reshape(b, s, h, d)
+
+
+def next_byte_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The summed cross-entropy in nats, and how many targets it sums over.
+
+    Computed in float32 or wider. A target of -1 counts for nothing.
+
+    Args:
+      logits: [B, S, V].
+      batch: with ``targets`` [B, S] of int32.
+
+    >>> total, weight = next_byte_loss(jnp.zeros((2, 3, 256)), {"targets": jnp.ones((2, 3), jnp.int32)})
+    >>> f"{total / weight:.4f} nats over {weight:.0f} targets"
+    '5.5452 nats over 6 targets'
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = batch["targets"]
+    # Not take_along_axis: gathering from logits sharded over the vocabulary aborts XLA's partitioner when a
+    # second axis is automatic too. A masked sum is partitioned like any other sum.
+    vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    picked = jnp.where(vocabulary == targets[..., None], logits, 0).sum(axis=-1)
+    counted = (targets >= 0).astype(logits.dtype)
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * counted), jnp.sum(counted)
+
+
+def decoder_rules(axis: str | None = "tensor", *, tied: bool = False) -> Rules:
+    """Megatron's tensor parallelism (arXiv 1909.08053) over one mesh axis; None replicates all.
+
+        q k v, gate up    kernel [D, out]    out over the axis: each device has its own heads and MLP columns
+        o, down           kernel [in, D]     in over the axis: each device has a part of a sum, one all-reduce
+        embedding         [V, D]             D over the axis: a lookup picks rows, each device has all rows
+        output kernel     [D, V]             V over the axis: logits stay cut, the loss reduces over them
+
+    >>> decoder_rules("tensor").rules[0]
+    Rule(pattern='tokens/embedding', spec=P(None, 'tensor'), pad=False)
+    """
+    columns, rows = P(None, axis), P(axis, None)
+    output = () if tied else (Rule("unembed/kernel", columns),)
+    return Rules(
+        rules=(
+            Rule("tokens/embedding", columns),
+            *(Rule(f"blocks/*/attention/{name}/kernel", columns) for name in ("q", "k", "v")),
+            Rule("blocks/*/attention/o/kernel", rows),
+            *(Rule(f"blocks/*/mlp/{name}/kernel", columns) for name in ("gate", "up")),
+            Rule("blocks/*/mlp/down/kernel", rows),
+            Rule("**/*norm/scale", P()),
+            *output,
+        )
+    )

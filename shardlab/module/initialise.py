@@ -1,0 +1,131 @@
+"""Parameters created leaf by leaf, already sharded, with the numbers the user's own initialisation gives.
+
+The user's initialisation is traced once. Each leaf's own slice of that program is small: a few key derivations and
+one draw. Layers differ only in the integers folded into their keys, so those become arguments, and one compiled
+program makes a stack of any number of layers: compile time does not grow with depth, and a device computes the
+slice it keeps (threefry draws are elementwise in the index).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one leaf is made: a program of the key and of integers, and those integers for this leaf.
+
+    Two leaves with equal `signature` run the same program.
+    """
+
+    signature: str
+    integers: tuple[int, ...]
+    make: Callable[[jax.Array, Sequence[Any]], jax.Array]
+
+
+def recipes(initialise: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Recipe]:
+    """The recipe of every leaf of ``initialise(key)``, by path."""
+    paths: list[str] = []
+
+    def flat(key: jax.Array) -> list[Any]:
+        values = initialise(key)
+        paths.extend(values)
+        return list(values.values())
+
+    closed = jax.make_jaxpr(flat)(jax.eval_shape(lambda: jax.random.key(0)))
+    jaxpr = closed.jaxpr
+    known: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    producer: dict[Any, Any] = {}
+    with jax.ensure_compile_time_eval():
+        for equation in jaxpr.eqns:
+            inputs = [_value(var, known) for var in equation.invars]
+            small = all(math.prod(getattr(out.aval, "shape", (2,))) <= 1 for out in equation.outvars)
+            if small and not equation.effects and all(value is not None for value in inputs):
+                known.update(zip(equation.outvars, _apply(equation, inputs), strict=True))
+            else:
+                producer.update({out: equation for out in equation.outvars})
+    key_var = jaxpr.invars[0]
+    return {path: _slice(out, key_var, known, producer) for path, out in zip(paths, jaxpr.outvars, strict=True)}
+
+
+def _apply(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The outputs of one equation."""
+    outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
+    return outputs if equation.primitive.multiple_results else [outputs]
+
+
+def _value(var: Any, known: dict[Any, Any]) -> Any:
+    return var.val if isinstance(var, jex.Literal) else known.get(var)
+
+
+def _slice(out: Any, key_var: Any, known: dict[Any, Any], producer: dict[Any, Any]) -> Recipe:
+    """The part of the program that `out` depends on."""
+    needed: dict[int, Any] = {}
+    pending = [out]
+    while pending:
+        var = pending.pop()
+        equation = None if isinstance(var, jex.Literal) or var in known else producer.get(var)
+        if equation is not None and id(equation) not in needed:
+            needed[id(equation)] = equation
+            pending.extend(equation.invars)
+    program = {id(equation): equation for equation in producer.values()}  # in the order of the trace
+    equations = [equation for identity, equation in program.items() if identity in needed]
+
+    names: dict[Any, str] = {key_var: "key"}
+    integers: list[int] = []
+    slots: dict[tuple[int, int], int] = {}
+    lines: list[str] = []
+
+    def name(var: Any, place: tuple[int, int]) -> str:
+        value = _value(var, known)
+        if value is None:
+            return names[var]
+        array = np.asarray(value) if not jnp.issubdtype(var.aval.dtype, jax.dtypes.extended) else None
+        if array is not None and array.ndim == 0 and array.dtype.kind in "iu" and -(2**31) <= array < 2**32:
+            slots[place] = len(integers)
+            integers.append(int(array))
+            return f"int:{array.dtype}"
+        if array is not None and array.size <= 1:
+            return f"{array.dtype}:{array.tolist()!r}"
+        return f"const:{id(value)}"
+
+    for row, equation in enumerate(equations):
+        inputs = [name(var, (row, column)) for column, var in enumerate(equation.invars)]
+        for var in equation.outvars:
+            names[var] = f"v{len(names)}"
+        types = [str(var.aval) for var in equation.outvars]
+        lines.append(f"{types} = {equation.primitive} {_parameters(equation.params)} {inputs}")
+    lines.append(f"return {name(out, (-1, 0))} {out.aval}")
+
+    def make(key: jax.Array, given: Sequence[Any]) -> jax.Array:
+        env: dict[Any, Any] = {key_var: key}
+
+        def read(var: Any, place: tuple[int, int]) -> Any:
+            if place in slots:
+                return jnp.asarray(given[slots[place]], var.aval.dtype)
+            value = _value(var, known)
+            return env[var] if value is None else value
+
+        for row, equation in enumerate(equations):
+            inputs = [read(var, (row, column)) for column, var in enumerate(equation.invars)]
+            env.update(zip(equation.outvars, _apply(equation, inputs), strict=True))
+        return read(out, (-1, 0))
+
+    return Recipe("\n".join(lines), tuple(integers), make)
+
+
+def _parameters(params: dict[str, Any]) -> str:
+    """Parameters as text that is equal only for equal programs: inner constants do not print, so they count by id."""
+    texts = []
+    for key, value in params.items():
+        consts = [id(const) for const in getattr(value, "consts", ())]
+        texts.append(f"{key}={value}{consts or ''}")
+    return " ".join(texts)

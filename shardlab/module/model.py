@@ -1,0 +1,162 @@
+"""A model as the rest of shardlab sees it: arrays by path, and functions of them.
+
+Shapes: B examples; every leaf of a batch has B as its leading dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.module.pipeline import Pipeline
+from shardlab.sharding.annotations import Annotation
+
+Values = Mapping[str, Any]
+"""Arrays by path, parameters and buffers together."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model cut at its blocks.
+
+    Attributes:
+      layers: for each block, in order, the path of every array it holds by the path inside the block.
+      before: ``(values, batch, key, train) -> x``.
+      context: ``(values, batch, key, train) -> c``, or None.
+      block: ``(layer values by path inside the block, x, c, key, train) -> x``.
+      after: ``(values, x, batch, key, train) -> y``.
+    """
+
+    layers: tuple[Mapping[str, str], ...]
+    before: Callable[..., Any]
+    context: Callable[..., Any] | None
+    block: Callable[..., Any]
+    after: Callable[..., Any]
+
+    @property
+    def block_paths(self) -> frozenset[str]:
+        """Every path that belongs to some block."""
+        return frozenset(path for layer in self.layers for path in layer.values())
+
+
+@dataclass(frozen=True)
+class Model:
+    """The user's model, read once and without computing anything.
+
+    Attributes:
+      name: the class or function that the user wrote.
+      parameters: what is trained, by path: shape and dtype.
+      buffers: arrays that the model holds and that are not trained (batch statistics, tables), by path.
+      annotations: what the module itself says of a parameter's sharding, by path.
+      treedef: the structure of the user's own tree of parameters, leaves in the order of `parameters`.
+      initialise: ``key -> values``; traceable, the numbers Flax itself gives for that key.
+      forward: ``(values, batch, key, train) -> (y, buffers by path as they are afterwards)``.
+      parts: the model cut at its blocks, where a `Pipeline` names them.
+    """
+
+    name: str
+    parameters: Mapping[str, jax.ShapeDtypeStruct]
+    buffers: Mapping[str, jax.ShapeDtypeStruct]
+    annotations: Mapping[str, Annotation]
+    treedef: Any
+    initialise: Callable[[jax.Array], dict[str, Any]]
+    forward: Callable[..., tuple[Any, dict[str, Any]]]
+    parts: Parts | None
+
+    def tree(self, values: Values) -> Any:
+        """The user's own tree of parameters with the leaves `values`."""
+        return jax.tree.unflatten(self.treedef, [values[path] for path in self.parameters])
+
+    def flat(self, tree: Any) -> dict[str, Any]:
+        """The leaves of a tree shaped like the user's, by path."""
+        return dict(zip(self.parameters, self.treedef.flatten_up_to(tree), strict=True))
+
+
+def abstract(tree: Any) -> Any:
+    """The shapes and dtypes of a pytree of arrays; a dtype's width as JAX would hold it."""
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        aval = jax.core.get_aval(leaf) if not hasattr(leaf, "shape") else leaf
+        return jax.ShapeDtypeStruct(aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True))
+
+    return jax.tree.map(one, tree)
+
+
+def flowing(x: Any, dtype: str) -> Any:
+    """What flows between blocks: floating point, in the dtype that the step computes in.
+
+    Without this one layer that fixes its dtype when it is made (`nnx.Embed` does) would set the dtype of all blocks.
+    """
+
+    def one(keys: Any, leaf: Any) -> Any:
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            raise DeclarationError(
+                f"before: x {path} has dtype {leaf.dtype}; what flows between blocks is floating point, other arrays "
+                "belong in context(batch)"
+            )
+        return leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, x)
+
+
+def call(function: Callable[..., Any], *args: Any, key: Any = None, train: bool) -> Any:
+    """`function` of `args`, and of ``key``, ``train`` or ``deterministic`` where its signature has them."""
+    names = inspect.signature(function).parameters
+    offered = {"key": key, "train": train, "deterministic": not train}
+    return function(*args, **{name: value for name, value in offered.items() if name in names})
+
+
+def call_after(function: Callable[..., Any], *args: Any, batch: Any, key: Any = None, train: bool) -> Any:
+    """Like `call`; ``batch`` is passed last where the function has a positional place for it."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in kinds and name not in ("key", "train", "deterministic")
+    ]
+    more = (batch,) if len(names) > len(args) else ()
+    return call(function, *args, *more, key=key, train=train)
+
+
+def read_model(model: Any, batch: Any, pipeline: Pipeline | None = None) -> Model:
+    """The user's model as arrays by path and functions of them; nothing is computed.
+
+    Args:
+      model: a function ``nnx.Rngs -> nnx.Module`` (the class with its arguments bound), a Linen module, a
+        `shardlab.Functions`, or a `Model` already read.
+      batch: a batch, or its `jax.ShapeDtypeStruct`s.
+      pipeline: the names of the module's parts; needed for a pipeline and for storing layers stacked.
+
+    Raises:
+      DeclarationError: naming what the model lacks and the lines to add.
+    """
+    from flax import linen, nnx
+
+    from shardlab.module.functions import Functions, read_functions
+    from shardlab.module.linen_module import read_linen
+    from shardlab.module.nnx_module import read_nnx
+
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, Functions):
+        return read_functions(model, abstract(batch), pipeline)
+    if isinstance(model, linen.Module):
+        return read_linen(model, abstract(batch), pipeline)
+    if isinstance(model, nnx.Module):
+        name = type(model).__name__
+        raise DeclarationError(
+            f"model: an instance of {name} already holds its parameters, and shardlab creates them sharded from a "
+            f"seed; pass the function that makes it: lambda rngs: {name}(..., rngs=rngs)"
+        )
+    if callable(model):
+        return read_nnx(model, pipeline)
+    raise DeclarationError(
+        f"model: {type(model).__name__} is no model; pass a function nnx.Rngs -> nnx.Module, a Linen module, or "
+        "shardlab.Functions(init=..., apply=...)"
+    )

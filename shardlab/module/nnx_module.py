@@ -1,0 +1,239 @@
+"""A Flax NNX module as arrays by path and functions of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
+from shardlab.module.model import Model, Parts, Values, call, call_after
+from shardlab.module.pipeline import Pipeline
+from shardlab.sharding.annotations import from_nnx
+
+
+class Graph:
+    """A module taken apart: its structure, and for every leaf its path and the kind of variable."""
+
+    def __init__(self, module: nnx.Module) -> None:
+        graphdef, state = nnx.split(module)
+        flat = {tuple(path): variable for path, variable in nnx.to_flat_state(state)}
+        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(state)
+        self.graphdef = graphdef
+        self.paths: list[str] = []
+        self.kinds: list[type] = []
+        self.variables: dict[str, Any] = {}
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
+        for keys, leaf in leaves:
+            names = tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+            path = "/".join(map(str, names))
+            self.paths.append(path)
+            self.kinds.append(type(flat[names]))
+            self.variables[path] = flat[names]
+            self.shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    def of(self, *kinds: type) -> list[str]:
+        """Paths of the variables of these kinds."""
+        pairs = zip(self.paths, self.kinds, strict=True)
+        return [path for path, kind in pairs if issubclass(kind, kinds)]
+
+    @property
+    def buffers(self) -> list[str]:
+        """Paths of the arrays that are neither trained nor random state."""
+        held = set(self.of(nnx.Param, nnx.RngState))
+        return [path for path in self.paths if path not in held]
+
+    def run(self, values: Values, key: Any, function: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
+        """`function` of the module made of `values`, and the buffers it wrote to, by path.
+
+        Every random stream of the module gets its own key: `key` folded with the stream's path.
+        """
+        leaves = []
+        for path, kind in zip(self.paths, self.kinds, strict=True):
+            if issubclass(kind, nnx.RngKey):
+                base = jax.random.key(0) if key is None else key
+                leaves.append(jax.random.fold_in(base, zlib.crc32(path.encode())))
+            elif issubclass(kind, nnx.RngState):
+                leaves.append(jnp.zeros((), jnp.uint32))
+            else:
+                leaves.append(values[path])
+        module = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        out = function(module)
+        after = dict(zip(self.paths, jax.tree.leaves(nnx.state(module)), strict=True))
+        written = {path: after[path] for path in self.buffers if after[path] is not values[path]}
+        return out, written
+
+
+def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | None) -> Model:
+    """The module that `factory` makes, as a `Model`; the module is traced, never built.
+
+    Raises:
+      DeclarationError: naming the attribute the pipeline names and the module lacks, or the shared parameter.
+    """
+
+    def build(key: Any) -> nnx.Module:
+        with nnx.use_eager_sharding(False):
+            module = factory(nnx.Rngs(key))
+        if not isinstance(module, nnx.Module):
+            raise DeclarationError(f"model: {factory!r} returned {type(module).__name__}, not an nnx.Module")
+        return module
+
+    def mode(train: bool) -> nnx.Module:
+        module = nnx.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+        module.train() if train else module.eval()
+        for _, node in nnx.iter_graph(module):
+            # Embed fixes its dtype at creation, by default its parameter's; what follows the parameter must go on
+            # following it when the step computes in another dtype.
+            if isinstance(node, nnx.Embed) and node.dtype == node.param_dtype:
+                node.dtype = None
+        return module
+
+    graphs = {train: Graph(mode(train)) for train in (True, False)}
+    graph = graphs[True]
+    parameters = graph.of(nnx.Param)
+    pure = nnx.to_pure_dict(nnx.state(mode(True), nnx.Param))
+    annotations = {path: found for path in parameters if (found := from_nnx(graph.variables[path])) is not None}
+
+    def initialise(key: jax.Array) -> dict[str, Any]:
+        leaves = jax.tree.leaves(nnx.state(build(key)))
+        held = set(graph.of(nnx.RngState))
+        return {path: leaf for path, leaf in zip(graph.paths, leaves, strict=True) if path not in held}
+
+    def forward(values: Any, batch: Any, key: Any, train: bool) -> tuple[Any, dict[str, Any]]:
+        return graphs[train].run(values, key, lambda module: call(module.__call__, batch, key=key, train=train))
+
+    model = mode(True)
+    return Model(
+        name=type(model).__name__,
+        parameters={path: graph.shapes[path] for path in parameters},
+        buffers={path: graph.shapes[path] for path in graph.buffers},
+        annotations=annotations,
+        treedef=jax.tree.structure(pure),
+        initialise=initialise,
+        forward=forward,
+        parts=None if pipeline is None else _parts(mode, pipeline),
+    )
+
+
+def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
+    """The module cut at the list `pipeline.blocks`; the rest keeps an empty list in its place."""
+    model = mode(True)
+    name = type(model).__name__
+    raise_faults(
+        Fault(f"pipeline {role}={wanted!r}", f"{name} has no attribute {wanted!r}", f"add it to {name}, or name another")
+        for role, wanted in _named(pipeline)
+        if wanted is not None and not hasattr(model, wanted)
+    )
+    blocks = list(getattr(model, pipeline.blocks))
+    if not blocks:
+        raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
+    _refuse_shared(model, pipeline.blocks, blocks)
+
+    stages: dict[bool, tuple[Graph, Graph]] = {}
+    for train in (True, False):
+        whole = mode(train)
+        members = [Graph(block) for block in getattr(whole, pipeline.blocks)]
+        _refuse_different(members, pipeline.blocks)
+        setattr(whole, pipeline.blocks, nnx.List([]))
+        stages[train] = (Graph(whole), members[0])
+    held = set(stages[True][1].of(nnx.RngState))
+    inner = [path for path in stages[True][1].paths if path not in held]
+    layers = tuple({path: f"{pipeline.blocks}/{i}/{path}" for path in inner} for i in range(len(blocks)))
+
+    def outside(values: Any, key: Any, train: bool, function: Callable[[Any], Any]) -> Any:
+        out, written = stages[train][0].run(values, key, function)
+        _refuse_written(written, "")
+        return out
+
+    def before(values: Any, batch: Any, key: Any, train: bool) -> Any:
+        return outside(values, key, train, lambda m: call(getattr(m, pipeline.before), batch, key=key, train=train))
+
+    def context(values: Any, batch: Any, key: Any, train: bool) -> Any:
+        assert pipeline.context is not None
+        method = pipeline.context
+        return outside(values, key, train, lambda m: call(getattr(m, method), batch, key=key, train=train))
+
+    def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
+        args = (x,) if pipeline.context is None else (x, c)
+        out, written = stages[train][1].run(layer, key, lambda m: call(m.__call__, *args, key=key, train=train))
+        _refuse_written(written, f"{pipeline.blocks}/*/")
+        return out
+
+    def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
+        return outside(
+            values, key, train, lambda m: call_after(getattr(m, pipeline.after), x, batch=batch, key=key, train=train)
+        )
+
+    return Parts(layers, before, None if pipeline.context is None else context, block, after)
+
+
+def _named(pipeline: Pipeline) -> tuple[tuple[str, str | None], ...]:
+    return (
+        ("before", pipeline.before),
+        ("blocks", pipeline.blocks),
+        ("after", pipeline.after),
+        ("context", pipeline.context),
+    )
+
+
+def _variables(node: Any) -> dict[int, str]:
+    found = {}
+    for path, value in nnx.iter_graph(node):
+        if isinstance(value, nnx.Variable) and not isinstance(value, nnx.RngState):
+            found[id(value)] = "/".join(map(str, path))
+    return found
+
+
+def _refuse_shared(model: nnx.Module, attribute: str, blocks: list[nnx.Module]) -> None:
+    """A parameter that two blocks, or a block and the rest, hold in common cannot live in one stage."""
+    owners: dict[int, str] = {}
+    faults = []
+    for index, block in enumerate(blocks):
+        for key, path in _variables(block).items():
+            here = f"{attribute}/{index}/{path}"
+            if key in owners:
+                faults.append(Fault(here, f"is the same parameter as {owners[key]}", "give each block its own"))
+            owners[key] = here
+    setattr(model, attribute, nnx.List([]))
+    for key, path in _variables(model).items():
+        if key in owners:
+            faults.append(
+                Fault(owners[key], f"is the same parameter as {path}", f"use it in {path.split('/')[0]} only, or copy it")
+            )
+    raise_faults(faults)
+
+
+def _refuse_different(members: list[Graph], attribute: str) -> None:
+    """Blocks of a stack run as one program: same structure, same shapes."""
+    first = members[0]
+    for index, graph in enumerate(members[1:], start=1):
+        for path in sorted(set(first.paths) | set(graph.paths)):
+            mine, theirs = first.shapes.get(path), graph.shapes.get(path)
+            if mine is None or theirs is None:
+                where = f"{attribute}/{0 if theirs is None else index}/{path}"
+                raise DeclarationError(f"{where}: only this block has it; every block of a stack has the same parameters")
+            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+                raise DeclarationError(
+                    f"{attribute}/{index}/{path}: {theirs.dtype}{list(theirs.shape)} here and {mine.dtype}"
+                    f"{list(mine.shape)} in {attribute}/0; every block of a stack has the same shapes"
+                )
+        if graph.graphdef != first.graphdef:
+            raise DeclarationError(
+                f"{attribute}/{index}: its static attributes are not those of {attribute}/0 (a layer index, or another "
+                "function); every block of a stack runs the same program, so pass what differs as an array"
+            )
+
+
+def _refuse_written(written: dict[str, Any], prefix: str) -> None:
+    raise_faults(
+        Fault(
+            f"{prefix}{path}",
+            "the model writes to it, and a stack of blocks sees one microbatch of one shard at a time",
+            "train it without pipeline=, with microbatches=1 (all axes are then automatic)",
+        )
+        for path in written
+    )

@@ -1,0 +1,28 @@
+"""Which parts of the user's own module come before the repeated blocks, are them, and come after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Names of the attributes and methods that make a module pipelinable.
+
+    * ``before(batch) -> x``            what happens to a batch before the first block
+    * ``blocks``                        the list of repeated blocks, each called ``block(x)`` or ``block(x, c)``
+    * ``after(x, batch) -> y``          (or ``after(x)``) what the last block's output becomes
+    * ``context(batch) -> c``           optional: positions, masks, conditioning; there for every block
+
+    ``x`` is a pytree of floating point arrays whose shapes no block changes and whose leading dim is the batch; between
+    blocks it is in the dtype that the step computes in.
+    A method that takes ``train`` or ``deterministic`` is given it.
+
+    >>> Pipeline(before="embed", blocks="blocks", after="head")
+    Pipeline(before='embed', blocks='blocks', after='head', context=None)
+    """
+
+    before: str
+    blocks: str
+    after: str
+    context: str | None = None

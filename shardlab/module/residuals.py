@@ -1,0 +1,79 @@
+"""What a block's forward must keep for its backward: found by tracing, so that nothing else is stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Run = Callable[[Any, Any, Any, Any], Any]
+"""``(layer, x, c, extra) -> x``; differentiated in layer, x and (if asked) c, never in extra."""
+
+REMAT = ("none", "full")
+POLICIES = tuple(
+    name
+    for name in ("dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable", "nothing_saveable")
+    if hasattr(jax.checkpoint_policies, name)
+)
+
+
+def rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """`function` keeping for its backward what the policy named `remat` says."""
+    if remat == "none":
+        return function
+    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
+    return jax.checkpoint(function, policy=policy)
+
+
+class BlockVjp:
+    """The forward of a block that hands out its residuals, and the backward that takes them.
+
+    A residual that is an input which the backward is given again (a parameter, the context, a key) is not stored.
+    `forward` must be traced before `backward`.
+    """
+
+    def __init__(self, run: Run, remat: str, *, context: bool) -> None:
+        self._run, self._remat, self._context = run, remat, context
+        self._recipe: tuple[Any, tuple[tuple[bool, int], ...]] | None = None
+
+    def forward(self, layer: Any, x: Any, c: Any, extra: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+        """The block's output, and the arrays its backward needs beside layer, c and extra."""
+        if self._context:
+            function = rematerialised(lambda layer, x, c: self._run(layer, x, c, extra), self._remat)
+            y, pull = jax.vjp(function, layer, x, c)
+        else:
+            function = rematerialised(lambda layer, x: self._run(layer, x, c, extra), self._remat)
+            y, pull = jax.vjp(function, layer, x)
+        leaves, treedef = jax.tree.flatten(pull)
+        known = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves((layer, c, extra)))}
+        stored: dict[int, jax.Array] = {}
+        places = []
+        for leaf in leaves:
+            if id(leaf) in known:
+                places.append((False, known[id(leaf)]))
+            else:
+                stored.setdefault(id(leaf), leaf)
+                places.append((True, list(stored).index(id(leaf))))
+        self._recipe = treedef, tuple(places)
+        return y, tuple(stored.values())
+
+    def backward(self, stored: tuple[jax.Array, ...], layer: Any, c: Any, extra: Any, dy: Any) -> tuple[Any, Any, Any]:
+        """Cotangents of layer, x and c (None unless differentiated), for the cotangent of the output."""
+        assert self._recipe is not None, "the forward has not been traced"
+        treedef, places = self._recipe
+        known = jax.tree.leaves((layer, c, extra))
+        pull = jax.tree.unflatten(treedef, [stored[i] if kept else known[i] for kept, i in places])
+        out = pull(dy)
+        return out[0], out[1], out[2] if self._context else None
+
+
+def residual_shapes(block: BlockVjp, layer: Any, x: Any, c: Any, extra: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of what one block stores for one microbatch."""
+    return tuple(jax.eval_shape(lambda *args: block.forward(*args)[1], layer, x, c, extra))
+
+
+def residual_bytes(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> int:
+    """Bytes of what one block stores for one microbatch."""
+    return sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes)

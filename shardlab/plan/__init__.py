@@ -1,0 +1,1 @@
+"""The decision, as data: where every array lives, and what the step will do."""

@@ -1,0 +1,257 @@
+"""`Plan`: the document a reviewer reads, a golden test pins and a compiler follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from shardlab.mesh.spec import MeshSpec
+from shardlab.module.pipeline import Pipeline
+from shardlab.pipeline.schedules import Schedule, make_schedule
+from shardlab.sharding.rules import spec_from_json, spec_to_json
+
+
+def shard_bytes(shape: tuple[int, ...], dtype: str, spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
+    """Bytes that one device holds of an array.
+
+    >>> shard_bytes((8, 4), "float32", PartitionSpec("data"), {"data": 2})
+    64
+    """
+    total = math.prod(shape) * jax.numpy.dtype(dtype).itemsize
+    for entry in spec:
+        for axis in () if entry is None else entry if isinstance(entry, tuple) else (entry,):
+            total //= sizes[axis]
+    return total
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the user's own tree.
+
+    Attributes:
+      path: where it sits in the user's model.
+      shape: of the whole parameter.
+      dtype: of the parameter as it is stored; the step computes in the plan's `dtype`.
+      spec: as declared.
+      source: the rule, annotation or spec that said so.
+      compute: how a step computes with it: the declared axes that are not batch axes.
+      storage: how it lies between steps.
+      state: how its optimizer state lies, and its gradient once reduced.
+      bytes_per_device: of `storage`; for a block of a pipeline, on the devices of its stage.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec
+    source: str
+    compute: PartitionSpec
+    storage: PartitionSpec
+    state: PartitionSpec
+    bytes_per_device: int
+
+
+@dataclass(frozen=True)
+class StateLeaf:
+    """One array of the optimizer's state: path in its tree, shape, dtype, spec, bytes per device."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec
+    bytes_per_device: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Arrays of one name from every block, stored as one array [slots, ...] with the stage axis on slots.
+
+    Attributes:
+      name: the path with ``*`` for the block.
+      members: the path in each slot; None is a pad slot of zeros, which only fills a shorter stage.
+    """
+
+    name: str
+    members: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every array lives and what the step will do.
+
+    Made by `make_plan`; immutable, printable, and the same after a round trip through JSON.
+
+    Attributes:
+      mesh: the declared mesh and the roles of its axes.
+      pipeline: the parts of the model, or None when it is taken whole.
+      parameters: every parameter of the user's tree, in its order.
+      buffers: paths of arrays that the model holds and that are not trained; replicated.
+      stacks: how the arrays of the blocks are stored together.
+      layers: number of blocks in each stage; empty without parts.
+      optimizer_state: every array of the optimizer's state.
+      update: ``"stacked"`` or ``"per-layer"``: on which tree the optimizer runs.
+      schedule: name of the pipeline schedule.
+      num_microbatches: microbatches a step.
+      zero: ZeRO level, 0 to 3.
+      remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), or the name of a
+        policy of `jax.checkpoint_policies`.
+      dtype: what the step computes in.
+      head: ``"examples"`` or ``"last_stage"``: how `before` and `after` are spread over the stages.
+      batch: path, shape and dtype of every leaf of the batch.
+      batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
+        reduction (needed where the model computes statistics over the batch).
+      activation_bytes: residuals of one microbatch in one stage, per device; 0 without parts.
+      activation_spec: the spec of what flows between blocks, or None.
+      notes: what was decided and not declared.
+    """
+
+    mesh: MeshSpec
+    pipeline: Pipeline | None
+    parameters: tuple[Parameter, ...]
+    buffers: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    layers: tuple[int, ...]
+    optimizer_state: tuple[StateLeaf, ...]
+    update: str
+    schedule: str
+    num_microbatches: int
+    zero: int
+    remat: str
+    dtype: str
+    head: str
+    batch: tuple[tuple[str, tuple[int, ...], str], ...]
+    batch_axes_manual: bool
+    activation_bytes: int
+    activation_spec: PartitionSpec | None
+    notes: tuple[str, ...]
+
+    @property
+    def num_stages(self) -> int:
+        """Number of pipeline stages; 1 without a pipeline."""
+        return max(len(self.layers), 1)
+
+    @property
+    def batch_size(self) -> int:
+        """Global examples a step."""
+        return self.batch[0][1][0]
+
+    @property
+    def microbatch_rows(self) -> int:
+        """Examples of one microbatch on one shard of the batch."""
+        shards = self.mesh.batch_size_divisor if self.batch_axes_manual else 1
+        return self.batch_size // shards // self.num_microbatches
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers in the user's model; padding does not count."""
+        return sum(math.prod(parameter.shape) for parameter in self.parameters)
+
+    def table(self) -> Schedule:
+        """The schedule, as a table of ticks x devices."""
+        return make_schedule(self.schedule, stages=self.num_stages, microbatches=self.num_microbatches)
+
+    def bytes_per_device(self) -> dict[str, int]:
+        """Bytes on the fullest device: parameters, gradients, optimizer_state, activations (in flight), padding."""
+        from shardlab.pipeline.cost import Costs, cost
+
+        sizes = self.mesh.sizes
+        stacked = {path: stack for stack in self.stacks for path in stack.members if path}
+        longest = max(self.layers, default=0)
+        totals = dict.fromkeys(("parameters", "gradients", "optimizer_state", "activations", "padding"), 0)
+        seen: set[str] = set()
+        accumulate = "float64" if self.dtype == "float64" else "float32"
+        for parameter in self.parameters:
+            stack = stacked.get(parameter.path)
+            copies = 1
+            if stack is not None:
+                if stack.name in seen:
+                    continue
+                seen.add(stack.name)
+                copies = longest
+                pads = stack.members.count(None)
+                totals["padding"] += parameter.bytes_per_device * min(pads, 1)
+            totals["parameters"] += parameter.bytes_per_device * copies
+            totals["gradients"] += shard_bytes(parameter.shape, accumulate, parameter.compute, sizes) * copies
+        totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
+        peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
+        totals["activations"] = self.activation_bytes * peak
+        return totals
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` gives an equal plan back."""
+        return json.dumps(_encode(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that `to_json` wrote."""
+        return _decode(json.loads(text))
+
+    def diff(self, other: Plan) -> tuple[str, ...]:
+        """What differs in `other`, a line each; empty when the plans are equal."""
+        lines = []
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine == theirs:
+                continue
+            if field.name in ("parameters", "optimizer_state"):
+                lines += _diff_rows(field.name, mine, theirs)
+            else:
+                lines.append(f"{field.name}: {mine} -> {theirs}")
+        return tuple(lines)
+
+    def __str__(self) -> str:
+        from shardlab.plan.text import describe
+
+        return describe(self)
+
+
+def _diff_rows(name: str, mine: Any, theirs: Any) -> list[str]:
+    left, right = ({row.path: row for row in rows} for rows in (mine, theirs))
+    lines = []
+    for path in {**left, **right}:
+        if path not in right:
+            lines.append(f"{name} {path}: only in the first plan")
+        elif path not in left:
+            lines.append(f"{name} {path}: only in the second plan")
+        else:
+            for field in dataclasses.fields(left[path]):
+                was, now = getattr(left[path], field.name), getattr(right[path], field.name)
+                if was != now:
+                    lines.append(f"{name} {path}: {field.name} {was} -> {now}")
+    return lines
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, PartitionSpec):
+        return {"spec": spec_to_json(value)}
+    if isinstance(value, MeshSpec):
+        return {"mesh": value.to_json()}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(data: dict[str, Any]) -> Plan:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict) and set(value) == {"spec"}:
+            return spec_from_json(value["spec"])
+        if isinstance(value, dict) and set(value) == {"mesh"}:
+            return MeshSpec.from_json(value["mesh"])
+        return tuple(plain(item) for item in value) if isinstance(value, list) else value
+
+    def rows(kind: type, items: list[dict[str, Any]]) -> tuple[Any, ...]:
+        return tuple(kind(**{key: plain(value) for key, value in item.items()}) for item in items)
+
+    kinds = {"parameters": Parameter, "optimizer_state": StateLeaf, "stacks": Stack}
+    fields = {key: rows(kinds[key], value) if key in kinds else plain(value) for key, value in data.items()}
+    fields["pipeline"] = None if data["pipeline"] is None else Pipeline(**data["pipeline"])
+    return Plan(**fields)

@@ -1,0 +1,86 @@
+"""A plan as text: its table, its totals, and what was decided."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import PartitionSpec
+
+if TYPE_CHECKING:
+    from shardlab.plan.plan import Plan
+
+
+def spec_text(spec: PartitionSpec) -> str:
+    """A spec as it is written.
+
+    >>> spec_text(PartitionSpec(None, ("data", "tensor")))
+    "P(None, ('data', 'tensor'))"
+    """
+    return f"P({', '.join(repr(entry) for entry in spec)})"
+
+
+def size_text(count: float) -> str:
+    """Bytes with a unit.
+
+    >>> size_text(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of a table; the columns numbered in `right` are aligned right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        cells = (
+            text.rjust(width) if place in right else text.ljust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def describe(plan: Plan) -> str:
+    """The plan's table: sibling layers on one line, totals per device, notes."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for p in plan.parameters:
+        pattern = re.sub(r"(?<![^/_])\d+(?=/)", "*", p.path, count=1)
+        key = (pattern, p.shape, p.dtype, p.spec, _same_source(p.source), p.storage, p.state, p.bytes_per_device)
+        groups.setdefault(key, []).append(p.path)
+    rows = []
+    for (pattern, shape, dtype, spec, source, storage, state, size), paths in groups.items():
+        path = paths[0] if len(paths) == 1 else f"{pattern} x{len(paths)}"
+        stored = "as declared" if storage == spec else spec_text(storage)
+        rows.append(
+            (path, "x".join(map(str, shape)) or "scalar", dtype, spec_text(spec), stored, spec_text(state), source, size_text(size))
+        )
+    mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.sizes.items())
+    roles = f"batch axes {', '.join(plan.mesh.batch) or 'none'}; stage axis {plan.mesh.stage or 'none'}"
+    lines = [
+        f"mesh {mesh} on {plan.mesh.target} ({roles})",
+        f"{plan.num_parameters:,} parameters, computed in {plan.dtype}; ZeRO {plan.zero}; remat {plan.remat}",
+        f"batch of {plan.batch_size}, {plan.num_microbatches} microbatches of {plan.microbatch_rows} a shard",
+    ]
+    if plan.num_stages > 1:
+        lines.append(
+            f"{plan.num_stages} stages of {', '.join(map(str, plan.layers))} layers, schedule {plan.schedule}, "
+            f"head over {plan.head.replace('_', ' ')}"
+        )
+    lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
+    lines += [f"  {name.replace('_', ' '):<18}{size_text(size):>12}" for name, size in plan.bytes_per_device().items()]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+_HEADER = ("path", "shape", "dtype", "spec", "stored", "optimizer state", "from", "a device")
+
+
+def _same_source(source: str) -> str:
+    return re.sub(r"(?<![^/_])\d+(?=/)", "*", source)

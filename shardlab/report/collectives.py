@@ -1,0 +1,81 @@
+"""What a compiled step communicates: rows by kind and mesh axes, and the same as a plain text table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from shardlab.hlo import collectives, totals
+from shardlab.report.memory import human_bytes
+
+
+class Row(TypedDict):
+    """Collectives of one kind over the same axes; bytes per device and step, loops counted.
+
+    `exact` is False when a loop's trip count is not in the program: count and bytes are lower bounds then.
+    """
+
+    kind: str
+    axes: list[str]
+    count: int
+    payload_bytes: int
+    wire_bytes: int
+    exact: bool
+
+
+def collective_rows(
+    text: str, axes: Mapping[str, int], *, sliced_as_reduce_scatter: bool = False
+) -> list[Row]:
+    """The rows of a compiled step, most wire bytes first; `shardlab.hlo.collectives` defines the columns.
+
+    Args:
+      text: `compiled.as_text()`.
+      axes: sizes of the mesh axes in mesh order.
+      sliced_as_reduce_scatter: count an all-reduce of which only slices are kept as a reduce-scatter.
+
+    Raises:
+      ValueError: the text is not HLO, or is for another number of devices than the mesh has.
+    """
+    found = totals(collectives(text, axes), sliced_as_reduce_scatter=sliced_as_reduce_scatter)
+    return [
+        Row(
+            kind=total.kind,
+            axes=list(total.axes),
+            count=total.count,
+            payload_bytes=total.payload_bytes,
+            wire_bytes=total.wire_bytes,
+            exact=total.exact,
+        )
+        for total in found
+    ]
+
+
+def collectives_table(rows: Sequence[Row]) -> str:
+    """The rows as text, their total last; `>=` marks lower bounds.
+
+    >>> sums = Row(kind="all-reduce", axes=["data"], count=2, payload_bytes=4096, wire_bytes=6144, exact=True)
+    >>> sends = Row(kind="permute", axes=["stage"], count=70, payload_bytes=512, wire_bytes=512, exact=False)
+    >>> print(collectives_table([sums, sends]))
+    collective  axes   count  payload     wire
+    all-reduce  data       2  4.0 KiB  6.0 KiB
+    permute     stage  >= 70    512 B    512 B
+    total              >= 72  4.5 KiB  6.5 KiB
+    """
+    if not rows:
+        return "no collectives"
+    lines = [["collective", "axes", "count", "payload", "wire"]]
+    for row in rows:
+        count = f"{'' if row['exact'] else '>= '}{row['count']}"
+        sizes = [human_bytes(row["payload_bytes"]), human_bytes(row["wire_bytes"])]
+        lines.append([row["kind"], " x ".join(row["axes"]), count, *sizes])
+    count = f"{'' if all(row['exact'] for row in rows) else '>= '}{sum(row['count'] for row in rows)}"
+    payload, wire = (sum(row[key] for row in rows) for key in ("payload_bytes", "wire_bytes"))
+    lines.append(["total", "", count, human_bytes(payload), human_bytes(wire)])
+    widths = [max(len(line[k]) for line in lines) for k in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if k < 2 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

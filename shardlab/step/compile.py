@@ -1,0 +1,228 @@
+"""`compile_train_step`: one program for the whole mesh, compiled before it runs and checked against the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardlab.mesh.build import build_mesh
+from shardlab.mesh.faults import Fault, raise_faults
+from shardlab.module.functions import path_of
+from shardlab.module.model import Model, abstract, read_model
+from shardlab.plan.make import optimizer_shapes, optimizer_tree
+from shardlab.plan.plan import Plan
+from shardlab.step.calls import Calls, Loss
+from shardlab.step.pipelined import pipelined_gradients
+from shardlab.step.region import make_region
+from shardlab.step.spmd import whole_gradients
+from shardlab.step.state import (
+    TrainState,
+    abstract_stored,
+    initial_values,
+    shardings,
+    state_spec_tree,
+    storage_specs,
+    unstacked,
+)
+from shardlab.step.update import make_update
+
+if TYPE_CHECKING:
+    from shardlab.step.verify import Verification
+
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """One train step, compiled for a mesh.
+
+    Call it: ``(state, batch) -> (state, metrics)``; the given state is donated. Metrics are float32 scalars
+    (float64 under float64): ``loss``, ``grad_norm``, ``weight``.
+    """
+
+    plan: Plan
+    mesh: Mesh
+    model: Model
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    state_shardings: TrainState
+    batch_shardings: Any
+    lowered: Any
+    compiled: Any
+    gradients: Callable[..., Any]
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self.compiled(state, jax.device_put(batch, self.batch_shardings))
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step, every array created in its own sharding.
+
+        Parameters are those Flax's own initialisation gives for ``seed``.
+        """
+        with jax.set_mesh(self.mesh):
+            values = initial_values(self.model, self.plan, self.mesh, seed)
+            names = storage_specs(self.plan)
+            parameters = {name: values[name] for name in names}
+            return TrainState(
+                step=jax.device_put(jnp.int32(0), self.state_shardings.step),
+                key=jax.device_put(jax.random.key_data(jax.random.key(seed)), self.state_shardings.key),
+                parameters=parameters,
+                buffers={name: value for name, value in values.items() if name not in names},
+                optimizer=self._init_optimizer(parameters),
+            )
+
+    def verify(self, batches: Sequence[Any], *, seed: int = 0) -> Verification:
+        """This step's plan against the reference step on one device: see `shardlab.step.verify.verify`."""
+        from shardlab.step.verify import verify
+
+        return verify(self.model, self.loss, self.optimizer, self.plan, batches, seed=seed)
+
+    @cached_property
+    def _init_optimizer(self) -> Callable[[Arrays], Any]:
+        plan, model = self.plan, self.model
+
+        def start(parameters: Arrays) -> Any:
+            values = unstacked(plan, parameters) if plan.update == "per-layer" else parameters
+            return self.optimizer.init(optimizer_tree(model, values, plan.stacks, plan.update))
+
+        return jax.jit(start, out_shardings=self.state_shardings.optimizer)
+
+
+def compile_train_step(
+    model: Any, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, batch: Any, *, fill: float = 0.0
+) -> CompiledStep:
+    """The train step of `plan`, compiled.
+
+    Args:
+      model: as given to `make_plan`.
+      loss: ``(y, batch) -> (sum, weight)``; the step's loss is the sum of sums over the sum of weights.
+      optimizer: as given to `make_plan`.
+      plan: what to compile.
+      batch: a global batch, or its shapes.
+      fill: what unused activation buffers hold at first; pass NaN to prove that bubbles reach no result.
+
+    Raises:
+      DeclarationError: model, batch or optimizer are not those of the plan, or XLA changed a declared sharding.
+    """
+    shapes = abstract(batch)
+    model = read_model(model, shapes, plan.pipeline)
+    _same_as_planned(model, plan, shapes)
+    mesh = build_mesh(plan.mesh)
+    specs = state_spec_tree(model, plan, optimizer)
+    state_shardings = shardings(mesh, specs)
+    rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
+    batch_shardings = jax.tree.map(lambda _: rows, shapes)
+    gradients = make_gradients(model, loss, plan, mesh, fill)
+    update = make_update(model, plan, mesh, optimizer)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        mean, gradient, weight, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
+        parameters, optimizer_state = update(gradient, state.optimizer, state.parameters)
+        metrics = {"loss": mean, "grad_norm": optax.global_norm(gradient), "weight": weight}
+        return TrainState(state.step + 1, state.key, parameters, buffers, optimizer_state), metrics
+
+    one = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        step,
+        in_shardings=(state_shardings, batch_shardings),
+        out_shardings=(state_shardings, dict.fromkeys(("loss", "grad_norm", "weight"), one)),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
+        compiled = lowered.compile()
+    _same_as_declared(compiled, (state_shardings, batch_shardings))
+    return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, lowered, compiled, gradients)
+
+
+def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
+    """Stored parameters -> what a step computes with: cast to its dtype, then gathered over the batch axes once."""
+    compute = storage_specs(plan, "compute")
+
+    def working(parameters: Arrays) -> Arrays:
+        # The cast comes first: what is gathered is as narrow as what is computed with.
+        return {
+            name: jax.lax.with_sharding_constraint(value.astype(plan.dtype), NamedSharding(mesh, compute[name]))
+            for name, value in parameters.items()
+        }
+
+    return working
+
+
+def make_gradients(model: Model, loss: Loss, plan: Plan, mesh: Mesh, fill: float) -> Callable[..., Any]:
+    """``(parameters, buffers, batch, key data, step) -> (loss, gradients, weight, buffers)``, all in stored form."""
+    region = make_region(plan, mesh)
+    calls = Calls(model, loss, plan, region, train=True)
+    working = working_copy(plan, mesh)
+    specs = storage_specs(plan, "state")
+    whole = None if model.parts is not None else whole_gradients(plan, region, calls, specs)
+    parts = None if model.parts is None else pipelined_gradients(model, plan, region, calls, specs, fill)
+
+    def gradients(parameters: Arrays, buffers: Arrays, batch: Any, key: jax.Array, step: jax.Array) -> Any:
+        values = working(parameters)
+        data = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))
+        if whole is not None:
+            sums, total, weight, buffers = whole(values, buffers, batch, data)
+        else:
+            assert parts is not None
+            sums, total, weight = parts(values, buffers, batch, data)
+        gradient = {name: (value / weight).astype(parameters[name].dtype) for name, value in sums.items()}
+        return total / weight, gradient, weight, buffers
+
+    return gradients
+
+
+def _abstract_state(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
+    tree_shapes = optimizer_shapes(plan.parameters, plan.stacks, plan.update)
+    parameters, buffers = abstract_stored(model, plan)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
+        parameters=parameters,
+        buffers=buffers,
+        optimizer=jax.eval_shape(optimizer.init, optimizer_tree(model, tree_shapes, plan.stacks, plan.update)),
+    )
+
+
+def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
+    """The plan was made for this model and this batch."""
+    planned = {parameter.path: parameter.shape for parameter in plan.parameters}
+    found = {path: leaf.shape for path, leaf in model.parameters.items()}
+    faults = [
+        Fault(path, f"the plan has {planned.get(path, 'no such parameter')}, the model {found.get(path, 'none')}", "make the plan anew")
+        for path in {**planned, **found}
+        if planned.get(path) != found.get(path)
+    ]
+    leaves = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]}
+    expected = {path: shape for path, shape, _ in plan.batch}
+    faults += [
+        Fault(f"batch {path}", f"the plan has {expected.get(path)}, the batch {leaves.get(path)}", "make the plan anew")
+        for path in {**expected, **leaves}
+        if expected.get(path) != leaves.get(path)
+    ]
+    raise_faults(faults)
+
+
+def _same_as_declared(compiled: Any, declared: Any) -> None:
+    """XLA kept every sharding that was declared for what goes in and what comes out."""
+    given, _ = compiled.input_shardings
+    faults = []
+    pairs = [(given, declared), (compiled.output_shardings[0], declared[0])]
+    for got, wanted in pairs:
+        for (keys, mine), theirs in zip(
+            jax.tree_util.tree_flatten_with_path(wanted)[0], jax.tree.leaves(got), strict=True
+        ):
+            # Compared by where the pieces lie, since XLA may write a spec otherwise.
+            rank = max(len(mine.spec), 1)
+            if not mine.is_equivalent_to(theirs, rank):
+                faults.append(
+                    Fault(path_of(keys), f"declared {mine.spec}, compiled as {theirs}", "report it: XLA changed a sharding")
+                )
+    raise_faults(faults)

@@ -1,0 +1,133 @@
+"""A model cut at its blocks, on a mesh with or without a stage axis: one SPMD program that follows a table.
+
+    tick scan     for each phase of the table: F cell, head, B cell, whichever the phase has
+      F cell      x = before(share of the microbatch), gathered to stage 0;  else what the last tick brought
+                  scan over this stage's blocks, residuals written into the table's slot
+                  y -> next stage
+      head        last stage's y is dealt out by example; each stage runs after + loss + their vjp on its share
+      B cell      reverse scan over this stage's blocks: vjp of one block, its gradient added to its slice
+                  dx -> previous stage;  stage 0's dx is dealt out by example for before's vjp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from shardlab.module.model import Model
+from shardlab.pipeline.buffers import Phase, program
+from shardlab.plan.plan import Plan
+from shardlab.step.calls import Calls
+from shardlab.step.cells import Cells, StageArrays
+from shardlab.step.region import Region
+
+Arrays = dict[str, Any]
+
+
+def pipelined_gradients(
+    model: Model, plan: Plan, region: Region, calls: Calls, specs: dict[str, PartitionSpec], fill: float
+) -> Callable[..., tuple[Arrays, jax.Array, jax.Array]]:
+    """``(values, buffers, batch, key data) -> (gradient sums by name, loss sum, weight)``.
+
+    Gradients are sums over the whole batch, reduced once, laid out as `specs`; divide them by the weight.
+
+    Args:
+      fill: what unused buffers hold at first; NaN shows whether a bubble reaches a result.
+    """
+    arrays = StageArrays(model, plan)
+    table = program(plan.table())
+
+    def in_region(values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, where: Any, rows: Any) -> Any:
+        cells = Cells(plan, region, calls, arrays, values, buffers, batch, key_data, where, fill)
+        carry = cells.allocate(table)
+        for phase, phase_rows in zip(table.phases, rows, strict=True):
+            carry = cells.train(carry, phase, phase_rows)
+        return cells.reduced(carry, specs)
+
+    none = PartitionSpec()
+    out_specs = ({name: region.manual_part(spec) for name, spec in specs.items()}, none, none)
+    return _entered(plan, region, arrays, in_region, out_specs, table.phases)
+
+
+def pipelined_forward(model: Model, plan: Plan, region: Region, calls: Calls) -> Callable[..., Any]:
+    """``(values, buffers, batch) -> y``, or, where `calls` has a loss, ``-> (loss sum, weight)``.
+
+    Raises:
+      DeclarationError: when tracing, if a leaf of y does not have the examples as its leading dim.
+    """
+    arrays = StageArrays(model, plan)
+    table = program(plan.table())
+    phases = tuple(phase for phase in table.phases if "F" in phase.cell)
+
+    def in_region(values: Arrays, buffers: Arrays, batch: Any, key_data: None, where: Any, rows: Any) -> Any:
+        cells = Cells(plan, region, calls, arrays, values, buffers, batch, None, where, 0.0)
+        carry = cells.allocate(table)
+        found = []
+        for phase, phase_rows in zip(phases, rows, strict=True):
+            carry, out = cells.evaluate(carry, phase, phase_rows)
+            found += [out] if phase.head else []
+        if calls.has_loss:
+            return cells.sums(carry)
+        (y,) = found
+        # [M, r, ...] here is [D, M, P, r, ...] of all shards and stages.
+        return jax.tree.map(lambda leaf: leaf[None, :, None], y)
+
+    def joined(leaf: jax.Array) -> jax.Array:
+        if plan.head != "examples":
+            leaf = leaf[:, :, -1:]
+        return leaf.reshape(plan.batch_size, *leaf.shape[4:])
+
+    none = PartitionSpec()
+    out_specs: Any = (none, none) if calls.has_loss else PartitionSpec(region.batch or None, None, region.stage)
+    entered = _entered(plan, region, arrays, in_region, out_specs, phases)
+
+    def forward(values: Arrays, buffers: Arrays, batch: Any) -> Any:
+        out = entered(values, buffers, batch, None)
+        return out if calls.has_loss else jax.tree.map(joined, out)
+
+    return forward
+
+
+def _entered(
+    plan: Plan, region: Region, arrays: StageArrays, in_region: Callable[..., Any], out_specs: Any, phases: tuple[Phase, ...]
+) -> Callable[..., Any]:
+    """`in_region` of ``(values, buffers, batch, key data)`` in global arrays."""
+    none, stage, shard = PartitionSpec(), PartitionSpec(region.stage), PartitionSpec(region.batch or None)
+    tables = [_rows(phase) for phase in phases]
+    table_specs = [{name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()} for rows in tables]
+    where = {
+        "shard": np.arange(region.shards, dtype=np.int32),
+        "stage": np.arange(region.num_stages, dtype=np.int32),
+        "block": arrays.block_of_slot,
+        "used": arrays.used,
+    }
+    where_specs = {"shard": shard, "stage": stage, "block": stage, "used": stage}
+
+    def entered(values: Arrays, buffers: Arrays, batch: Any, key_data: Any) -> Any:
+        def spec_of(name: str) -> PartitionSpec:
+            return stage if name in arrays.inner else none
+
+        in_specs = (
+            {name: spec_of(name) for name in values},
+            {name: spec_of(name) for name in buffers},
+            jax.tree.map(lambda _: shard, batch),
+            none,
+            where_specs,
+            table_specs,
+        )
+        return region.run(in_region, in_specs, out_specs)(values, buffers, batch, key_data, where, tables)
+
+    return entered
+
+
+def _rows(phase: Phase) -> dict[str, np.ndarray]:
+    """The tables of a phase: [length, P] where devices differ, [length] where they do not."""
+    names = ["before_microbatch", "head_microbatch", "head_slot", "finish_microbatch"]
+    for kind in ("f", "b"):
+        names += [f"{kind}_{field}" for field in ("microbatch", "residual_slot", "arrival_slot")]
+    names += ["f_input_slot", "b_cotangent_slot"]
+    return {name: np.asarray(getattr(phase, name), np.int32) for name in names}

@@ -1,0 +1,146 @@
+"""Random draws that do not know how the batch is cut: a draw over some rows is those rows of the whole draw.
+
+Inside a manual region every shard holds b of the batch's B rows, and a plain key would give each shard the same
+numbers. A *rows key* carries the index of its first row; a draw of shape [b, ...] with it is rows
+``[first, first + b)`` of the [B, ...] draw with the plain key, bit for bit (partitionable threefry numbers
+element i of a draw by hashing i alone). Draws that do not depend on the batch are the plain key's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import define_prng_impl, threefry_2x32, threefry_prng_impl
+
+from shardlab.mesh.faults import DeclarationError
+
+Shape = tuple[int, ...]
+
+
+def site_key(key: jax.Array, site: int | jax.Array) -> jax.Array:
+    """The key of a site of the model: 0 before the blocks, 1 + i in block i, -1 after them."""
+    return jax.random.fold_in(key, jnp.asarray(site, jnp.int32).astype(jnp.uint32))
+
+
+def rows_key(key: jax.Array, first: jax.Array, rows: int, batched: frozenset[Shape]) -> jax.Array:
+    """`key` for a region that holds `rows` rows, the first of them row `first` of the batch.
+
+    Args:
+      key: a plain threefry key.
+      first: int32 scalar, may be traced.
+      batched: the shapes of the draws whose leading dim counts rows, from `batched_draws`. Empty: `key` itself.
+    """
+    if not batched:
+        return key
+    data = jnp.concatenate([jax.random.key_data(key), jnp.asarray(first, jnp.uint32)[None]])
+    return jax.random.wrap_key_data(data, impl=_implementation(rows, batched))
+
+
+def batched_draws(trace: Callable[[int], Any], rows: int, where: str) -> frozenset[Shape]:
+    """Shapes of the random draws, with `rows` rows, whose leading dim counts rows.
+
+    Args:
+      trace: rows -> the jaxpr of the function with that many rows.
+      where: what to call the function in an error.
+
+    Raises:
+      DeclarationError: a draw follows the batch with another dim than its leading one, or one shape is drawn both
+        per row and once for all.
+    """
+    mine, double = list(_draws(trace(rows))), list(_draws(trace(2 * rows)))
+    if len(mine) != len(double):
+        raise DeclarationError(f"{where}: makes {len(mine)} random draws for {rows} examples and {len(double)} for {2 * rows}")
+    kinds: dict[Shape, bool] = {}
+    for here, there in zip(mine, double, strict=True):
+        by_row = here != there
+        if by_row and (len(here) != len(there) or here[0] * 2 != there[0] or here[1:] != there[1:]):
+            raise DeclarationError(
+                f"{where}: a random draw of shape {list(here)} for {rows} examples has shape {list(there)} for "
+                f"{2 * rows}; the batch must be its leading dim, so that each device can draw its own rows"
+            )
+        if kinds.setdefault(here, by_row) != by_row:
+            raise DeclarationError(
+                f"{where}: with {rows} examples a device, shape {list(here)} is drawn once per example and once for "
+                "all; use another batch size or number of microbatches so that the two shapes differ"
+            )
+    return frozenset(shape for shape, by_row in kinds.items() if by_row)
+
+
+def _draws(jaxpr: Any) -> Iterable[Shape]:
+    """Shapes of the `random_bits` of a jaxpr, in order, inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "random_bits":
+            yield tuple(equation.params["shape"])
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _draws(inner)
+
+
+@functools.cache
+def _implementation(rows: int, batched: frozenset[Shape]) -> Any:
+    """A PRNG whose key is (two threefry words, first row)."""
+
+    def split(key: jax.Array, shape: Shape) -> jax.Array:
+        children = _threefry().split(key[:2], shape)
+        return jnp.concatenate([children, jnp.broadcast_to(key[2:], (*shape, 1))], axis=-1)
+
+    def fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+        return jnp.concatenate([_threefry().fold_in(key[:2], data), key[2:]])
+
+    def random_bits(key: jax.Array, bit_width: int, shape: Sequence[int]) -> jax.Array:
+        shape = tuple(shape)
+        first = key[2] if shape in batched else jnp.uint32(0)
+        return _bits(key[:2], bit_width, shape, first, rows)
+
+    return define_prng_impl(
+        key_shape=(3,),
+        seed=lambda seed: jnp.concatenate([_threefry().seed(seed), jnp.zeros(1, jnp.uint32)]),
+        split=split,
+        random_bits=random_bits,
+        fold_in=fold_in,
+        name=f"shardlab_rows_{rows}_{len(batched)}",
+        tag=f"rows{rows}",
+    )
+
+
+def _threefry() -> Any:
+    return getattr(threefry_prng_impl, "_impl", threefry_prng_impl)
+
+
+def _bits(words: jax.Array, bit_width: int, shape: Shape, first: jax.Array, rows: int) -> jax.Array:
+    """Random bits of the elements of `shape`, counted from row `first` of the whole draw."""
+    inner = math.prod(shape[1:])
+    per_row = shape[0] // rows if shape else 1
+    start = first * jnp.uint32(per_row) if shape else first
+    row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + start if shape else start
+    high, low = _multiply(row, inner)
+    position = jnp.zeros(shape, jnp.uint32)
+    stride = inner
+    for dim, size in enumerate(shape[1:], start=1):
+        stride //= size if size else 1
+        position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
+    total = low + position
+    high = high + (total < low).astype(jnp.uint32)
+    count = math.prod(shape)
+    hashed = threefry_2x32(words, jnp.concatenate([high.reshape(count), total.reshape(count)]))
+    one, two = hashed[:count].reshape(shape), hashed[count:].reshape(shape)
+    if bit_width == 64:
+        return (one.astype(jnp.uint64) << 32) | two.astype(jnp.uint64)
+    return (one ^ two).astype(jnp.dtype(f"uint{bit_width}"))
+
+
+def _multiply(x: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
+    """High and low words of the 64-bit product of uint32 values and an int below 2**32."""
+    mask, sixteen = jnp.uint32(0xFFFF), jnp.uint32(16)
+    a, b = x >> sixteen, x & mask
+    c, d = jnp.uint32(factor >> 16), jnp.uint32(factor & 0xFFFF)
+    middle = a * d + ((b * d) >> sixteen)
+    other = (middle & mask) + b * c
+    return a * c + (middle >> sixteen) + (other >> sixteen), x * jnp.uint32(factor)

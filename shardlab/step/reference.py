@@ -1,0 +1,102 @@
+"""The reference step: the same step on one device in plain JAX. It defines what is correct."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh
+
+from shardlab.module.model import Model, flowing
+from shardlab.plan.plan import Plan
+from shardlab.step.calls import AFTER, BEFORE, CONTEXT, Loss
+from shardlab.step.random import site_key
+
+Arrays = dict[str, Any]
+
+
+def one_device_mesh(plan: Plan) -> Mesh:
+    """A mesh of one device with the plan's axis names, for constraints in the user's code."""
+    names = plan.mesh.names
+    return Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(names)), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def reference_loss(
+    model: Model, loss: Loss, values: Arrays, batch: Any, key: jax.Array | None, dtype: str, *, train: bool = True
+) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
+    """Loss sum over the batch, its weight, and the buffers afterwards: the model as the user wrote it.
+
+    With `Model.parts` the blocks are called one after another; without, the model is called whole.
+    """
+
+    def site(index: int) -> jax.Array | None:
+        return None if key is None else site_key(key, index)
+
+    written: Arrays = {}
+    if model.parts is None:
+        y, written = model.forward(values, batch, site(BEFORE), train)
+    else:
+        parts = model.parts
+        x = flowing(parts.before(values, batch, site(BEFORE), train), dtype)
+        c = None if parts.context is None else parts.context(values, batch, site(CONTEXT), train)
+        for index, layer in enumerate(parts.layers):
+            mine = {inner: values[path] for inner, path in layer.items()}
+            x = flowing(parts.block(mine, x, c, site(1 + index), train), dtype)
+        y = parts.after(values, x, batch, site(AFTER), train)
+    total, weight = loss(y, batch)
+    wide = jnp.promote_types(jnp.result_type(total), jnp.float32)
+    return jnp.asarray(total, wide), (jax.lax.stop_gradient(jnp.asarray(weight, wide)), written)
+
+
+class ReferenceStep:
+    """One train step on one device: whole batch, no sharding, no microbatches, the user's own tree.
+
+    Attributes:
+      parameters, buffers: by the user's paths.
+      optimizer: the optimizer's state on the user's tree.
+    """
+
+    def __init__(self, model: Model, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, seed: int) -> None:
+        self._model, self._optimizer, self._mesh = model, optimizer, one_device_mesh(plan)
+        kinds = {parameter.path: parameter.dtype for parameter in plan.parameters}
+        with jax.set_mesh(self._mesh):
+            values = jax.jit(model.initialise)(jax.random.key(seed))
+        self.parameters = {path: jnp.asarray(values[path], kinds[path]) for path in model.parameters}
+        self.buffers = {path: values[path] for path in model.buffers}
+        self.optimizer = optimizer.init(model.tree(self.parameters))
+        self._key = jax.random.key(seed)
+        self._steps = 0
+
+        def gradients(parameters: Arrays, buffers: Arrays, batch: Any, key: jax.Array) -> Any:
+            def mean(parameters: Arrays) -> Any:
+                total, (weight, written) = reference_loss(model, loss, {**parameters, **buffers}, batch, key, plan.dtype)
+                return total / weight, written
+
+            cast = {path: value.astype(plan.dtype) for path, value in parameters.items()}
+            (value, written), gradient = jax.value_and_grad(mean, has_aux=True)(cast)
+            return value, {path: gradient[path].astype(parameters[path].dtype) for path in gradient}, written
+
+        def update(parameters: Arrays, gradient: Arrays, state: Any) -> Any:
+            tree = model.tree(parameters)
+            updates, state = optimizer.update(model.tree(gradient), state, tree)
+            return model.flat(optax.apply_updates(tree, updates)), state
+
+        self._gradients, self._update = jax.jit(gradients), jax.jit(update)
+
+    def gradients(self, batch: Any) -> tuple[jax.Array, Arrays]:
+        """Loss and gradients at the present parameters."""
+        key = jax.random.fold_in(self._key, self._steps)
+        with jax.set_mesh(self._mesh):
+            value, gradient, self._written = self._gradients(self.parameters, self.buffers, batch, key)
+        return value, gradient
+
+    def __call__(self, batch: Any) -> tuple[jax.Array, Arrays]:
+        """One step; the loss and the gradients that it used."""
+        value, gradient = self.gradients(batch)
+        self.parameters, self.optimizer = self._update(self.parameters, gradient, self.optimizer)
+        self.buffers = {**self.buffers, **self._written}
+        self._steps += 1
+        return value, gradient

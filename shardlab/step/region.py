@@ -1,0 +1,117 @@
+"""The manual region: which axes are manual, which rows a shard holds, and how sums leave it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.module.functions import path_of
+from shardlab.plan.plan import Plan
+from shardlab.sharding.zero import without
+
+
+@dataclass(frozen=True)
+class Region:
+    """What code inside the manual region knows of the mesh.
+
+    Attributes:
+      mesh: the whole mesh.
+      batch: the batch axes, where they are manual.
+      stage: the stage axis, where there is more than one stage.
+      num_stages: 1 without a stage axis.
+      shards: number of shards of the batch.
+    """
+
+    mesh: Mesh | AbstractMesh
+    batch: tuple[str, ...]
+    stage: str | None
+    num_stages: int
+    shards: int
+
+    @property
+    def manual(self) -> tuple[str, ...]:
+        """The manual axes, in the mesh's order."""
+        return (*self.batch, *((self.stage,) if self.stage else ()))
+
+    @property
+    def automatic_mesh(self) -> AbstractMesh:
+        """The mesh with every axis automatic: what the user's code was written for."""
+        names = self.mesh.axis_names
+        return AbstractMesh(tuple(self.mesh.shape[name] for name in names), names, axis_types=(AxisType.Auto,) * len(names))
+
+    def manual_part(self, spec: PartitionSpec) -> PartitionSpec:
+        """The entries of `spec` that name manual axes."""
+        return without(spec, tuple(name for name in self.mesh.axis_names if name not in self.manual))
+
+    def automatic_part(self, spec: PartitionSpec) -> PartitionSpec:
+        """The entries of `spec` that name automatic axes."""
+        return without(spec, self.manual)
+
+    def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` as a manual region; itself where no axis is manual."""
+        if not self.manual:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.manual),
+            check_vma=False,
+        )
+
+
+def make_region(plan: Plan, mesh: Mesh | AbstractMesh) -> Region:
+    """The region that the plan asks for."""
+    batch = plan.mesh.batch if plan.batch_axes_manual else ()
+    stages = plan.num_stages
+    return Region(
+        mesh=mesh,
+        batch=batch,
+        stage=plan.mesh.stage if stages > 1 else None,
+        num_stages=stages,
+        shards=math.prod(plan.mesh.sizes[axis] for axis in batch),
+    )
+
+
+def reduce_over(value: jax.Array, axes: tuple[str, ...], spec: PartitionSpec) -> jax.Array:
+    """The sum of `value` over manual `axes`, each device keeping the shard that `spec` gives it.
+
+    Axes that `spec` names are summed by a reduce-scatter on their dim, the others by an all-reduce of what is left.
+    """
+    remaining = list(axes)
+    for dim, entry in enumerate(spec):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        scattered = tuple(name for name in names if name in remaining)
+        if scattered:
+            value = jax.lax.psum_scatter(value, scattered, scatter_dimension=dim, tiled=True)
+            remaining = [name for name in remaining if name not in scattered]
+    return jax.lax.psum(value, tuple(remaining)) if remaining else value
+
+
+def tree_where(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """`jnp.where` over two trees of the same structure."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def rows_of(tree: Any, first: jax.Array | int, rows: int) -> Any:
+    """Rows ``[first, first + rows)`` of every array."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, rows, axis=0), tree)
+
+
+def check_rows(y: Any, rows: int) -> Any:
+    """y, if every leaf has `rows` examples as its leading dim."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(y)[0]:
+        if not leaf.ndim or leaf.shape[0] != rows:
+            raise DeclarationError(
+                f"y {path_of(keys)}: shape {list(leaf.shape)} for {rows} examples; give every array of y the examples "
+                "as its leading dim, or pass a loss"
+            )
+    return y

@@ -1,0 +1,184 @@
+"""The proof: a plan against the reference step on one device, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.module.model import read_model
+from shardlab.plan.plan import Plan
+from shardlab.step.calls import Loss
+from shardlab.step.compile import compile_train_step
+from shardlab.step.reference import ReferenceStep
+from shardlab.step.state import unstacked
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """The largest error that passes, relative to the largest entry of what is compared."""
+
+    loss: float
+    grad: float
+    params: float
+
+
+TOLERANCES = {
+    "float64": Tolerances(loss=1e-12, grad=1e-12, params=1e-8),
+    "float32": Tolerances(loss=1e-6, grad=1e-5, params=1e-5),
+    "bfloat16": Tolerances(loss=1e-2, grad=5e-2, params=5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a compiled step is from the reference step.
+
+    Errors are relative to the largest entry: ``max|step - reference| / max|reference|`` of each array, the worst
+    over the arrays; infinite where something is not a number.
+
+    Attributes:
+      init_identical: whether every initial parameter is equal, bit for bit.
+      worst_init, worst_grad, worst_param: the path with the largest error.
+      optimizer: which optimizer the parameters were compared under.
+    """
+
+    dtype: str
+    steps: int
+    optimizer: str
+    init_identical: bool
+    worst_init: str
+    max_rel_err_loss: float
+    max_rel_err_grad: float
+    worst_grad: str
+    max_rel_err_params: float
+    worst_param: str
+    tolerances: Tolerances
+
+    @property
+    def passed(self) -> bool:
+        """Whether initial parameters are identical and every error is within its tolerance."""
+        return (
+            self.init_identical
+            and self.max_rel_err_loss <= self.tolerances.loss
+            and self.max_rel_err_grad <= self.tolerances.grad
+            and self.max_rel_err_params <= self.tolerances.params
+        )
+
+    def __str__(self) -> str:
+        def line(name: str, error: float, allowed: float, where: str) -> str:
+            mark = "ok" if error <= allowed else "FAIL"
+            return f"  {name:<28}{error:10.1e}  (at most {allowed:.0e})  {mark:<4}  {where}".rstrip()
+
+        same = "identical" if self.init_identical else f"FAIL  not identical at {self.worst_init}"
+        allowed = self.tolerances
+        return "\n".join(
+            [
+                f"against the reference step on one device, in {self.dtype}: {'passed' if self.passed else 'FAILED'}",
+                f"  {'initial parameters':<28}{same}",
+                line("loss", self.max_rel_err_loss, allowed.loss, f"over {self.steps} steps"),
+                line("gradients", self.max_rel_err_grad, allowed.grad, self.worst_grad),
+                line(f"parameters, {self.steps} steps", self.max_rel_err_params, allowed.params, self.worst_param),
+                f"  (largest error over the largest entry; optimizer: {self.optimizer})",
+            ]
+        )
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """``max|found - expected| / max|expected|``; infinite where a number is not finite.
+
+    >>> relative_error(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
+    0.5
+    """
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    difference = float(np.max(np.abs(found - expected), initial=0.0))
+    largest = float(np.max(np.abs(expected), initial=0.0))
+    if not np.isfinite(difference):
+        return float("inf")
+    if largest == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / largest
+
+
+def worst(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest relative error over the arrays, and its path."""
+    return max((relative_error(found[path], expected[path]), path) for path in expected)
+
+
+def verify(
+    model: Any,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    plan: Plan,
+    batches: Sequence[Any],
+    *,
+    seed: int = 0,
+    tolerances: Tolerances | None = None,
+) -> Verification:
+    """The plan's step against the reference step, from the same seed over the same batches.
+
+    Gradients are compared at the initial parameters, the loss at every step, parameters after the last. Unused
+    buffers of the pipeline are filled with NaN, so that a bubble that reaches a result is seen.
+
+    In float32 and bfloat16 parameters are compared under SGD in place of `optimizer`: Adam turns rounding in a
+    near-zero gradient into a full step.
+
+    Args:
+      model, loss, optimizer: as given to `compile_train_step`.
+      plan: its `dtype` decides what is compared; float64 hides nothing.
+      batches: one global batch a step.
+      seed: of the initial parameters and of dropout.
+      tolerances: in place of those of the dtype.
+
+    Raises:
+      DeclarationError: no batches.
+    """
+    if not batches:
+        raise DeclarationError("verify: no batches; pass one global batch for every step to compare")
+    model = read_model(model, batches[0], plan.pipeline)
+    name = "the declared one"
+    if plan.dtype != "float64":
+        optimizer, name = optax.sgd(0.1), "SGD at 0.1, for rounding's sake"
+        plan = dataclasses.replace(plan, update="stacked")
+    step = compile_train_step(model, loss, optimizer, plan, batches[0], fill=float("nan"))
+    reference = ReferenceStep(model, loss, optimizer, plan, seed)
+    state = step.init(seed)
+    initial = _on_host(plan, state.parameters)
+    different = [path for path, value in reference.parameters.items() if not np.array_equal(initial[path], value)]
+
+    gradients = jax.jit(step.gradients)
+    with jax.set_mesh(step.mesh):
+        found = gradients(state.parameters, state.buffers, batches[0], state.key, state.step)[1]
+    losses, grad_error, worst_grad = [], 0.0, ""
+    found = _on_host(plan, found)
+    for index, batch in enumerate(batches):
+        state, metrics = step(state, batch)
+        expected, gradient = reference(batch)
+        losses.append(relative_error(metrics["loss"], expected))
+        if index == 0:
+            grad_error, worst_grad = worst(found, gradient)
+    params_error, worst_param = worst(_on_host(plan, state.parameters), reference.parameters)
+    return Verification(
+        dtype=plan.dtype,
+        steps=len(batches),
+        optimizer=name,
+        init_identical=not different,
+        worst_init=different[0] if different else "",
+        max_rel_err_loss=max(losses),
+        max_rel_err_grad=grad_error,
+        worst_grad=worst_grad,
+        max_rel_err_params=params_error,
+        worst_param=worst_param,
+        tolerances=tolerances or TOLERANCES[plan.dtype],
+    )
+
+
+def _on_host(plan: Plan, stored: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    return unstacked(plan, {name: np.asarray(value) for name, value in stored.items()})
+

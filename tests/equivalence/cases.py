@@ -1,0 +1,281 @@
+"""The named cases: model x mesh x rules x schedule x ZeRO x remat x head x optimizer, against the reference step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from shardlab.mesh.spec import MeshSpec
+from shardlab.models import decoder, linen_decoder, mixer, mlp
+from shardlab.module.functions import Functions
+from shardlab.module.pipeline import Pipeline
+from shardlab.sharding.rules import Rule, Rules
+
+AXES = ("replica", "data", "stage", "tensor")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to test with, and what the user writes beside it."""
+
+    model: Any
+    loss: Callable[..., Any]
+    rules: Rules
+    pipeline: Pipeline | None
+    batch: Callable[[int], dict[str, np.ndarray]]
+    batch_size: int = 8
+
+
+def tokens(size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    draw = rng.integers(0, 16, (size, 6)).astype(np.int32)
+    targets = np.where(rng.random((size, 6)) < 0.3, -1, rng.integers(0, 16, (size, 6)))  # examples of unequal weight
+    return {"tokens": draw, "targets": targets.astype(np.int32)}
+
+
+def features(size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {
+        "features": rng.normal(size=(size, 12)).astype(np.float32),
+        "labels": rng.integers(0, 10, size).astype(np.int32),
+    }
+
+
+def images(size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    return {
+        "image": rng.normal(size=(size, 8, 8, 3)).astype(np.float32),
+        "labels": rng.integers(0, 10, size).astype(np.int32),
+    }
+
+
+LM = {"vocab_size": 16, "model_dim": 16, "num_heads": 4, "head_dim": 4, "mlp_dim": 24}
+PARTS = Pipeline(before="embed", blocks="blocks", after="head")
+DECODER_PARTS = Pipeline(before="embed", blocks="blocks", after="head", context="context")
+PURE = mlp.MLPConfig()
+
+
+def replicated(rules: Rules) -> Rules:
+    return Rules(tuple(Rule(rule.pattern, P()) for rule in rules.rules))
+
+
+class ConditionedDecoder(decoder.Decoder):
+    """A decoder whose context is made of parameters, so that gradients flow into the context from every stage."""
+
+    def __init__(self, config: decoder.DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, rngs=rngs)
+        self.shift = nnx.Param(jax.random.normal(rngs.params(), (config.head_dim // 2,)) * 0.1)
+
+    def context(self, batch: Any) -> decoder.Angles:
+        cos, sin = super().context(batch)
+        return cos + self.shift[...], sin
+
+
+def _decoder(**more: Any) -> Subject:
+    tied = bool(more.get("tied"))
+    config = decoder.DecoderConfig(**{**LM, "num_layers": 4, "num_kv_heads": 2, **more})
+    rules = decoder.decoder_rules("tensor", tied=tied)
+    return Subject(config, decoder.next_byte_loss, rules, DECODER_PARTS, tokens)
+
+
+def _linen(**more: Any) -> Subject:
+    tied = bool(more.get("tied"))
+    model = linen_decoder.LinenDecoder(**{**LM, "num_layers": 4, **more})
+    rules = linen_decoder.linen_decoder_rules("tensor", tied=tied)
+    return Subject(model, decoder.next_byte_loss, rules, DECODER_PARTS, tokens)
+
+
+def _conditioned() -> Subject:
+    config = decoder.DecoderConfig(**{**LM, "num_layers": 4, "num_kv_heads": 2})
+    rules = decoder.decoder_rules("tensor")
+    rules = Rules((*rules.rules, Rule("shift", P())))
+
+    def make(rngs: nnx.Rngs) -> ConditionedDecoder:
+        return ConditionedDecoder(config, rngs=rngs)
+
+    return Subject(make, decoder.next_byte_loss, rules, DECODER_PARTS, tokens)
+
+
+def _mixer(**more: Any) -> Subject:
+    model = mixer.Mixer(num_layers=4, **more)
+    return Subject(model, mlp.label_loss, mixer.mixer_rules("tensor"), PARTS, images)
+
+
+def _mlp(**more: Any) -> Subject:
+    config = mlp.MLPConfig(**more)
+    return Subject(config, mlp.label_loss, mlp.mlp_rules("tensor"), PARTS, features)
+
+
+def _pure(**more: Any) -> Subject:
+    config = mlp.MLPConfig(**more)
+    functions = Functions(
+        init=functools.partial(mlp.init, config=config),
+        before=mlp.before,
+        block=functools.partial(mlp.block, config=config) if config.dropout else mlp.block,
+        after=mlp.after,
+    )
+    return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
+
+
+def whole(subject: Subject) -> Subject:
+    """The same model, its parts not named."""
+    return Subject(subject.model, subject.loss, subject.rules, None, subject.batch, subject.batch_size)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "decoder": _decoder,
+    "decoder-dropout": lambda: _decoder(dropout=0.25),
+    "decoder-tied": lambda: _decoder(tied=True),
+    "decoder-10-layers": lambda: _decoder(num_layers=10),
+    "decoder-3-layers": lambda: _decoder(num_layers=3),
+    "decoder-conditioned": _conditioned,
+    "decoder-whole": lambda: whole(_decoder()),
+    "decoder-whole-dropout": lambda: whole(_decoder(dropout=0.25)),
+    "linen": _linen,
+    "linen-dropout": lambda: _linen(dropout=0.25),
+    "linen-tied": lambda: _linen(tied=True),
+    "linen-whole-dropout": lambda: whole(_linen(dropout=0.25)),
+    "mixer": _mixer,
+    "mixer-dropout": lambda: _mixer(dropout=0.25),
+    "mixer-whole": lambda: whole(_mixer()),
+    "mlp": _mlp,
+    "mlp-5-layers": lambda: _mlp(num_layers=5),
+    "mlp-whole": lambda: whole(_mlp()),
+    "pure": _pure,
+}
+
+LABELS = {"embed": "muon"}
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.adamw(1e-2),
+    "sgd": lambda: optax.sgd(0.1),
+    "lion": lambda: optax.lion(1e-3),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
+    "muon": lambda: optax.contrib.muon(1e-2),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)),
+    "block-clipped": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.adam(1e-2)),
+    "masked": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    "multi": lambda: optax.multi_transform(
+        {"first": optax.adam(1e-2), "rest": optax.sgd(0.1)},
+        lambda tree: jax.tree_util.tree_map_with_path(lambda keys, _: "first" if "0" in str(keys) else "rest", tree),
+    ),
+    "multisteps": lambda: optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination."""
+
+    subject: str
+    mesh: dict[str, int] = field(default_factory=dict)
+    optimizer: str = "adamw"
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+    replicate: bool = False
+
+    @property
+    def spec(self) -> MeshSpec:
+        sizes = {axis: self.mesh.get(axis, 1) for axis in AXES}
+        count = int(np.prod(list(sizes.values())))
+        return MeshSpec(sizes, batch=("replica", "data"), stage="stage", target=f"cpu:{count}")
+
+
+def case(subject: str, *, optimizer: str = "adamw", batch: int = 8, replicate: bool = False, **given: Any) -> Case:
+    mesh = {axis: given.pop(axis) for axis in AXES if axis in given}
+    return Case(subject, mesh, optimizer, given, batch, replicate)
+
+
+CASES: dict[str, Case] = {
+    # One device: the engine itself, against plain JAX.
+    "one-device": case("decoder"),
+    "one-device-accumulation": case("decoder", microbatches=4),
+    "one-device-whole": case("decoder-whole", microbatches=2),
+    # Data parallelism and ZeRO, any batch axes.
+    "data-2": case("mlp", data=2),
+    "data-3": case("mlp", data=3, batch=9, microbatches=3),
+    "data-5": case("pure", data=5, batch=10),
+    "data-8-zero-1": case("decoder", data=8, zero=1),
+    "data-4-zero-2-accumulation": case("decoder", data=4, zero=2, microbatches=2),
+    "data-8-zero-3": case("decoder", data=8, zero=3),
+    "replica-2-data-2-zero-3": case("linen", replica=2, data=2, zero=3, microbatches=2),
+    "data-4-whole-zero-1": case("mixer-whole", data=4, zero=1),
+    "data-4-whole-zero-3-accumulation": case("decoder-whole", data=4, zero=3, microbatches=2),
+    # Tensor parallelism.
+    "tensor-2": case("decoder", tensor=2),
+    "tensor-4-linen": case("linen", tensor=4),
+    "tensor-2-whole": case("decoder-whole", tensor=2),
+    "tensor-8-mixer": case("mixer", tensor=8),
+    "data-2-tensor-2-zero-3": case("decoder", data=2, tensor=2, zero=3, microbatches=2),
+    "data-2-tensor-4-pure": case("pure", data=2, tensor=4),
+    "sequence-parallel": case("decoder", data=2, tensor=2, activation=P("data", "tensor")),
+    "sequence-parallel-stages": case(
+        "decoder", data=2, stage=2, tensor=2, microbatches=2, activation=P("data", "tensor")
+    ),
+    # Pipelines.
+    "stage-2": case("decoder", stage=2, microbatches=4),
+    "stage-2-gpipe": case("decoder", stage=2, microbatches=4, schedule="gpipe"),
+    "stage-4": case("linen", stage=4, microbatches=2),
+    "stage-4-gpipe": case("mixer", stage=4, microbatches=2, schedule="gpipe"),
+    "stage-3-uneven": case("mlp", stage=3, batch=12, microbatches=4),
+    "stage-4-of-10-layers": case("decoder-10-layers", stage=4, microbatches=2),
+    "stage-2-of-3-layers": case("decoder-3-layers", stage=2, data=2, microbatches=2),
+    "stage-2-of-5-layers-zero-1": case("mlp-5-layers", stage=2, data=2, microbatches=2, zero=1),
+    "stage-8-microbatch-1": case("decoder-10-layers", stage=8, microbatches=1),
+    "stage-2-one-microbatch": case("pure", stage=2, microbatches=1),
+    "stage-2-last-stage-head": case("decoder", stage=2, microbatches=8, head="last_stage"),
+    "stage-4-last-stage-tied": case("decoder-tied", stage=4, microbatches=4, head="last_stage"),
+    "stage-2-conditioned": case("decoder-conditioned", stage=2, data=2, microbatches=2),
+    # Everything at once.
+    "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
+    "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),
+    "hybrid-zero-2": case("linen", data=2, stage=2, tensor=2, microbatches=2, zero=2),
+    "hybrid-zero-3": case("decoder", data=2, stage=2, tensor=2, microbatches=2, zero=3),
+    "hybrid-mixer": case("mixer", data=2, stage=2, tensor=2, microbatches=2),
+    "hybrid-pure": case("pure", data=2, stage=2, tensor=2, microbatches=2),
+    "hybrid-replicated-rules": case("decoder", data=2, stage=2, tensor=2, microbatches=2, replicate=True),
+    "hybrid-uneven-zero-3": case("decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"),
+    # Remat.
+    "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
+    "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
+    "remat-whole": case("decoder-whole", data=2, remat="full"),
+    "remat-dropout": case("decoder-dropout", stage=2, data=2, microbatches=2, remat="full"),
+    # Dropout: the same masks under every plan.
+    "dropout-data": case("decoder-dropout", data=4, microbatches=2),
+    "dropout-stages": case("decoder-dropout", stage=4, microbatches=2),
+    "dropout-hybrid": case("decoder-dropout", data=2, stage=2, tensor=2, microbatches=2),
+    "dropout-linen": case("linen-dropout", data=2, stage=2, microbatches=2),
+    "dropout-mixer": case("mixer-dropout", data=2, stage=2, microbatches=2, head="last_stage"),
+    "dropout-whole": case("decoder-whole-dropout", data=2, tensor=2, microbatches=2),
+    "dropout-linen-whole": case("linen-whole-dropout", data=4),
+    # Tied embeddings.
+    "tied-hybrid": case("decoder-tied", data=2, stage=2, tensor=2, microbatches=2),
+    "tied-linen": case("linen-tied", stage=2, data=2, microbatches=2, zero=1),
+    # Any optimizer, as on the user's own tree.
+    "lion": case("decoder", stage=2, data=2, microbatches=2, zero=1, optimizer="lion"),
+    "adafactor": case("decoder", stage=2, data=2, microbatches=2, zero=1, optimizer="adafactor"),
+    "adafactor-whole": case("decoder-whole", data=4, zero=1, optimizer="adafactor"),
+    "muon": case("decoder", stage=2, data=2, microbatches=2, zero=1, optimizer="muon"),
+    "muon-uneven": case("mlp-5-layers", stage=2, data=2, microbatches=2, zero=3, optimizer="muon"),
+    "clipped": case("decoder", data=2, stage=2, tensor=2, microbatches=2, zero=1, optimizer="clipped"),
+    "clipped-uneven": case("decoder-3-layers", data=2, stage=2, microbatches=2, optimizer="clipped"),
+    "block-clipped": case("decoder", stage=2, data=2, microbatches=2, optimizer="block-clipped"),
+    "masked": case("decoder", stage=2, data=2, microbatches=2, zero=3, optimizer="masked"),
+    "multi": case("decoder", stage=2, data=2, microbatches=2, zero=1, optimizer="multi"),
+    "multisteps": case("decoder", stage=2, data=2, microbatches=2, zero=1, optimizer="multisteps"),
+}
+
+
+def subject_of(this: Case) -> Subject:
+    subject = SUBJECTS[this.subject]()
+    if this.replicate:
+        subject = Subject(subject.model, subject.loss, replicated(subject.rules), subject.pipeline, subject.batch)
+    return subject

@@ -1,0 +1,114 @@
+"""Same initial parameters, loss, gradients and parameters after five steps as the reference, for every named case.
+
+In float64, so that a wrong mean or a missing psum cannot hide; unused pipeline buffers are filled with NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+from tests.equivalence.cases import CASES, OPTIMIZERS, Case, case, subject_of
+
+from shardlab.module.model import read_model
+from shardlab.plan.make import make_plan
+from shardlab.step.compile import compile_train_step
+from shardlab.step.reference import ReferenceStep
+from shardlab.step.state import unstacked
+from shardlab.step.verify import TOLERANCES, relative_error, worst
+
+STEPS = 5
+
+
+@lru_cache(maxsize=None)
+def reference(subject: str, optimizer: str, batch_size: int):
+    """Initial parameters, losses, first gradients and last parameters of the reference: the same for many cases."""
+    this = case(subject, optimizer=optimizer, batch=batch_size)
+    found = subject_of(this)
+    batch = found.batch(batch_size)
+    plan = make_plan(
+        found.model,
+        mesh=this.spec,
+        rules=found.rules,
+        optimizer=OPTIMIZERS[optimizer](),
+        batch=batch,
+        pipeline=found.pipeline,
+        dtype="float64",
+    )
+    model = read_model(found.model, batch, found.pipeline)
+    step = ReferenceStep(model, found.loss, OPTIMIZERS[optimizer](), plan, 0)
+    initial = {path: np.asarray(value) for path, value in step.parameters.items()}
+    losses, first = [], None
+    for _ in range(STEPS):
+        loss, gradients = step(batch)
+        losses.append(float(loss))
+        first = first or {path: np.asarray(value) for path, value in gradients.items()}
+    return initial, losses, first, {path: np.asarray(value) for path, value in step.parameters.items()}
+
+
+def check(this: Case) -> None:
+    with jax.enable_x64(True):
+        found = subject_of(this)
+        batch = found.batch(this.batch_size)
+        optimizer = OPTIMIZERS[this.optimizer]()
+        plan = make_plan(
+            found.model,
+            mesh=this.spec,
+            rules=found.rules,
+            optimizer=optimizer,
+            batch=batch,
+            pipeline=found.pipeline,
+            dtype="float64",
+            **this.options,
+        )
+        initial, losses, gradients, last = reference(this.subject, this.optimizer, this.batch_size)
+        step = compile_train_step(found.model, found.loss, optimizer, plan, batch, fill=float("nan"))
+        state = step.init(0)
+        mine = unstacked(plan, state.parameters)
+        for path, value in initial.items():
+            np.testing.assert_array_equal(np.asarray(mine[path]), value, err_msg=path)
+        with jax.set_mesh(step.mesh):
+            sums = jax.jit(step.gradients)(state.parameters, state.buffers, batch, state.key, state.step)[1]
+        error, path = worst(unstacked(plan, {k: np.asarray(v) for k, v in sums.items()}), gradients)
+        assert error <= TOLERANCES["float64"].grad, f"gradient of {path}: {error:.1e}"
+        for index, expected in enumerate(losses):
+            state, metrics = step(state, batch)
+            error = relative_error(metrics["loss"], expected)
+            assert error <= TOLERANCES["float64"].loss, f"loss of step {index}: {error:.1e}"
+        error, path = worst(unstacked(plan, {k: np.asarray(v) for k, v in state.parameters.items()}), last)
+        assert error <= TOLERANCES["float64"].params, f"{path} after {STEPS} steps: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name: str) -> None:
+    check(CASES[name])
+
+
+GRID = [
+    (data, stage, tensor, schedule, zero, subject)
+    for data, stage, tensor in itertools.product((1, 2, 4), repeat=3)
+    if data * stage * tensor <= 8
+    for schedule in ("gpipe", "1f1b")
+    for zero in (0, 1, 2, 3)
+    for subject in ("decoder", "linen-dropout", "mixer", "mlp-5-layers")
+    if stage > 1 or schedule == "1f1b"
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "stage", "tensor", "schedule", "zero", "subject"), GRID)
+def test_grid(data: int, stage: int, tensor: int, schedule: str, zero: int, subject: str) -> None:
+    check(
+        case(
+            subject,
+            data=data,
+            stage=stage,
+            tensor=tensor,
+            schedule=schedule,
+            zero=zero,
+            microbatches=2,
+        )
+    )

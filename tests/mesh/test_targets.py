@@ -1,0 +1,50 @@
+"""Targets as text: what each form means, and the full message where it means nothing."""
+
+import jax
+import pytest
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.targets import parse_target
+
+
+@pytest.mark.parametrize(
+    ("text", "platform", "kind", "shape", "num_devices"),
+    [
+        ("cpu:8", "cpu", "", (8,), 8),
+        ("tpu:v5p:4x8x8", "tpu", "v5p", (4, 8, 8), 256),
+        ("tpu:v6e:16x16", "tpu", "v6e", (16, 16), 256),
+        ("gpu:h200:8x8", "gpu", "h200", (8, 8), 64),
+    ],
+)
+def test_forms(text: str, platform: str, kind: str, shape: tuple[int, ...], num_devices: int) -> None:
+    target = parse_target(text)
+    found = (target.platform, target.kind, target.shape, target.num_devices, str(target))
+    assert found == (platform, kind, shape, num_devices, text)
+
+
+def test_local_is_what_jax_finds() -> None:
+    assert parse_target("local").num_devices == jax.device_count() == 8
+
+
+FORMS = "write cpu:8, tpu:v5p:4x8x8, gpu:h200:8x8 or local"
+BAD = {
+    "": f"target '': '' is no platform; {FORMS}",
+    "gpus:h200:8x8": f"target 'gpus:h200:8x8': 'gpus' is no platform; did you mean 'gpu'? {FORMS}",
+    "locale": f"target 'locale': 'locale' is no platform; did you mean 'local'? {FORMS}",
+    "cpu": f"target 'cpu': has 1 part; {FORMS}",
+    "tpu:v5p": f"target 'tpu:v5p': has 2 parts; {FORMS}",
+    "cpu:0": "target 'cpu:0': '0' is not 1 size of 1 or more; write it like 8",
+    "tpu:v5:4x8x8": "target 'tpu:v5:4x8x8': 'v5' is not one of v4, v5e, v5p, v6e; did you mean 'v5p'? "
+    "write one "
+    "of them",
+    "tpu:v5e:4x8x8": "target 'tpu:v5e:4x8x8': '4x8x8' is not 2 sizes of 1 or more; write it like 4x4",
+    "tpu:v5p:8x8": "target 'tpu:v5p:8x8': '8x8' is not 3 sizes of 1 or more; write it like 4x8x8",
+    "gpu:h200:64": "target 'gpu:h200:64': '64' is not 2 sizes of 1 or more; write it like 8x8",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_malformed(text: str) -> None:
+    with pytest.raises(DeclarationError) as error:
+        parse_target(text)
+    assert str(error.value) == BAD[text]
