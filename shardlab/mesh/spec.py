@@ -165,7 +165,7 @@ class MeshSpec:
         >>> print(MeshSpec({"data": 4, "tensor": 2}, batch="data"))
         data=4 (batch) x tensor=2 on cpu:8
         """
-        roles = {axis: " (batch)" for axis in self.batch} | ({self.stage: " (stage)"} if self.stage else {})
+        roles = dict.fromkeys(self.batch, " (batch)") | ({self.stage: " (stage)"} if self.stage else {})
         return (
             " x ".join(f"{axis}={size}{roles.get(axis, '')}" for axis, size in self.axes)
             + f" on {self.target}"

@@ -87,9 +87,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
         if not config.tied:
-            self.unembed = nnx.Linear(
-                config.model_dim, config.vocab_size, use_bias=False, kernel_init=small, rngs=rngs
-            )
+            self.unembed = nnx.Linear(config.model_dim, config.vocab_size, use_bias=False, kernel_init=small, rngs=rngs)
 
     def __call__(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         x, c = self.embed(batch), self.context(batch)
@@ -138,9 +136,7 @@ class Attention(nnx.Module):
         self.q = nnx.Linear(config.model_dim, queries, use_bias=False, rngs=rngs)
         self.k = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
         self.v = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
-        self.o = nnx.Linear(
-            queries, config.model_dim, use_bias=False, kernel_init=residual_init(config), rngs=rngs
-        )
+        self.o = nnx.Linear(queries, config.model_dim, use_bias=False, kernel_init=residual_init(config), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
         q, k, v = (heads(layer(x), self.head_dim) for layer in (self.q, self.k, self.v))

@@ -50,9 +50,7 @@ class LinenDecoder(nn.Module):
     def setup(self) -> None:
         small = nn.initializers.normal(0.02)
         self.tokens = nn.Embed(self.vocab_size, self.model_dim, embedding_init=small)
-        self.blocks = [
-            Block(self.num_heads, self.head_dim, self.mlp_dim, self.dropout) for _ in range(self.num_layers)
-        ]
+        self.blocks = [Block(self.num_heads, self.head_dim, self.mlp_dim, self.dropout) for _ in range(self.num_layers)]
         self.norm = nn.RMSNorm()
         if not self.tied:
             self.unembed = nn.Dense(self.vocab_size, use_bias=False, kernel_init=small)

@@ -97,7 +97,9 @@ def _parts(functions: Functions, shapes: Any) -> Parts:
             "or name the list's key with Functions(blocks=...)"
         )
     before, block, after = functions.before, functions.block, functions.after
-    assert before is not None and block is not None and after is not None
+    assert before is not None
+    assert block is not None
+    assert after is not None
     outer = {key: value for key, value in shapes.items() if key != name}
     outer_leaves, outer_def = jax.tree_util.tree_flatten_with_path(outer)
     outer_paths = [path_of(keys) for keys, _ in outer_leaves]

@@ -51,9 +51,11 @@ def recipes(initialise: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Reci
             if small and not equation.effects and all(value is not None for value in inputs):
                 known.update(zip(equation.outvars, _apply(equation, inputs), strict=True))
             else:
-                producer.update({out: equation for out in equation.outvars})
+                producer.update(dict.fromkeys(equation.outvars, equation))
     key_var = jaxpr.invars[0]
-    return {path: _slice(out, key_var, known, producer) for path, out in zip(paths, jaxpr.outvars, strict=True)}
+    return {
+        path: _slice(out, key_var, known, producer) for path, out in zip(paths, jaxpr.outvars, strict=True)
+    }
 
 
 def _apply(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:

@@ -55,11 +55,15 @@ def read_linen(module: nn.Module, batch: Any, pipeline: Pipeline | None) -> Mode
         return values | dict(zip(buffers, jax.tree.leaves(rest), strict=True))
 
     def forward(values: Any, batch: Any, key: Any, train: bool) -> tuple[Any, dict[str, Any]]:
-        rngs = None if key is None else {name: key for name in streams}
+        rngs = None if key is None else dict.fromkeys(streams, key)
         mutable = list(others) if train else []
-        out = module.apply(variables(values), batch, rngs=rngs, mutable=mutable or False, **_accepted(module.__call__, train))
+        out = module.apply(
+            variables(values), batch, rngs=rngs, mutable=mutable or False, **_accepted(module.__call__, train)
+        )
         y, written = out if mutable else (out, {})
-        return y, {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(meta.unbox(written))[0]}
+        return y, {
+            path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(meta.unbox(written))[0]
+        }
 
     parts = None
     if pipeline is not None:
@@ -84,7 +88,7 @@ def read_linen(module: nn.Module, batch: Any, pipeline: Pipeline | None) -> Mode
     )
 
 
-def _accepted(function: Callable[..., Any], train: bool) -> dict[str, bool]:
+def _accepted(function: Callable[..., Any], train: bool) -> dict[str, Any]:
     names = inspect.signature(function).parameters
     return {name: value for name, value in (("train", train), ("deterministic", not train)) if name in names}
 
@@ -102,12 +106,14 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
         for role, method in methods
         if method is not None and not hasattr(type(module), method)
     )
-    layers = []
+    layers: list[dict[str, str]] = []
     for child in blocks:
         inside = {path.removeprefix(f"{child}/"): path for path in parameters if path.startswith(f"{child}/")}
         if layers and set(inside) != set(layers[0]):
             odd = sorted(set(inside) ^ set(layers[0]))[0]
-            raise DeclarationError(f"{child}/{odd}: not every block has it; every block of a stack has the same parameters")
+            raise DeclarationError(
+                f"{child}/{odd}: not every block has it; every block of a stack has the same parameters"
+            )
         for path in inside:
             first, here = parameters[next(iter(blocks)) + "/" + path], parameters[inside[path]]
             if first.shape != here.shape or first.dtype != here.dtype:
@@ -117,7 +123,7 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
                 )
         layers.append(inside)
     template = next(iter(blocks.values()))
-    inner = set(path for layer in layers for path in layer.values())
+    inner = {path for layer in layers for path in layer.values()}
     outer = [path for path in parameters if path not in inner]
 
     def run(values: Any, method: str, *args: Any, key: Any, train: bool, last: Any = None) -> Any:
@@ -128,7 +134,9 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
             return call_after(function, *args, batch=last, key=key, train=train)
 
         rngs = None if key is None else {"params": key, "dropout": key}
-        return module.apply({"params": _nest({path: values[path] for path in outer})}, rngs=rngs, method=bound)
+        return module.apply(
+            {"params": _nest({path: values[path] for path in outer})}, rngs=rngs, method=bound
+        )
 
     def before(values: Any, batch: Any, key: Any, train: bool) -> Any:
         return run(values, pipeline.before, batch, key=key, train=train)
@@ -140,7 +148,9 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
     def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         args = (x,) if pipeline.context is None else (x, c)
         rngs = None if key is None else {"params": key, "dropout": key}
-        return template.apply({"params": _nest(layer)}, *args, rngs=rngs, **_accepted(template.__call__, train))
+        return template.apply(
+            {"params": _nest(layer)}, *args, rngs=rngs, **_accepted(template.__call__, train)
+        )
 
     def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return run(values, pipeline.after, x, key=key, train=train, last=batch)
@@ -155,12 +165,14 @@ def _blocks(module: nn.Module, pipeline: Pipeline) -> dict[str, nn.Module]:
         found = list(getattr(module.bind({}), pipeline.blocks))
     except (AttributeError, TypeError, ValueError) as error:
         raise DeclarationError(
-            f"pipeline blocks={pipeline.blocks!r}: {name} has no list of that name outside its @nn.compact method; add\n"
+            f"pipeline blocks={pipeline.blocks!r}: {name} has no list of that name outside @nn.compact; add\n"
             f"    def setup(self):\n        self.{pipeline.blocks} = [Block(...) for _ in range(...)]\n"
             f"and call them in {name}.__call__ ({error})"
         ) from None
     if not found:
-        raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
+        raise DeclarationError(
+            f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks"
+        )
     children = {str(block.name): block.clone(parent=None, name=None) for block in found}
     templates = list(children.values())
     for child, block in children.items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.pipeline import Pipeline
@@ -81,8 +82,10 @@ def abstract(tree: Any) -> Any:
     """The shapes and dtypes of a pytree of arrays; a dtype's width as JAX would hold it."""
 
     def one(leaf: Any) -> jax.ShapeDtypeStruct:
-        aval = jax.core.get_aval(leaf) if not hasattr(leaf, "shape") else leaf
-        return jax.ShapeDtypeStruct(aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True))
+        aval = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
+        return jax.ShapeDtypeStruct(
+            aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True)
+        )
 
     return jax.tree.map(one, tree)
 

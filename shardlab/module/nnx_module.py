@@ -96,7 +96,9 @@ def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | Non
     graph = graphs[True]
     parameters = graph.of(nnx.Param)
     pure = nnx.to_pure_dict(nnx.state(mode(True), nnx.Param))
-    annotations = {path: found for path in parameters if (found := from_nnx(graph.variables[path])) is not None}
+    annotations = {
+        path: found for path in parameters if (found := from_nnx(graph.variables[path])) is not None
+    }
 
     def initialise(key: jax.Array) -> dict[str, Any]:
         leaves = jax.tree.leaves(nnx.state(build(key)))
@@ -104,7 +106,9 @@ def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | Non
         return {path: leaf for path, leaf in zip(graph.paths, leaves, strict=True) if path not in held}
 
     def forward(values: Any, batch: Any, key: Any, train: bool) -> tuple[Any, dict[str, Any]]:
-        return graphs[train].run(values, key, lambda module: call(module.__call__, batch, key=key, train=train))
+        return graphs[train].run(
+            values, key, lambda module: call(module.__call__, batch, key=key, train=train)
+        )
 
     model = mode(True)
     return Model(
@@ -124,13 +128,19 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
     model = mode(True)
     name = type(model).__name__
     raise_faults(
-        Fault(f"pipeline {role}={wanted!r}", f"{name} has no attribute {wanted!r}", f"add it to {name}, or name another")
+        Fault(
+            f"pipeline {role}={wanted!r}",
+            f"{name} has no attribute {wanted!r}",
+            f"add it to {name}, or name another",
+        )
         for role, wanted in _named(pipeline)
         if wanted is not None and not hasattr(model, wanted)
     )
     blocks = list(getattr(model, pipeline.blocks))
     if not blocks:
-        raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
+        raise DeclarationError(
+            f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks"
+        )
     _refuse_shared(model, pipeline.blocks, blocks)
 
     stages: dict[bool, tuple[Graph, Graph]] = {}
@@ -150,7 +160,9 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
         return out
 
     def before(values: Any, batch: Any, key: Any, train: bool) -> Any:
-        return outside(values, key, train, lambda m: call(getattr(m, pipeline.before), batch, key=key, train=train))
+        return outside(
+            values, key, train, lambda m: call(getattr(m, pipeline.before), batch, key=key, train=train)
+        )
 
     def context(values: Any, batch: Any, key: Any, train: bool) -> Any:
         assert pipeline.context is not None
@@ -159,13 +171,18 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
 
     def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         args = (x,) if pipeline.context is None else (x, c)
-        out, written = stages[train][1].run(layer, key, lambda m: call(m.__call__, *args, key=key, train=train))
+        out, written = stages[train][1].run(
+            layer, key, lambda m: call(m.__call__, *args, key=key, train=train)
+        )
         _refuse_written(written, f"{pipeline.blocks}/*/")
         return out
 
     def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return outside(
-            values, key, train, lambda m: call_after(getattr(m, pipeline.after), x, batch=batch, key=key, train=train)
+            values,
+            key,
+            train,
+            lambda m: call_after(getattr(m, pipeline.after), x, batch=batch, key=key, train=train),
         )
 
     return Parts(layers, before, None if pipeline.context is None else context, block, after)
@@ -196,13 +213,19 @@ def _refuse_shared(model: nnx.Module, attribute: str, blocks: list[nnx.Module]) 
         for key, path in _variables(block).items():
             here = f"{attribute}/{index}/{path}"
             if key in owners:
-                faults.append(Fault(here, f"is the same parameter as {owners[key]}", "give each block its own"))
+                faults.append(
+                    Fault(here, f"is the same parameter as {owners[key]}", "give each block its own")
+                )
             owners[key] = here
     setattr(model, attribute, nnx.List([]))
     for key, path in _variables(model).items():
         if key in owners:
             faults.append(
-                Fault(owners[key], f"is the same parameter as {path}", f"use it in {path.split('/')[0]} only, or copy it")
+                Fault(
+                    owners[key],
+                    f"is the same parameter as {path}",
+                    f"use it in {path.split('/')[0]} only, or copy it",
+                )
             )
     raise_faults(faults)
 
@@ -215,7 +238,9 @@ def _refuse_different(members: list[Graph], attribute: str) -> None:
             mine, theirs = first.shapes.get(path), graph.shapes.get(path)
             if mine is None or theirs is None:
                 where = f"{attribute}/{0 if theirs is None else index}/{path}"
-                raise DeclarationError(f"{where}: only this block has it; every block of a stack has the same parameters")
+                raise DeclarationError(
+                    f"{where}: only this block has it; every block of a stack has the same parameters"
+                )
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
                 raise DeclarationError(
                     f"{attribute}/{index}/{path}: {theirs.dtype}{list(theirs.shape)} here and {mine.dtype}"

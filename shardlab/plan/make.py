@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,18 +16,22 @@ from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, flowing, read_model
 from shardlab.module.pipeline import Pipeline
-from shardlab.module.residuals import POLICIES, REMAT, BlockVjp, residual_bytes, residual_shapes
-from shardlab.pipeline.actions import ScheduleError
-from shardlab.pipeline.schedules import make_schedule
+from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.pipeline.stages import assign_layers
-from shardlab.plan.optimizer import nest, state_specs, why_per_layer
+from shardlab.plan.check import batch_faults, check_flow, choice_faults, layer_faults, stage_faults
+from shardlab.plan.layout import (
+    axes_in,
+    optimizer_shapes,
+    optimizer_specs,
+    optimizer_tree,
+    stacks_of,
+    storage_of,
+)
+from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Parameter, Plan, Stack, StateLeaf, shard_bytes
 from shardlab.sharding.resolve import resolve
 from shardlab.sharding.rules import Rules
-from shardlab.sharding.zero import add_axes, without
-
-DTYPES = ("float32", "bfloat16", "float64")
-HEADS = ("auto", "examples", "last_stage")
+from shardlab.sharding.zero import without
 
 
 def make_plan(
@@ -83,17 +85,27 @@ def make_plan(
         rules=rules,
         annotations=model.annotations,
         specs=specs,
+        blocks=model.parts.block_paths if model.parts is not None else (),
     )
     faults = list(resolution.faults)
-    faults += _choices(zero=zero, remat=remat, dtype=dtype, head=head, batch_axes=batch_axes)
+    faults += [
+        Fault(
+            path,
+            f"pad=True is not built yet ({placement.source})",
+            "shard another dim, or pad the model's own dim",
+        )
+        for path, placement in resolution.placements.items()
+        if placement.padded is not None
+    ]
+    faults += choice_faults(zero=zero, remat=remat, dtype=dtype, head=head, batch_axes=batch_axes)
     notes: list[str] = []
     if model.buffers and model.parts is None and batch_axes == "manual":
         batch_axes = "automatic"
         notes.append(f"{next(iter(model.buffers))} follows the whole batch: all axes are automatic")
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
-    faults += _batch_faults(leaves, mesh, microbatches, manual)
-    faults += _stage_faults(model, mesh, schedule, microbatches, manual, pipeline)
+    faults += batch_faults(leaves, mesh, microbatches, manual)
+    faults += stage_faults(model, mesh, schedule, microbatches, manual, pipeline)
     raise_faults(faults)
 
     stages = sizes.get(mesh.stage, 1) if mesh.stage else 1
@@ -101,8 +113,8 @@ def make_plan(
     stacks: tuple[Stack, ...] = ()
     if model.parts is not None:
         layers = assign_layers(len(model.parts.layers), stages)
-        stacks = _stacks(model, layers)
-        raise_faults(_layer_faults(stacks, resolution.placements, mesh))
+        stacks = stacks_of(model, layers)
+        raise_faults(layer_faults(stacks, resolution.placements))
         if stages == 1 and schedule != "1f1b":
             notes.append(f"schedule {schedule} is ignored: one stage only accumulates its microbatches")
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
@@ -118,11 +130,18 @@ def make_plan(
     for path, leaf in model.parameters.items():
         placement = resolution.placements[path]
         lent = () if path in inside or stages == 1 or mesh.stage is None else (mesh.stage,)
-        storage, state = _storage(
-            placement.spec, leaf.shape, mesh, lent, shard=zero == 3 or (mixed and zero > 0), shard_state=zero > 0
+        storage, state = storage_of(
+            placement.spec,
+            leaf.shape,
+            mesh,
+            lent,
+            shard=zero == 3 or (mixed and zero > 0),
+            shard_state=zero > 0,
         )
-        if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & _axes(storage):
-            notes.append(f"{path}: no dim of {list(leaf.shape)} divides by the batch axes; replicated over them")
+        if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
+            notes.append(
+                f"{path}: no dim of {list(leaf.shape)} divides by the batch axes; replicated over them"
+            )
         kind = wide or str(leaf.dtype)
         parameters.append(
             Parameter(
@@ -164,115 +183,6 @@ def make_plan(
     )
 
 
-def _axes(spec: PartitionSpec) -> set[str]:
-    return {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
-
-
-def _storage(
-    spec: PartitionSpec, shape: tuple[int, ...], mesh: MeshSpec, lent: tuple[str, ...], *, shard: bool, shard_state: bool
-) -> tuple[PartitionSpec, PartitionSpec]:
-    """Specs of a parameter and of its optimizer state between steps.
-
-    `lent` axes hold a share of a parameter that every stage uses, gathered once a step.
-    """
-
-    def add(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-        missing = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
-        if not missing or set(missing) & _axes(spec):
-            return spec
-        return add_axes(spec, shape, missing, mesh)[0]
-
-    storage = add(add(spec, mesh.batch if shard else ()), lent)
-    state = add(add(spec, mesh.batch if shard_state else ()), lent)
-    return storage, state
-
-
-def _choices(**given: Any) -> list[Fault]:
-    """Faults of the options that are names or levels."""
-    policies = (*REMAT, *POLICIES)
-    allowed: dict[str, tuple[Any, ...]] = {
-        "zero": (0, 1, 2, 3),
-        "remat": policies,
-        "dtype": DTYPES,
-        "head": HEADS,
-        "batch_axes": ("manual", "automatic"),
-    }
-    faults = []
-    for name, value in given.items():
-        if value not in allowed[name]:
-            near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed[name]], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            faults.append(
-                Fault(f"{name}={value!r}", f"is not one of {', '.join(map(str, allowed[name]))}", f"{hint}write one of them")
-            )
-    if given["dtype"] == "float64" and not jax.config.jax_enable_x64:
-        faults.append(
-            Fault("dtype='float64'", "JAX computes in 32 bits here", "call jax.config.update('jax_enable_x64', True) first")
-        )
-    return faults
-
-
-def _batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: int, manual: bool) -> list[Fault]:
-    if not leaves:
-        return [Fault("batch", "has no arrays", "pass a pytree whose arrays have the examples as leading dim")]
-    faults = []
-    first, size = leaves[0][0], leaves[0][1].shape[0] if leaves[0][1].shape else 0
-    for path, leaf in leaves:
-        here = leaf.shape[0] if leaf.shape else 0
-        if here != size or not leaf.shape:
-            faults.append(
-                Fault(f"batch {path}", f"leading dim {here} is not the {size} examples of {first}", "give every array the examples first")
-            )
-    shards = mesh.batch_size_divisor
-    axes = " x ".join(f"{axis}={mesh.sizes[axis]}" for axis in mesh.batch) or "no batch axis"
-    if microbatches < 1:
-        faults.append(Fault(f"microbatches={microbatches}", "is not a positive number", "write 1 or more"))
-    elif size % (shards * microbatches):
-        up = math.ceil(size / (shards * microbatches)) * shards * microbatches
-        faults.append(
-            Fault(
-                "batch",
-                f"{size} examples do not divide by {shards} shards ({axes}) x {microbatches} microbatches",
-                f"use a batch of {up}, or fewer microbatches",
-            )
-        )
-    if not manual and microbatches > 1:
-        faults.append(
-            Fault(
-                f"microbatches={microbatches}",
-                "the model computes across examples, and a microbatch is not the batch",
-                "use microbatches=1",
-            )
-        )
-    return faults
-
-
-def _stage_faults(
-    model: Model, mesh: MeshSpec, schedule: str, microbatches: int, manual: bool, pipeline: Pipeline | None
-) -> list[Fault]:
-    stages = mesh.sizes[mesh.stage] if mesh.stage else 1
-    faults = []
-    if stages > 1 and model.parts is None:
-        faults.append(
-            Fault(
-                f"mesh axis {mesh.stage!r}",
-                f"has {stages} stages, and the model's parts are not named",
-                "pass pipeline=Pipeline(before=..., blocks=..., after=...)",
-            )
-        )
-    if stages > 1 and not manual:
-        faults.append(
-            Fault(f"mesh axis {mesh.stage!r}", f"{stages} stages need manual batch axes", "use one stage, or batch_axes='manual'")
-        )
-    try:
-        make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1))
-        if model.parts is not None:
-            assign_layers(len(model.parts.layers), stages)
-    except ScheduleError as error:
-        raise DeclarationError(str(error)) from None
-    return faults
-
-
 def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
     if head == "examples" and rows % stages:
         raise DeclarationError(
@@ -285,87 +195,6 @@ def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
         notes.append(f"head last_stage: {rows} examples of a microbatch do not divide by {stages} stages")
         return "last_stage"
     return head
-
-
-def _stacks(model: Model, layers: tuple[int, ...]) -> tuple[Stack, ...]:
-    """One stack for every array of a block; stage s holds slots s*K to s*K + K - 1, K the longest stage."""
-    assert model.parts is not None
-    longest = max(layers)
-    slots: list[int | None] = []
-    start = 0
-    for count in layers:
-        slots += [*range(start, start + count), *[None] * (longest - count)]
-        start += count
-    stacks = []
-    for inner, path in model.parts.layers[0].items():
-        name = path.removesuffix(inner).replace("0", "*") + inner
-        members = tuple(None if slot is None else model.parts.layers[slot][inner] for slot in slots)
-        stacks.append(Stack(name, members))
-    return tuple(stacks)
-
-
-def _layer_faults(stacks: tuple[Stack, ...], placements: Mapping[str, Any], mesh: MeshSpec) -> list[Fault]:
-    faults = []
-    for stack in stacks:
-        paths = [path for path in stack.members if path and path in placements]
-        for path in paths[1:]:
-            if placements[path].spec != placements[paths[0]].spec:
-                faults.append(
-                    Fault(
-                        path,
-                        f"spec {placements[path].spec} ({placements[path].source}) is not that of {paths[0]}, "
-                        f"{placements[paths[0]].spec}; blocks are stacked",
-                        "give every block the same spec",
-                    )
-                )
-                break
-        if paths and mesh.stage and mesh.stage in _axes(placements[paths[0]].spec):
-            faults.append(
-                Fault(
-                    paths[0],
-                    f"its spec names the stage axis {mesh.stage!r} ({placements[paths[0]].source})",
-                    "leave it out: blocks are laid on the stages by the pipeline",
-                )
-            )
-    return faults
-
-
-def optimizer_tree(model: Model, values: Mapping[str, Any], stacks: tuple[Stack, ...], update: str) -> Any:
-    """The tree the optimizer sees: the user's own, or nested dicts with stacked layers."""
-    if update == "per-layer" or not stacks:
-        return model.tree(values)
-    return nest(values)
-
-
-def optimizer_specs(parameters: Any, stacks: tuple[Stack, ...], update: str, mesh: MeshSpec) -> dict[str, PartitionSpec]:
-    """Specs of optimizer state, gradients and updates in the tree that the optimizer sees, by path."""
-    by_path = {parameter.path: parameter for parameter in parameters}
-    inside = {path for stack in stacks for path in stack.members if path}
-    stage = mesh.stage if mesh.stage and mesh.sizes[mesh.stage] > 1 else None
-    specs = {}
-    for path, parameter in by_path.items():
-        if path not in inside:
-            specs[path] = parameter.state
-        elif update == "per-layer":
-            specs[path] = add_axes(parameter.state, parameter.shape, (stage,), mesh)[0] if stage else parameter.state
-    if update == "stacked":
-        for stack in stacks:
-            first = next(path for path in stack.members if path)
-            if first in by_path:
-                specs[stack.name] = PartitionSpec(stage, *by_path[first].state)
-    return specs
-
-
-def optimizer_shapes(parameters: Any, stacks: tuple[Stack, ...], update: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the parameters in the tree that the optimizer sees, by path."""
-    shapes = {p.path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for p in parameters}
-    if update == "per-layer":
-        return shapes
-    for stack in stacks:
-        members = [shapes.pop(path) for path in stack.members if path and path in shapes]
-        if members:
-            shapes[stack.name] = jax.ShapeDtypeStruct((len(stack.members), *members[0].shape), members[0].dtype)
-    return shapes
 
 
 def _optimizer_rows(
@@ -383,7 +212,9 @@ def _optimizer_rows(
         strict=True,
     ):
         kind = str(leaf.dtype)
-        rows.append(StateLeaf(path_of(keys), leaf.shape, kind, spec, shard_bytes(leaf.shape, kind, spec, mesh.sizes)))
+        rows.append(
+            StateLeaf(path_of(keys), leaf.shape, kind, spec, shard_bytes(leaf.shape, kind, spec, mesh.sizes))
+        )
     return tuple(rows)
 
 
@@ -404,19 +235,15 @@ def _activation_bytes(
     layer = {inner: values[path] for inner, path in parts.layers[0].items()}
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         x = jax.eval_shape(lambda v, b, k: flowing(parts.before(v, b, k, True), dtype), values, part, key)
-        c = None if parts.context is None else jax.eval_shape(lambda v, b, k: parts.context(v, b, k, True), values, part, key)  # type: ignore[misc]
-        _check_x(x, jax.eval_shape(lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), layer, x, c, key))
-        block = BlockVjp(lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), remat, context=False)
+        context = parts.context or (lambda values, batch, key, train: None)
+        c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
+        check_flow(
+            x,
+            jax.eval_shape(
+                lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), layer, x, c, key
+            ),
+        )
+        block = BlockVjp(
+            lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), remat, context=False
+        )
         return layers * residual_bytes(residual_shapes(block, layer, x, c, key))
-
-
-def _check_x(x: Any, y: Any) -> None:
-    """A block keeps the structure and the shapes of what flows through it."""
-    if jax.tree.structure(x) != jax.tree.structure(y):
-        raise DeclarationError(f"block: returns {jax.tree.structure(y)} for x of {jax.tree.structure(x)}; return x's structure")
-    for (keys, mine), theirs in zip(jax.tree_util.tree_flatten_with_path(x)[0], jax.tree.leaves(y), strict=True):
-        if mine.shape != theirs.shape:
-            raise DeclarationError(
-                f"block: x {path_of(keys)} enters as {list(mine.shape)} and leaves as {list(theirs.shape)}; every block "
-                "keeps x's shapes"
-            )

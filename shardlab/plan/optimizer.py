@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,7 +106,9 @@ def stack(values: Mapping[str, Any], stacks: Sequence[Stack]) -> dict[str, Any]:
     return out
 
 
-def why_per_layer(optimizer: optax.GradientTransformation, model: Model, stacks: Sequence[Stack]) -> str | None:
+def why_per_layer(
+    optimizer: optax.GradientTransformation, model: Model, stacks: Sequence[Stack]
+) -> str | None:
     """Why the optimizer must not see stacked layers, or None if it computes the same on them.
 
     Three updates of a small copy of the parameters (every dim capped; the ranks and the number of layers real) are
@@ -116,21 +117,27 @@ def why_per_layer(optimizer: optax.GradientTransformation, model: Model, stacks:
     rng = np.random.default_rng(0)
 
     def draw() -> dict[str, Any]:
-        shapes = {path: tuple(min(size, _CAP) for size in leaf.shape) for path, leaf in model.parameters.items()}
+        shapes = {
+            path: tuple(min(size, _CAP) for size in leaf.shape) for path, leaf in model.parameters.items()
+        }
         return {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
 
-    def run(form: Callable[[Mapping[str, Any]], Any], parameters: Any, gradients: Any) -> Any:
+    def run(form: Callable[[Mapping[str, Any]], Any]) -> Any:
+        @jax.jit
+        def update(gradient: Any, state: Any, values: Any) -> Any:
+            updates, state = optimizer.update(gradient, state, values)
+            return optax.apply_updates(values, updates), state
+
         values = form(parameters)
-        state = optimizer.init(values)
+        state = jax.jit(optimizer.init)(values)
         for gradient in gradients:
-            updates, state = optimizer.update(form(gradient), state, values)
-            values = optax.apply_updates(values, updates)
+            values, state = update(form(gradient), state, values)
         return values
 
-    given = draw(), [draw(), draw(), draw()]
-    per_layer = jax.jit(functools.partial(run, model.tree))(*given)
+    parameters, gradients = draw(), [draw(), draw(), draw()]
+    per_layer = run(model.tree)
     try:
-        stacked = jax.jit(functools.partial(run, lambda values: nest(stack(values, stacks))))(*given)
+        stacked = run(lambda values: nest(stack(values, stacks)))
     except Exception as error:  # whatever an optimizer raises when the tree is not the one it was made for
         return f"it does not accept a tree of stacked layers ({type(error).__name__})"
     expected = stack(model.flat(per_layer), stacks)

@@ -252,6 +252,8 @@ def _decode(data: dict[str, Any]) -> Plan:
         return tuple(kind(**{key: plain(value) for key, value in item.items()}) for item in items)
 
     kinds = {"parameters": Parameter, "optimizer_state": StateLeaf, "stacks": Stack}
-    fields = {key: rows(kinds[key], value) if key in kinds else plain(value) for key, value in data.items()}
+    fields: dict[str, Any] = {}
+    for key, value in data.items():
+        fields[key] = rows(kinds[key], value) if key in kinds else plain(value)
     fields["pipeline"] = None if data["pipeline"] is None else Pipeline(**data["pipeline"])
     return Plan(**fields)

@@ -52,14 +52,32 @@ def describe(plan: Plan) -> str:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for p in plan.parameters:
         pattern = re.sub(r"(?<![^/_])\d+(?=/)", "*", p.path, count=1)
-        key = (pattern, p.shape, p.dtype, p.spec, _same_source(p.source), p.storage, p.state, p.bytes_per_device)
+        key = (
+            pattern,
+            p.shape,
+            p.dtype,
+            p.spec,
+            _same_source(p.source),
+            p.storage,
+            p.state,
+            p.bytes_per_device,
+        )
         groups.setdefault(key, []).append(p.path)
     rows = []
     for (pattern, shape, dtype, spec, source, storage, state, size), paths in groups.items():
         path = paths[0] if len(paths) == 1 else f"{pattern} x{len(paths)}"
         stored = "as declared" if storage == spec else spec_text(storage)
         rows.append(
-            (path, "x".join(map(str, shape)) or "scalar", dtype, spec_text(spec), stored, spec_text(state), source, size_text(size))
+            (
+                path,
+                "x".join(map(str, shape)) or "scalar",
+                dtype,
+                spec_text(spec),
+                stored,
+                spec_text(state),
+                source,
+                size_text(size),
+            )
         )
     mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.sizes.items())
     roles = f"batch axes {', '.join(plan.mesh.batch) or 'none'}; stage axis {plan.mesh.stage or 'none'}"
@@ -74,7 +92,10 @@ def describe(plan: Plan) -> str:
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
-    lines += [f"  {name.replace('_', ' '):<18}{size_text(size):>12}" for name, size in plan.bytes_per_device().items()]
+    lines += [
+        f"  {name.replace('_', ' '):<18}{size_text(size):>12}"
+        for name, size in plan.bytes_per_device().items()
+    ]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

@@ -65,9 +65,7 @@ class ByteText:
         if not self.max_megabytes > 0:
             faults.append(Fault("max_megabytes", f"is {self.max_megabytes}", "give a positive size"))
         if not 1 <= self.held_out_percent <= 99:
-            faults.append(
-                Fault("held_out_percent", f"is {self.held_out_percent}", "give 1 to 99 of 100 files")
-            )
+            faults.append(Fault("held_out_percent", f"is {self.held_out_percent}", "give 1 to 99 of 100 files"))
         raise_faults(faults)
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -79,9 +77,7 @@ class ByteText:
         rows = jax.ShapeDtypeStruct((batch_size, self.seq_len), np.int32)
         return {"tokens": rows, "targets": rows}
 
-    def train(
-        self, batch_size: int, *, seed: int = 0, process_index: int = 0, process_count: int = 1
-    ) -> Batches:
+    def train(self, batch_size: int, *, seed: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
         """Training batches without end, in an order that `seed` decides.
 
         Args:
@@ -271,9 +267,7 @@ def read_text(root: str, max_bytes: int, held_out_percent: int) -> Text:
 def _sources(root: Path) -> Iterator[str]:
     """Paths of the ``.py`` files under `root`, relative to it, with slashes."""
     if not root.is_dir():
-        raise DeclarationError(
-            f"data: there is no directory {str(root)!r}; give the root of some Python files"
-        )
+        raise DeclarationError(f"data: there is no directory {str(root)!r}; give the root of some Python files")
     for path in root.rglob("*.py"):
         name = path.relative_to(root)
         if _LEFT_OUT.isdisjoint(name.parts[:-1]) and path.is_file():

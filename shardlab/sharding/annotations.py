@@ -20,7 +20,7 @@ both libraries:
 2. A name without a rule is a mesh axis if the mesh has it; otherwise it is a fault.
 3. A name whose every rule lost its axis to another dim is a fault, where Linen would replicate the dim
    silently and NNX name an axis twice. A last rule ``(name, None)`` says that replicating it is meant.
-4. Rules of the variable's own come instead of the declared ones for the names they hold; the two must agree.
+4. Rules of the variable's own come before the declared ones; of a name in both, the two must say the same.
 
 Source: flax/linen/spmd.py (`logical_to_mesh_axes`) and flax/core/spmd.py (`from_sharding_rules`), 0.12.
 """
@@ -157,8 +157,7 @@ def _assign(slots: Sequence[tuple[int, str]], rules: Logical) -> dict[int, Entry
 
 
 def _merged(annotation: Annotation, logical: Logical) -> tuple[Logical, list[Problem]]:
-    """The rules that read this annotation: its own for the names they hold, else the declared ones."""
-    own = {name for name, _ in annotation.rules}
+    """The rules that read this annotation, its own first, and where the two disagree."""
     problems = []
     for name in dict.fromkeys(_flat(annotation.names)):
         mine = [axes for rule, axes in annotation.rules if rule == name]
@@ -170,7 +169,7 @@ def _merged(annotation: Annotation, logical: Logical) -> tuple[Logical, list[Pro
                     "keep one of them",
                 )
             )
-    return (*annotation.rules, *(rule for rule in logical if rule[0] not in own)), problems
+    return (*annotation.rules, *logical), problems
 
 
 def _taken(

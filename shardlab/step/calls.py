@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from shardlab.module.model import Model, Parts, flowing
 from shardlab.plan.plan import Plan
@@ -30,7 +31,9 @@ class Calls:
         self._model, self._loss, self._region, self._train = model, loss, region, train
         self._dtype = plan.dtype
         self._draws: dict[tuple[str, int], frozenset[tuple[int, ...]]] = {}
-        self._activation = None if plan.activation_spec is None else region.automatic_part(plan.activation_spec)
+        # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
+        # layer that normalises.
+        self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
 
     @property
     def has_loss(self) -> bool:
@@ -48,14 +51,16 @@ class Calls:
         def run(v: Any, b: Any, k: Any) -> Any:
             return flowing(self._parts.before(v, b, k, self._train), self._dtype)
 
-        return self._call("before", run, (values, batch), key, BEFORE, rows)
+        return self._constrain(self._call("before", run, (values, batch), key, BEFORE, rows))
 
     def context(self, values: Any, batch: Any, key: Any, rows: int) -> Any:
         """c of the examples of `batch`; None where the model has no context."""
         context = self._parts.context
         if context is None:
             return None
-        return self._call("context", lambda v, b, k: context(v, b, k, self._train), (values, batch), key, CONTEXT, rows)
+        return self._call(
+            "context", lambda v, b, k: context(v, b, k, self._train), (values, batch), key, CONTEXT, rows
+        )
 
     def block(self, layer: Any, x: Any, c: Any, extra: Any, rows: int) -> Any:
         """x after one block; ``extra`` is (frozen arrays of the layer, index of the block, key data, first row)."""
@@ -86,7 +91,9 @@ class Calls:
         wide = jnp.promote_types(jnp.result_type(total), jnp.float32)
         return jnp.asarray(total, wide), jax.lax.stop_gradient(jnp.asarray(weight, wide))
 
-    def _call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], key: Any, site: Any, rows: int) -> Any:
+    def _call(
+        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], key: Any, site: Any, rows: int
+    ) -> Any:
         legal = drop_manual(function, self._region.manual, self._region.automatic_mesh)
         if key is None:
             return legal(*args, None)
@@ -99,7 +106,9 @@ class Calls:
             draws = self._draws[name, rows] = self._find_draws(name, function, args, rows)
         return legal(*args, rows_key(plain, first, rows, draws))
 
-    def _find_draws(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], rows: int) -> frozenset[tuple[int, ...]]:
+    def _find_draws(
+        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], rows: int
+    ) -> frozenset[tuple[int, ...]]:
         """Shapes of the draws that follow the batch; found by tracing with these rows and with twice as many."""
 
         def trace(count: int) -> Any:
@@ -120,6 +129,4 @@ class Calls:
         return batched_draws(trace, rows, name)
 
     def _constrain(self, x: Any) -> Any:
-        if self._activation is None:
-            return x
-        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self._activation), x)
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self.flow_spec), x)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
 from shardlab.module.model import Model
@@ -20,7 +21,8 @@ from shardlab.module.residuals import BlockVjp
 from shardlab.pipeline.buffers import Phase, Program
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
-from shardlab.step.region import Region, check_rows, reduce_over, rows_of, tree_where
+from shardlab.step.state import storage_specs
+from shardlab.step.region import Region, check_rows, rows_of, tree_where
 
 Arrays = dict[str, Any]
 
@@ -67,6 +69,8 @@ class Cells:
     ) -> None:
         self.region, self.calls, self.batch, self.key_data, self.fill = region, calls, batch, key_data, fill
         self.inner = arrays.inner
+        compute = storage_specs(plan, "compute")
+        self.specs = {name: region.automatic_part(compute[name]) for name in values}
         self.layer = {arrays.inner[name]: value for name, value in values.items() if name in arrays.inner}
         self.frozen = {arrays.inner[name]: value for name, value in buffers.items() if name in arrays.inner}
         self.rest = {name: value for name, value in values.items() if name not in arrays.inner}
@@ -105,10 +109,10 @@ class Cells:
     def _context_depends(self) -> bool:
         """Whether the context is a function of parameters, so that it has a gradient."""
         closed = jax.make_jaxpr(lambda rest: self.context(rest, jnp.int32(0)))(self.rest)
-        used: set[Any] = set(closed.jaxpr.outvars)
+        used: set[Any] = {var for var in closed.jaxpr.outvars if not isinstance(var, Literal)}
         for equation in reversed(closed.jaxpr.eqns):
             if used & set(equation.outvars):
-                used |= {var for var in equation.invars if hasattr(var, "count")}
+                used |= {var for var in equation.invars if not isinstance(var, Literal)}
         return bool(used & set(closed.jaxpr.invars))
 
     def layer_of(self, slot: jax.Array) -> tuple[Arrays, Arrays]:
@@ -125,8 +129,13 @@ class Cells:
         def empty(leaf: Any, *leading: int) -> jax.Array:
             return jnp.full((*leading, *leaf.shape), self.fill, leaf.dtype)
 
+        def laid(value: jax.Array, spec: PartitionSpec) -> jax.Array:
+            # What a scan carries keeps the layout it starts with.
+            return jax.lax.with_sharding_constraint(value, spec)
+
         def buffer(slots: int) -> Any:
-            return jax.tree.map(lambda leaf: empty(leaf, slots), x)
+            spec = PartitionSpec(None, *self.calls.flow_spec)
+            return jax.tree.map(lambda leaf: laid(empty(leaf, slots), spec), x)
 
         carry: dict[str, Any] = {
             "inputs": buffer(table.num_input_slots),
@@ -140,7 +149,9 @@ class Cells:
         def stored() -> Any:
             layer, frozen = self.layer_of(zero)
             c = self.context(self.rest, zero)
-            return self.block.forward(layer, jax.tree.map(jnp.zeros_like, x), c, (frozen, zero, self.key_data, zero))[1]
+            return self.block.forward(
+                layer, jax.tree.map(jnp.zeros_like, x), c, (frozen, zero, self.key_data, zero)
+            )[1]
 
         per_stage = self.slots[0].shape[0]
         residuals = jax.eval_shape(stored)
@@ -152,8 +163,16 @@ class Cells:
                 for leaf in residuals
             ),
             "cotangents": buffer(table.num_cotangent_slots),
-            "layer": {name: jnp.zeros(leaf.shape, self.wide) for name, leaf in self.layer.items()},
-            "rest": {name: jnp.zeros(leaf.shape, self.wide) for name, leaf in self.rest.items()},
+            "layer": {
+                self.inner[name]: laid(jnp.zeros(self.layer[self.inner[name]].shape, self.wide), spec)
+                for name, spec in self.specs.items()
+                if name in self.inner
+            },
+            "rest": {
+                name: laid(jnp.zeros(self.rest[name].shape, self.wide), spec)
+                for name, spec in self.specs.items()
+                if name not in self.inner
+            },
         }
 
     # Phases.
@@ -170,12 +189,16 @@ class Cells:
                 carry = carry | {"inputs": self.arrive(carry["inputs"], y, mine["f_arrival_slot"], step=1)}
             if "B" in phase.cell:
                 carry, dx = self.backward(carry, mine)
-                carry = carry | {"cotangents": self.arrive(carry["cotangents"], dx, mine["b_arrival_slot"], step=-1)}
+                carry = carry | {
+                    "cotangents": self.arrive(carry["cotangents"], dx, mine["b_arrival_slot"], step=-1)
+                }
             return carry, None
 
         return jax.lax.scan(body, carry, rows, length=phase.length)[0]
 
-    def evaluate(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
+    def evaluate(
+        self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]
+    ) -> tuple[dict[str, Any], Any]:
         """The forwards of a phase; of a phase with a head, y of every microbatch [length, r, ...] or its loss."""
 
         def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
@@ -216,7 +239,9 @@ class Cells:
         return jax.tree.map(one, buffer, value)
 
     def take(self, buffer: Any, slot: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(slot, 0), keepdims=False), buffer)
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(slot, 0), keepdims=False), buffer
+        )
 
     # Cells.
 
@@ -242,7 +267,9 @@ class Cells:
             y, stored = self._block(layer, x, c, (frozen, index, *(key or (None, None))))
             if not self.even:
                 y = tree_where(used, y, x)
-            held = tuple(_write(buffer, leaf, (slot, place), valid) for buffer, leaf in zip(held, stored, strict=True))
+            held = tuple(
+                _write(buffer, leaf, (slot, place), valid) for buffer, leaf in zip(held, stored, strict=True)
+            )
             return (y, held), None
 
         (y, held), _ = jax.lax.scan(body, (x, carry["residuals"]), self.slots)
@@ -259,7 +286,11 @@ class Cells:
         _, key, _ = self.microbatch(row["b_microbatch"], share=False)
         valid, slot = row["b_microbatch"] >= 0, jnp.maximum(row["b_residual_slot"], 0)
         dy = self.take(carry["cotangents"], row["b_cotangent_slot"])
-        dc = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), c) if self.has_context_gradient else None
+        dc = (
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), c)
+            if self.has_context_gradient
+            else None
+        )
 
         def body(state: Any, at: Any) -> tuple[Any, None]:
             dy, dc, total = state
@@ -297,7 +328,9 @@ class Cells:
         drest, dy = pull(jnp.ones_like(total))
         keep = jnp.bool_(True) if self.shared else self.is_last
         if self.shared:
-            dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
+            dy = jax.tree.map(
+                lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy
+            )
         return self.count(carry, total, weight) | {
             "rest": self.add(carry["rest"], drest, keep),
             "cotangents": self.put(carry["cotangents"], dy, row["head_slot"], self.is_last),
@@ -319,12 +352,16 @@ class Cells:
         def one(leaf: jax.Array) -> jax.Array:
             # Every stage's shares change places; those of other stages than `source` are garbage, and are left.
             all_of = jax.lax.all_to_all(leaf, self.region.stage, split_axis=0, concat_axis=0, tiled=True)
-            return jax.lax.slice_in_dim(all_of, source * self.share_rows, (source + 1) * self.share_rows, axis=0)
+            return jax.lax.slice_in_dim(
+                all_of, source * self.share_rows, (source + 1) * self.share_rows, axis=0
+            )
 
         return jax.tree.map(one, x)
 
     def add(self, total: Arrays, new: Arrays, keep: jax.Array) -> Arrays:
-        return {name: jnp.where(keep, held + new[name].astype(held.dtype), held) for name, held in total.items()}
+        return {
+            name: jnp.where(keep, held + new[name].astype(held.dtype), held) for name, held in total.items()
+        }
 
     # The end of the step.
 
@@ -334,19 +371,20 @@ class Cells:
         both = jax.lax.psum(both, self.region.manual) if self.region.manual else both
         return both[0], both[1]
 
-    def reduced(self, carry: dict[str, Any], specs: dict[str, PartitionSpec]) -> tuple[Arrays, jax.Array, jax.Array]:
-        """Gradients summed over the batch (and, outside the blocks, over the stages), each reduced once; loss, weight."""
+    def reduced(
+        self, carry: dict[str, Any], specs: dict[str, PartitionSpec]
+    ) -> tuple[Arrays, jax.Array, jax.Array]:
+        """Gradients summed over batch (and, outside blocks, stages), each reduced once; loss sum; weight."""
         region = self.region
-        out = {}
-        for name, inner in self.inner.items():
-            if inner in carry["layer"]:
-                out[name] = reduce_over(carry["layer"][inner], region.batch, region.manual_part(specs[name]))
-        for name, total in carry["rest"].items():
-            out[name] = reduce_over(total, region.manual, region.manual_part(specs[name]))
+        layer = {name: carry["layer"][inner] for name, inner in self.inner.items() if name in specs}
+        axes = dict.fromkeys(layer, region.batch) | dict.fromkeys(carry["rest"], region.manual)
+        out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, *self.sums(carry)
 
 
-def _write(buffer: jax.Array, value: jax.Array, at: tuple[jax.Array, jax.Array], valid: jax.Array) -> jax.Array:
+def _write(
+    buffer: jax.Array, value: jax.Array, at: tuple[jax.Array, jax.Array], valid: jax.Array
+) -> jax.Array:
     held = _read(buffer, at)
     starts = (*at, *(jnp.int32(0),) * value.ndim)
     return jax.lax.dynamic_update_slice(buffer, jnp.where(valid, value, held)[None, None], starts)

@@ -16,7 +16,7 @@ from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, read_model
-from shardlab.plan.make import optimizer_shapes, optimizer_tree
+from shardlab.plan.layout import optimizer_shapes, optimizer_tree
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.pipelined import pipelined_gradients
@@ -56,9 +56,8 @@ class CompiledStep:
     batch_shardings: Any
     lowered: Any
     compiled: Any
-    gradients: Callable[..., Any]
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         return self.compiled(state, jax.device_put(batch, self.batch_shardings))
 
     def init(self, seed: int) -> TrainState:
@@ -96,7 +95,13 @@ class CompiledStep:
 
 
 def compile_train_step(
-    model: Any, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, batch: Any, *, fill: float = 0.0
+    model: Any,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    plan: Plan,
+    batch: Any,
+    *,
+    prove: bool = False,
 ) -> CompiledStep:
     """The train step of `plan`, compiled.
 
@@ -106,7 +111,8 @@ def compile_train_step(
       optimizer: as given to `make_plan`.
       plan: what to compile.
       batch: a global batch, or its shapes.
-      fill: what unused activation buffers hold at first; pass NaN to prove that bubbles reach no result.
+      prove: for tests: metrics hold the ``gradients`` too, by stored name, and unused activation buffers are filled
+        with NaN, so that a bubble that reaches a result is seen.
 
     Raises:
       DeclarationError: model, batch or optimizer are not those of the plan, or XLA changed a declared sharding.
@@ -119,27 +125,34 @@ def compile_train_step(
     state_shardings = shardings(mesh, specs)
     rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
     batch_shardings = jax.tree.map(lambda _: rows, shapes)
-    gradients = make_gradients(model, loss, plan, mesh, fill)
+    gradients = make_gradients(model, loss, plan, mesh, float("nan") if prove else 0.0)
     update = make_update(model, plan, mesh, optimizer)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        mean, gradient, weight, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
+        mean, gradient, weight, buffers = gradients(
+            state.parameters, state.buffers, batch, state.key, state.step
+        )
         parameters, optimizer_state = update(gradient, state.optimizer, state.parameters)
-        metrics = {"loss": mean, "grad_norm": optax.global_norm(gradient), "weight": weight}
+        metrics = {"loss": mean, "grad_norm": optax.tree.norm(gradient), "weight": weight}
+        metrics |= {"gradients": gradient} if prove else {}
         return TrainState(state.step + 1, state.key, parameters, buffers, optimizer_state), metrics
 
     one = NamedSharding(mesh, PartitionSpec())
+    metric_shardings: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "weight"), one)
+    metric_shardings |= {"gradients": shardings(mesh, storage_specs(plan, "state"))} if prove else {}
     jitted = jax.jit(
         step,
         in_shardings=(state_shardings, batch_shardings),
-        out_shardings=(state_shardings, dict.fromkeys(("loss", "grad_norm", "weight"), one)),
+        out_shardings=(state_shardings, metric_shardings),
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
         lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
         compiled = lowered.compile()
     _same_as_declared(compiled, (state_shardings, batch_shardings))
-    return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, lowered, compiled, gradients)
+    return CompiledStep(
+        plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, lowered, compiled
+    )
 
 
 def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
@@ -149,7 +162,9 @@ def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
     def working(parameters: Arrays) -> Arrays:
         # The cast comes first: what is gathered is as narrow as what is computed with.
         return {
-            name: jax.lax.with_sharding_constraint(value.astype(plan.dtype), NamedSharding(mesh, compute[name]))
+            name: jax.lax.with_sharding_constraint(
+                value.astype(plan.dtype), NamedSharding(mesh, compute[name])
+            )
             for name, value in parameters.items()
         }
 
@@ -167,7 +182,9 @@ def make_gradients(model: Model, loss: Loss, plan: Plan, mesh: Mesh, fill: float
 
     def gradients(parameters: Arrays, buffers: Arrays, batch: Any, key: jax.Array, step: jax.Array) -> Any:
         values = working(parameters)
-        data = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))
+        data = jax.random.key_data(
+            jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step)
+        )
         if whole is not None:
             sums, total, weight, buffers = whole(values, buffers, batch, data)
         else:
@@ -187,7 +204,9 @@ def _abstract_state(model: Model, plan: Plan, optimizer: optax.GradientTransform
         key=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
         parameters=parameters,
         buffers=buffers,
-        optimizer=jax.eval_shape(optimizer.init, optimizer_tree(model, tree_shapes, plan.stacks, plan.update)),
+        optimizer=jax.eval_shape(
+            optimizer.init, optimizer_tree(model, tree_shapes, plan.stacks, plan.update)
+        ),
     )
 
 
@@ -196,14 +215,22 @@ def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
     planned = {parameter.path: parameter.shape for parameter in plan.parameters}
     found = {path: leaf.shape for path, leaf in model.parameters.items()}
     faults = [
-        Fault(path, f"the plan has {planned.get(path, 'no such parameter')}, the model {found.get(path, 'none')}", "make the plan anew")
+        Fault(
+            path,
+            f"the plan has {planned.get(path, 'no such parameter')}, the model {found.get(path, 'none')}",
+            "make the plan anew",
+        )
         for path in {**planned, **found}
         if planned.get(path) != found.get(path)
     ]
     leaves = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]}
     expected = {path: shape for path, shape, _ in plan.batch}
     faults += [
-        Fault(f"batch {path}", f"the plan has {expected.get(path)}, the batch {leaves.get(path)}", "make the plan anew")
+        Fault(
+            f"batch {path}",
+            f"the plan has {expected.get(path)}, the batch {leaves.get(path)}",
+            "make the plan anew",
+        )
         for path in {**expected, **leaves}
         if expected.get(path) != leaves.get(path)
     ]
@@ -223,6 +250,10 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
             rank = max(len(mine.spec), 1)
             if not mine.is_equivalent_to(theirs, rank):
                 faults.append(
-                    Fault(path_of(keys), f"declared {mine.spec}, compiled as {theirs}", "report it: XLA changed a sharding")
+                    Fault(
+                        path_of(keys),
+                        f"declared {mine.spec}, compiled as {theirs}",
+                        "report it: XLA changed a sharding",
+                    )
                 )
     raise_faults(faults)

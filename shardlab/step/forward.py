@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, read_model
+from shardlab.module.model import abstract, read_model
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.compile import working_copy
@@ -57,7 +57,11 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
     region = make_region(plan, mesh)
     calls = Calls(model, loss, plan, region, train=False)
     working = working_copy(plan, mesh)
-    inner = pipelined_forward(model, plan, region, calls) if model.parts is not None else _whole(plan, region, calls)
+    inner = (
+        pipelined_forward(model, plan, region, calls)
+        if model.parts is not None
+        else _whole(plan, region, calls)
+    )
 
     def forward(parameters: Any, buffers: Any, batch: Any) -> Any:
         return inner(working(parameters), buffers, batch)
@@ -73,12 +77,15 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
 
 def _for_batch(plan: Plan, shapes: Any) -> Plan:
     """The plan for a batch of this size: as many microbatches as divide it, at most the plan's."""
-    leaves = [(path_of(keys), leaf.shape, str(leaf.dtype)) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
+    leaves = [
+        (path_of(keys), leaf.shape, str(leaf.dtype))
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
+    ]
     size, shards = leaves[0][1][0], plan.mesh.batch_size_divisor
     if size % shards:
         raise DeclarationError(
-            f"batch: {size} examples do not divide by {shards} shards of the batch axes ({', '.join(plan.mesh.batch)}); "
-            f"use {-(-size // shards) * shards}"
+            f"batch: {size} examples do not divide by {shards} shards of the batch axes ({', '.join(plan.mesh.batch)}); use "
+            f" {-(-size // shards) * shards}"
         )
     each = size // (shards if plan.batch_axes_manual else 1)
     count = next(m for m in range(min(plan.num_microbatches, each), 0, -1) if each % m == 0)

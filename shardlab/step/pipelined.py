@@ -1,12 +1,12 @@
 """A model cut at its blocks, on a mesh with or without a stage axis: one SPMD program that follows a table.
 
-    tick scan     for each phase of the table: F cell, head, B cell, whichever the phase has
-      F cell      x = before(share of the microbatch), gathered to stage 0;  else what the last tick brought
-                  scan over this stage's blocks, residuals written into the table's slot
-                  y -> next stage
-      head        last stage's y is dealt out by example; each stage runs after + loss + their vjp on its share
-      B cell      reverse scan over this stage's blocks: vjp of one block, its gradient added to its slice
-                  dx -> previous stage;  stage 0's dx is dealt out by example for before's vjp
+tick scan     for each phase of the table: F cell, head, B cell, whichever the phase has
+  F cell      x = before(share of the microbatch), gathered to stage 0;  else what the last tick brought
+              scan over this stage's blocks, residuals written into the table's slot
+              y -> next stage
+  head        last stage's y is dealt out by example; each stage runs after + loss + their vjp on its share
+  B cell      reverse scan over this stage's blocks: vjp of one block, its gradient added to its slice
+              dx -> previous stage;  stage 0's dx is dealt out by example for before's vjp
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def pipelined_gradients(
     arrays = StageArrays(model, plan)
     table = program(plan.table())
 
-    def in_region(values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, where: Any, rows: Any) -> Any:
+    def in_region(
+        values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, where: Any, rows: Any
+    ) -> Any:
         cells = Cells(plan, region, calls, arrays, values, buffers, batch, key_data, where, fill)
         carry = cells.allocate(table)
         for phase, phase_rows in zip(table.phases, rows, strict=True):
@@ -82,7 +84,9 @@ def pipelined_forward(model: Model, plan: Plan, region: Region, calls: Calls) ->
         return leaf.reshape(plan.batch_size, *leaf.shape[4:])
 
     none = PartitionSpec()
-    out_specs: Any = (none, none) if calls.has_loss else PartitionSpec(region.batch or None, None, region.stage)
+    out_specs: Any = (
+        (none, none) if calls.has_loss else PartitionSpec(region.batch or None, None, region.stage)
+    )
     entered = _entered(plan, region, arrays, in_region, out_specs, phases)
 
     def forward(values: Arrays, buffers: Arrays, batch: Any) -> Any:
@@ -93,12 +97,20 @@ def pipelined_forward(model: Model, plan: Plan, region: Region, calls: Calls) ->
 
 
 def _entered(
-    plan: Plan, region: Region, arrays: StageArrays, in_region: Callable[..., Any], out_specs: Any, phases: tuple[Phase, ...]
+    plan: Plan,
+    region: Region,
+    arrays: StageArrays,
+    in_region: Callable[..., Any],
+    out_specs: Any,
+    phases: tuple[Phase, ...],
 ) -> Callable[..., Any]:
     """`in_region` of ``(values, buffers, batch, key data)`` in global arrays."""
     none, stage, shard = PartitionSpec(), PartitionSpec(region.stage), PartitionSpec(region.batch or None)
     tables = [_rows(phase) for phase in phases]
-    table_specs = [{name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()} for rows in tables]
+    table_specs = [
+        {name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()}
+        for rows in tables
+    ]
     where = {
         "shard": np.arange(region.shards, dtype=np.int32),
         "stage": np.arange(region.num_stages, dtype=np.int32),

@@ -54,7 +54,9 @@ def batched_draws(trace: Callable[[int], Any], rows: int, where: str) -> frozens
     """
     mine, double = list(_draws(trace(rows))), list(_draws(trace(2 * rows)))
     if len(mine) != len(double):
-        raise DeclarationError(f"{where}: makes {len(mine)} random draws for {rows} examples and {len(double)} for {2 * rows}")
+        raise DeclarationError(
+            f"{where}: makes {len(mine)} random draws for {rows} examples and {len(double)} for {2 * rows}"
+        )
     kinds: dict[Shape, bool] = {}
     for here, there in zip(mine, double, strict=True):
         by_row = here != there
@@ -91,7 +93,7 @@ def _implementation(rows: int, batched: frozenset[Shape]) -> Any:
         children = _threefry().split(key[:2], shape)
         return jnp.concatenate([children, jnp.broadcast_to(key[2:], (*shape, 1))], axis=-1)
 
-    def fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+    def fold_in(key: jax.Array, data: Any) -> jax.Array:
         return jnp.concatenate([_threefry().fold_in(key[:2], data), key[2:]])
 
     def random_bits(key: jax.Array, bit_width: int, shape: Sequence[int]) -> jax.Array:

@@ -21,11 +21,22 @@ Arrays = dict[str, Any]
 def one_device_mesh(plan: Plan) -> Mesh:
     """A mesh of one device with the plan's axis names, for constraints in the user's code."""
     names = plan.mesh.names
-    return Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(names)), names, axis_types=(AxisType.Auto,) * len(names))
+    return Mesh(
+        np.array(jax.devices()[:1]).reshape((1,) * len(names)),
+        names,
+        axis_types=(AxisType.Auto,) * len(names),
+    )
 
 
 def reference_loss(
-    model: Model, loss: Loss, values: Arrays, batch: Any, key: jax.Array | None, dtype: str, *, train: bool = True
+    model: Model,
+    loss: Loss,
+    values: Arrays,
+    batch: Any,
+    key: jax.Array | None,
+    dtype: str,
+    *,
+    train: bool = True,
 ) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
     """Loss sum over the batch, its weight, and the buffers afterwards: the model as the user wrote it.
 
@@ -59,7 +70,9 @@ class ReferenceStep:
       optimizer: the optimizer's state on the user's tree.
     """
 
-    def __init__(self, model: Model, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, seed: int) -> None:
+    def __init__(
+        self, model: Model, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, seed: int
+    ) -> None:
         self._model, self._optimizer, self._mesh = model, optimizer, one_device_mesh(plan)
         kinds = {parameter.path: parameter.dtype for parameter in plan.parameters}
         with jax.set_mesh(self._mesh):
@@ -72,7 +85,9 @@ class ReferenceStep:
 
         def gradients(parameters: Arrays, buffers: Arrays, batch: Any, key: jax.Array) -> Any:
             def mean(parameters: Arrays) -> Any:
-                total, (weight, written) = reference_loss(model, loss, {**parameters, **buffers}, batch, key, plan.dtype)
+                total, (weight, written) = reference_loss(
+                    model, loss, {**parameters, **buffers}, batch, key, plan.dtype
+                )
                 return total / weight, written
 
             cast = {path: value.astype(plan.dtype) for path, value in parameters.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,17 @@ from shardlab.plan.plan import Plan
 from shardlab.sharding.zero import without
 
 
+Arrays = dict[str, Any]
+Specs = Mapping[str, PartitionSpec]
+
+
 @dataclass(frozen=True)
 class Region:
     """What code inside the manual region knows of the mesh.
 
     Attributes:
       mesh: the whole mesh.
-      batch: the batch axes, where they are manual.
+      batch: the batch axes of more than one device, where they are manual.
       stage: the stage axis, where there is more than one stage.
       num_stages: 1 without a stage axis.
       shards: number of shards of the batch.
@@ -44,7 +48,9 @@ class Region:
     def automatic_mesh(self) -> AbstractMesh:
         """The mesh with every axis automatic: what the user's code was written for."""
         names = self.mesh.axis_names
-        return AbstractMesh(tuple(self.mesh.shape[name] for name in names), names, axis_types=(AxisType.Auto,) * len(names))
+        return AbstractMesh(
+            tuple(self.mesh.shape[name] for name in names), names, axis_types=(AxisType.Auto,) * len(names)
+        )
 
     def manual_part(self, spec: PartitionSpec) -> PartitionSpec:
         """The entries of `spec` that name manual axes."""
@@ -67,10 +73,38 @@ class Region:
             check_vma=False,
         )
 
+    def reduced(self, values: Arrays, axes: Mapping[str, tuple[str, ...]], compute: Specs, state: Specs) -> Arrays:
+        """Sums over manual axes, each device keeping the shard that its state spec gives it; called in the region.
+
+        Axes that the state spec names are summed by a reduce-scatter on their dim, the others by an all-reduce of what
+        is left.
+
+        Args:
+          values: by name, laid over the automatic axes as `compute`.
+          axes: the manual axes to sum each over.
+          compute, state: specs by name.
+        """
+        entered = {name: self.automatic_part(compute[name]) for name in values}
+        automatic = {name for name in self.mesh.axis_names if name not in self.manual and self.mesh.shape[name] > 1}
+
+        def sums(values: Arrays) -> Arrays:
+            return {name: _sum(value, axes[name], self.manual_part(state[name])) for name, value in values.items()}
+
+        if not automatic or not self.manual:
+            return sums(values)
+        # Manual over the other axes too: XLA would gather a value over its automatic axes to reduce-scatter it.
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(
+            sums, mesh=mesh, in_specs=(entered,), out_specs=entered, axis_names=automatic, check_vma=False
+        )(values)
+
 
 def make_region(plan: Plan, mesh: Mesh | AbstractMesh) -> Region:
     """The region that the plan asks for."""
-    batch = plan.mesh.batch if plan.batch_axes_manual else ()
+    # An axis of size 1 is left automatic: XLA refuses collectives over manual axes that are all trivial.
+    batch = (
+        tuple(axis for axis in plan.mesh.batch if plan.mesh.sizes[axis] > 1) if plan.batch_axes_manual else ()
+    )
     stages = plan.num_stages
     return Region(
         mesh=mesh,
@@ -79,21 +113,6 @@ def make_region(plan: Plan, mesh: Mesh | AbstractMesh) -> Region:
         num_stages=stages,
         shards=math.prod(plan.mesh.sizes[axis] for axis in batch),
     )
-
-
-def reduce_over(value: jax.Array, axes: tuple[str, ...], spec: PartitionSpec) -> jax.Array:
-    """The sum of `value` over manual `axes`, each device keeping the shard that `spec` gives it.
-
-    Axes that `spec` names are summed by a reduce-scatter on their dim, the others by an all-reduce of what is left.
-    """
-    remaining = list(axes)
-    for dim, entry in enumerate(spec):
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        scattered = tuple(name for name in names if name in remaining)
-        if scattered:
-            value = jax.lax.psum_scatter(value, scattered, scatter_dimension=dim, tiled=True)
-            remaining = [name for name in remaining if name not in scattered]
-    return jax.lax.psum(value, tuple(remaining)) if remaining else value
 
 
 def tree_where(condition: jax.Array, yes: Any, no: Any) -> Any:
@@ -115,3 +134,14 @@ def check_rows(y: Any, rows: int) -> Any:
                 "as its leading dim, or pass a loss"
             )
     return y
+
+
+def _sum(value: jax.Array, axes: tuple[str, ...], spec: PartitionSpec) -> jax.Array:
+    remaining = list(axes)
+    for dim, entry in enumerate(spec):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for name in names:
+            if name in remaining:
+                value = jax.lax.psum_scatter(value, name, scatter_dimension=dim, tiled=True)
+                remaining.remove(name)
+    return jax.lax.psum(value, tuple(remaining)) if remaining else value

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from shardlab.module.residuals import rematerialised
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
-from shardlab.step.region import Region, reduce_over, rows_of
+from shardlab.step.region import Region, rows_of
+from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
 
@@ -27,6 +28,7 @@ def whole_gradients(
     """
     wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
     rows = plan.microbatch_rows
+    compute = storage_specs(plan, "compute")
 
     def in_region(
         values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, shard: jax.Array
@@ -49,14 +51,20 @@ def whole_gradients(
             sums = {name: held + gradient[name].astype(wide) for name, held in sums.items()}
             return (total + more.astype(wide), weight + heavier.astype(wide), sums), written
 
-        zeros = {name: jnp.zeros(value.shape, wide) for name, value in values.items()}
+        # What a scan carries keeps the layout it starts with.
+        zeros = {
+            name: jax.lax.with_sharding_constraint(jnp.zeros(value.shape, wide), region.automatic_part(compute[name]))
+            for name, value in values.items()
+        }
         start = jnp.zeros((), wide), jnp.zeros((), wide), zeros
         if plan.num_microbatches == 1:
             (total, weight, sums), written = microbatch(start, jnp.int32(0))
         else:
-            (total, weight, sums), _ = jax.lax.scan(microbatch, start, jnp.arange(plan.num_microbatches, dtype=jnp.int32))
+            (total, weight, sums), _ = jax.lax.scan(
+                microbatch, start, jnp.arange(plan.num_microbatches, dtype=jnp.int32)
+            )
             written = {}
-        reduced = {name: reduce_over(held, region.batch, region.manual_part(specs[name])) for name, held in sums.items()}
+        reduced = region.reduced(sums, dict.fromkeys(sums, region.batch), compute, specs)
         both = jnp.stack([total, weight])
         both = jax.lax.psum(both, region.batch) if region.batch else both
         return reduced, both[0], both[1], {**buffers, **written}
@@ -71,7 +79,12 @@ def whole_gradients(
             none,
             rows_spec,
         )
-        out_specs = ({name: region.manual_part(spec) for name, spec in specs.items()}, none, none, dict.fromkeys(buffers, none))
+        out_specs = (
+            {name: region.manual_part(spec) for name, spec in specs.items()},
+            none,
+            none,
+            dict.fromkeys(buffers, none),
+        )
         shards = np.arange(region.shards, dtype=np.int32)
         return region.run(in_region, in_specs, out_specs)(values, buffers, batch, key_data, shards)
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardlab.module.initialise import Recipe, recipes
 from shardlab.module.model import Model
-from shardlab.plan.make import optimizer_shapes, optimizer_specs, optimizer_tree
+from shardlab.plan.layout import optimizer_shapes, optimizer_specs, optimizer_tree
 from shardlab.plan.optimizer import state_specs
 from shardlab.plan.plan import Plan
 
@@ -62,7 +62,9 @@ def buffer_specs(plan: Plan) -> dict[str, PartitionSpec]:
     specs = {}
     for path in plan.buffers:
         stack = stacked.get(path)
-        specs[path if stack is None else stack.name] = PartitionSpec() if stack is None else PartitionSpec(stage_axis(plan))
+        specs[path if stack is None else stack.name] = (
+            PartitionSpec() if stack is None else PartitionSpec(stage_axis(plan))
+        )
     return specs
 
 
@@ -96,7 +98,9 @@ def state_spec_tree(model: Model, plan: Plan, optimizer: optax.GradientTransform
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """A tree of `NamedSharding` from one of specs."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def unstacked(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,54 +118,79 @@ def unstacked(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def initial_values(model: Model, plan: Plan, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
-    """Every stored array, parameters and buffers, made in its own sharding from a seed."""
+    """Every stored array, parameters and buffers, made in its own sharding from a seed.
+
+    Arrays whose programs differ only in integers share one compiled program, so that a model of many separate
+    layers compiles as many programs as it has kinds of arrays; the others are compiled together.
+    """
     made = recipes(model.initialise)
     specs = {**storage_specs(plan), **buffer_specs(plan)}
-    stacks = {stack.name: stack for stack in plan.stacks}
     dtypes = {p.path: jnp.dtype(p.dtype) for p in plan.parameters}
-    key = jax.random.key(seed)
-    programs: dict[tuple[Any, ...], Any] = {}
-    values = {}
+    stacks = {stack.name: stack.members for stack in plan.stacks}
+    kinds: dict[Any, list[_Array]] = {}
     for name, spec in specs.items():
-        members = stacks[name].members if name in stacks else (name,)
-        paths = [path for path in members if path is not None]
-        sharding = NamedSharding(mesh, spec)
-        dtype = dtypes.get(paths[0])
-        signatures = {made[path].signature for path in paths}
-        if name not in stacks or len(signatures) == 1:
-            recipe = made[paths[0]]
-            # A leaf's integers are arguments, so leaves that differ only in them share one compiled program.
-            cached = (recipe.signature, sharding, len(members), name in stacks, dtype)
-            if cached not in programs:
-                programs[cached] = jax.jit(_maker(recipe, name in stacks, dtype), out_shardings=sharding)
-            rows = [made[path].integers if path else (0,) * len(recipe.integers) for path in members]
-            used = jnp.asarray([path is not None for path in members])
-            # Without 64-bit types uint32 holds every bit; a cast to int32 brings the sign back.
-            held = np.int64 if jax.config.jax_enable_x64 else np.uint32
-            integers = tuple(np.asarray(column, np.int64).astype(held) for column in zip(*rows, strict=True))
-            values[name] = programs[cached](key, integers, used)
-        else:
-            values[name] = jax.jit(_joined([made[path] if path else None for path in members], dtype), out_shardings=sharding)(key)
-    return values
+        members = tuple(None if path is None else made[path] for path in stacks.get(name, (name,)))
+        first = next(path for path in stacks.get(name, (name,)) if path)
+        array = _Array(name, members, name in stacks, dtypes.get(first), NamedSharding(mesh, spec))
+        kinds.setdefault(array.kind, []).append(array)
+    key = jax.random.key(seed)
+    alone = [arrays[0] for arrays in kinds.values() if len(arrays) == 1]
+    together = jax.jit(
+        lambda key, integers: {array.name: array.make(key, integers[array.name]) for array in alone},
+        out_shardings={array.name: array.sharding for array in alone},
+    )
+    values = together(key, {array.name: array.integers for array in alone})
+    for arrays in kinds.values():
+        if len(arrays) > 1:
+            shared = jax.jit(arrays[0].make, out_shardings=arrays[0].sharding)
+            values |= {array.name: shared(key, array.integers) for array in arrays}
+    return {name: values[name] for name in specs}
 
 
-def _maker(recipe: Recipe, stacked: bool, dtype: Any) -> Any:
-    def one(key: jax.Array, integers: Any, used: jax.Array) -> jax.Array:
-        value = recipe.make(key, integers)
-        value = value if dtype is None else value.astype(dtype)
-        return jnp.where(used, value, jnp.zeros_like(value))
+@dataclass(frozen=True)
+class _Array:
+    """A stored array to be made: a recipe for every slot (None: a pad slot of zeros), or one for an array alone."""
 
-    def single(key: jax.Array, integers: Any, used: jax.Array) -> jax.Array:
-        return one(key, tuple(column[0] for column in integers), used[0])
+    name: str
+    members: tuple[Recipe | None, ...]
+    stacked: bool
+    dtype: Any
+    sharding: NamedSharding
 
-    return jax.vmap(one, in_axes=(None, 0, 0)) if stacked else single
+    @property
+    def kind(self) -> Any:
+        """Equal for arrays that one program makes."""
+        signatures = tuple(None if recipe is None else recipe.signature for recipe in self.members)
+        return signatures, self.stacked, self.dtype, self.sharding
 
+    @property
+    def integers(self) -> Any:
+        """The integers of every recipe, and which slots are used, as arrays."""
+        # Without 64-bit types uint32 holds every bit; a cast to int32 brings the sign back.
+        held = np.int64 if jax.config.read("jax_enable_x64") else np.uint32
+        width = max(len(recipe.integers) for recipe in self.members if recipe)
+        rows = [recipe.integers if recipe else () for recipe in self.members]
+        padded = np.asarray([(*row, *(0,) * (width - len(row))) for row in rows], np.int64)
+        return padded.reshape(len(rows), width).astype(held), np.asarray(
+            [recipe is not None for recipe in self.members]
+        )
 
-def _joined(members: list[Recipe | None], dtype: Any) -> Any:
-    def all_of(key: jax.Array) -> jax.Array:
-        made = [None if recipe is None else recipe.make(key, recipe.integers) for recipe in members]
-        like = next(value for value in made if value is not None)
-        stacked = jnp.stack([jnp.zeros_like(like) if value is None else value for value in made])
-        return stacked if dtype is None else stacked.astype(dtype)
+    def make(self, key: jax.Array, given: Any) -> jax.Array:
+        """The array, from the seed's key and `integers`."""
+        integers, used = given
+        recipes = [recipe for recipe in self.members if recipe]
 
-    return all_of
+        def one(recipe: Recipe, row: jax.Array, used: jax.Array) -> jax.Array:
+            value = recipe.make(key, tuple(row[i] for i in range(len(recipe.integers))))
+            value = value if self.dtype is None else value.astype(self.dtype)
+            return jnp.where(used, value, jnp.zeros_like(value))
+
+        if not self.stacked:
+            return one(recipes[0], integers[0], used[0])
+        if len({recipe.signature for recipe in recipes}) == 1:
+            return jax.vmap(lambda row, used: one(recipes[0], row, used))(integers, used)
+        slots = [
+            one(recipe or recipes[0], row, keep)
+            for recipe, row, keep in zip(self.members, integers, used, strict=True)
+        ]
+        return jnp.stack(slots)

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardlab.module.model import Model
-from shardlab.plan.make import optimizer_specs, optimizer_tree
+from shardlab.plan.layout import optimizer_specs, optimizer_tree
 from shardlab.plan.optimizer import stack, unnest
 from shardlab.plan.plan import Plan
 from shardlab.step.state import stage_axis, storage_specs, unstacked
@@ -31,7 +31,8 @@ def make_update(
 
     def constrain(values: Mapping[str, Any], wanted: Mapping[str, PartitionSpec]) -> Arrays:
         return {
-            name: jax.lax.with_sharding_constraint(value, NamedSharding(mesh, wanted[name])) for name, value in values.items()
+            name: jax.lax.with_sharding_constraint(value, NamedSharding(mesh, wanted[name]))
+            for name, value in values.items()
         }
 
     def per_layer(values: Arrays) -> Arrays:
@@ -43,7 +44,9 @@ def make_update(
             members = next((s.members for s in plan.stacks if s.name == name), None)
             if members is not None and stage is not None:
                 spec = specs[next(path for path in members if path)]
-                value = jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec(None, *spec)))
+                value = jax.lax.with_sharding_constraint(
+                    value, NamedSharding(mesh, PartitionSpec(None, *spec))
+                )
             out[name] = value
         return constrain(unstacked(plan, out), specs)
 
@@ -51,7 +54,9 @@ def make_update(
         form = per_layer if plan.update == "per-layer" else lambda values: constrain(values, specs)
         mine = form(parameters)
         tree = optimizer_tree(model, mine, plan.stacks, plan.update)
-        updates, state = optimizer.update(optimizer_tree(model, form(gradients), plan.stacks, plan.update), state, tree)
+        updates, state = optimizer.update(
+            optimizer_tree(model, form(gradients), plan.stacks, plan.update), state, tree
+        )
         new = optax.apply_updates(tree, updates)
         if plan.update == "per-layer" or not plan.stacks:
             flat = model.flat(new)

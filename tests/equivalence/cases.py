@@ -37,7 +37,9 @@ class Subject:
 def tokens(size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     draw = rng.integers(0, 16, (size, 6)).astype(np.int32)
-    targets = np.where(rng.random((size, 6)) < 0.3, -1, rng.integers(0, 16, (size, 6)))  # examples of unequal weight
+    targets = np.where(
+        rng.random((size, 6)) < 0.3, -1, rng.integers(0, 16, (size, 6))
+    )  # examples of unequal weight
     return {"tokens": draw, "targets": targets.astype(np.int32)}
 
 
@@ -81,7 +83,8 @@ class ConditionedDecoder(decoder.Decoder):
 
 def _decoder(**more: Any) -> Subject:
     tied = bool(more.get("tied"))
-    config = decoder.DecoderConfig(**{**LM, "num_layers": 4, "num_kv_heads": 2, **more})
+    given: dict[str, Any] = {**LM, "num_layers": 4, "num_kv_heads": 2, **more}
+    config = decoder.DecoderConfig(**given)
     rules = decoder.decoder_rules("tensor", tied=tied)
     return Subject(config, decoder.next_byte_loss, rules, DECODER_PARTS, tokens)
 
@@ -94,7 +97,8 @@ def _linen(**more: Any) -> Subject:
 
 
 def _conditioned() -> Subject:
-    config = decoder.DecoderConfig(**{**LM, "num_layers": 4, "num_kv_heads": 2})
+    given: dict[str, Any] = {**LM, "num_layers": 4, "num_kv_heads": 2}
+    config = decoder.DecoderConfig(**given)
     rules = decoder.decoder_rules("tensor")
     rules = Rules((*rules.rules, Rule("shift", P())))
 
@@ -152,20 +156,25 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "pure": _pure,
 }
 
-LABELS = {"embed": "muon"}
-
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(1e-2),
+    # For the mixer: a bias before a LayerNorm has a gradient of zero but for rounding, which a smaller eps would turn
+    # into steps of 1e-8.
+    "adamw-eps": lambda: optax.adamw(1e-2, eps=1e-5),
     "sgd": lambda: optax.sgd(0.1),
     "lion": lambda: optax.lion(1e-3),
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
     "muon": lambda: optax.contrib.muon(1e-2),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)),
     "block-clipped": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.adam(1e-2)),
-    "masked": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    "masked": lambda: optax.adamw(
+        1e-2, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+    ),
     "multi": lambda: optax.multi_transform(
         {"first": optax.adam(1e-2), "rest": optax.sgd(0.1)},
-        lambda tree: jax.tree_util.tree_map_with_path(lambda keys, _: "first" if "0" in str(keys) else "rest", tree),
+        lambda tree: jax.tree_util.tree_map_with_path(
+            lambda keys, _: "first" if "0" in str(keys) else "rest", tree
+        ),
     ),
     "multisteps": lambda: optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
 }
@@ -189,7 +198,9 @@ class Case:
         return MeshSpec(sizes, batch=("replica", "data"), stage="stage", target=f"cpu:{count}")
 
 
-def case(subject: str, *, optimizer: str = "adamw", batch: int = 8, replicate: bool = False, **given: Any) -> Case:
+def case(
+    subject: str, *, optimizer: str = "adamw", batch: int = 8, replicate: bool = False, **given: Any
+) -> Case:
     mesh = {axis: given.pop(axis) for axis in AXES if axis in given}
     return Case(subject, mesh, optimizer, given, batch, replicate)
 
@@ -207,13 +218,13 @@ CASES: dict[str, Case] = {
     "data-4-zero-2-accumulation": case("decoder", data=4, zero=2, microbatches=2),
     "data-8-zero-3": case("decoder", data=8, zero=3),
     "replica-2-data-2-zero-3": case("linen", replica=2, data=2, zero=3, microbatches=2),
-    "data-4-whole-zero-1": case("mixer-whole", data=4, zero=1),
+    "data-4-whole-zero-1": case("mixer-whole", optimizer="adamw-eps", data=4, zero=1),
     "data-4-whole-zero-3-accumulation": case("decoder-whole", data=4, zero=3, microbatches=2),
     # Tensor parallelism.
     "tensor-2": case("decoder", tensor=2),
     "tensor-4-linen": case("linen", tensor=4),
     "tensor-2-whole": case("decoder-whole", tensor=2),
-    "tensor-8-mixer": case("mixer", tensor=8),
+    "tensor-8-mixer": case("mixer", optimizer="adamw-eps", tensor=8),
     "data-2-tensor-2-zero-3": case("decoder", data=2, tensor=2, zero=3, microbatches=2),
     "data-2-tensor-4-pure": case("pure", data=2, tensor=4),
     "sequence-parallel": case("decoder", data=2, tensor=2, activation=P("data", "tensor")),
@@ -224,7 +235,7 @@ CASES: dict[str, Case] = {
     "stage-2": case("decoder", stage=2, microbatches=4),
     "stage-2-gpipe": case("decoder", stage=2, microbatches=4, schedule="gpipe"),
     "stage-4": case("linen", stage=4, microbatches=2),
-    "stage-4-gpipe": case("mixer", stage=4, microbatches=2, schedule="gpipe"),
+    "stage-4-gpipe": case("mixer", optimizer="adamw-eps", stage=4, microbatches=2, schedule="gpipe"),
     "stage-3-uneven": case("mlp", stage=3, batch=12, microbatches=4),
     "stage-4-of-10-layers": case("decoder-10-layers", stage=4, microbatches=2),
     "stage-2-of-3-layers": case("decoder-3-layers", stage=2, data=2, microbatches=2),
@@ -236,13 +247,17 @@ CASES: dict[str, Case] = {
     "stage-2-conditioned": case("decoder-conditioned", stage=2, data=2, microbatches=2),
     # Everything at once.
     "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
-    "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),
+    "hybrid-gpipe-zero-1": case(
+        "decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1
+    ),
     "hybrid-zero-2": case("linen", data=2, stage=2, tensor=2, microbatches=2, zero=2),
     "hybrid-zero-3": case("decoder", data=2, stage=2, tensor=2, microbatches=2, zero=3),
-    "hybrid-mixer": case("mixer", data=2, stage=2, tensor=2, microbatches=2),
+    "hybrid-mixer": case("mixer", optimizer="adamw-eps", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-pure": case("pure", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-replicated-rules": case("decoder", data=2, stage=2, tensor=2, microbatches=2, replicate=True),
-    "hybrid-uneven-zero-3": case("decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"),
+    "hybrid-uneven-zero-3": case(
+        "decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"
+    ),
     # Remat.
     "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
@@ -253,7 +268,9 @@ CASES: dict[str, Case] = {
     "dropout-stages": case("decoder-dropout", stage=4, microbatches=2),
     "dropout-hybrid": case("decoder-dropout", data=2, stage=2, tensor=2, microbatches=2),
     "dropout-linen": case("linen-dropout", data=2, stage=2, microbatches=2),
-    "dropout-mixer": case("mixer-dropout", data=2, stage=2, microbatches=2, head="last_stage"),
+    "dropout-mixer": case(
+        "mixer-dropout", optimizer="adamw-eps", data=2, stage=2, microbatches=2, head="last_stage"
+    ),
     "dropout-whole": case("decoder-whole-dropout", data=2, tensor=2, microbatches=2),
     "dropout-linen-whole": case("linen-whole-dropout", data=4),
     # Tied embeddings.
@@ -277,5 +294,7 @@ CASES: dict[str, Case] = {
 def subject_of(this: Case) -> Subject:
     subject = SUBJECTS[this.subject]()
     if this.replicate:
-        subject = Subject(subject.model, subject.loss, replicated(subject.rules), subject.pipeline, subject.batch)
+        subject = Subject(
+            subject.model, subject.loss, replicated(subject.rules), subject.pipeline, subject.batch
+        )
     return subject

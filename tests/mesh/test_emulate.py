@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import shardlab.mesh
 from shardlab.mesh.emulate import emulate, environment
 from shardlab.mesh.faults import DeclarationError
 
@@ -56,7 +58,8 @@ def test_the_users_flags_and_larger_pool_stay_and_the_count_is_replaced(
     monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {COUNT}=3 --xla_cpu_collective_timeout_seconds=7")
     monkeypatch.setenv("PJRT_NPROC", "64")
     flags = flags_of(environment(8))
-    assert "--xla_a=1" in flags and "--xla_cpu_collective_timeout_seconds=7" in flags
+    assert "--xla_a=1" in flags
+    assert "--xla_cpu_collective_timeout_seconds=7" in flags
     assert [flag for flag in flags if flag.startswith(COUNT)] == [f"{COUNT}=8"]
     assert sum("xla_cpu_collective_timeout_seconds" in flag for flag in flags) == 1
     assert environment(8)["PJRT_NPROC"] == "64"
@@ -90,13 +93,15 @@ def test_the_environment_of_a_subprocess_is_enough() -> None:
 
 
 def test_importing_it_imports_no_jax() -> None:
-    # Run from its file: what else the package imports is not its concern.
-    code = """
+    # Under bare packages: what `shardlab` itself imports is not its concern.
+    code = f"""
 import sys
+from pathlib import Path
 from types import ModuleType
-for name in ("shardlab", "shardlab.mesh"):
+mesh = Path({str(Path(shardlab.mesh.__file__).parent)!r})
+for name, folder in (("shardlab", mesh.parent), ("shardlab.mesh", mesh)):
     sys.modules[name] = ModuleType(name)
-    sys.modules[name].__path__ = [f"{root}/{name.replace('.', '/')}" for root in sys.path]
+    sys.modules[name].__path__ = [str(folder)]
 from shardlab.mesh.emulate import emulate
 emulate(3)
 print("jax" in sys.modules)

@@ -20,9 +20,9 @@ from shardlab.models.decoder import (
     rotate,
 )
 
-SMALL = DecoderConfig(
-    vocab_size=11, num_layers=2, model_dim=12, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10
-)
+pytestmark = pytest.mark.versions
+
+SMALL = DecoderConfig(vocab_size=11, num_layers=2, model_dim=12, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10)
 
 
 def tokens(seed: int = 0, shape: tuple[int, int] = (3, 7)) -> dict[str, jax.Array]:
@@ -160,8 +160,7 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter(tied: bool) -> No
     assert None not in matched.values()
     assert set(matched.values()) == set(rules.rules)
     shapes = {
-        path: leaf.shape
-        for path, leaf in zip(paths(model), jax.tree.leaves(nnx.state(model, nnx.Param)), strict=True)
+        path: leaf.shape for path, leaf in zip(paths(model), jax.tree.leaves(nnx.state(model, nnx.Param)), strict=True)
     }
     split = {
         path: [shapes[path][dim] for dim, axis in enumerate(rule.spec) if axis]

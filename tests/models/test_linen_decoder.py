@@ -70,9 +70,7 @@ def test_dropout_draws_when_it_trains_and_only_then() -> None:
     model = small(dropout=0.5)
     variables = model.init(jax.random.key(4), BATCH)
     quiet = model.apply(variables, BATCH)
-    one, two = (
-        model.apply(variables, BATCH, train=True, rngs={"dropout": jax.random.key(i)}) for i in (1, 2)
-    )
+    one, two = (model.apply(variables, BATCH, train=True, rngs={"dropout": jax.random.key(i)}) for i in (1, 2))
     assert not np.allclose(one, two)
     assert not np.allclose(one, quiet)
 
@@ -80,8 +78,6 @@ def test_dropout_draws_when_it_trains_and_only_then() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter(tied: bool) -> None:
     rules = linen_decoder_rules("model", tied=tied)
-    matched = [
-        rules.first(path) for path in paths(jax.eval_shape(small(tied=tied).init, jax.random.key(5), BATCH))
-    ]
+    matched = [rules.first(path) for path in paths(jax.eval_shape(small(tied=tied).init, jax.random.key(5), BATCH))]
     assert None not in matched
     assert set(matched) == set(rules.rules)

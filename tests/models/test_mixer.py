@@ -69,9 +69,7 @@ def test_dropout_draws_when_it_trains_and_only_then() -> None:
     model, batch = small(dropout=0.5), example()
     variables = model.init(jax.random.key(3), batch)
     quiet = model.apply(variables, batch)
-    one, two = (
-        model.apply(variables, batch, train=True, rngs={"dropout": jax.random.key(i)}) for i in (1, 2)
-    )
+    one, two = (model.apply(variables, batch, train=True, rngs={"dropout": jax.random.key(i)}) for i in (1, 2))
     assert not np.allclose(one, two)
     assert not np.allclose(one, quiet)
 

@@ -16,6 +16,8 @@ import pytest
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.data import Batches, ByteText, Windows, read_text
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -25,9 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     for index in range(60):
         path = root / f"package{index % 4}" / f"file{index}.py"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(
-            f"# {index}\n".encode() + rng.integers(32, 127, 90 + index, dtype=np.uint8).tobytes()
-        )
+        path.write_bytes(f"# {index}\n".encode() + rng.integers(32, 127, 90 + index, dtype=np.uint8).tobytes())
     for left_out in ("test/a.py", "package0/tests/b.py", "site-packages/c.py", "package0/d.txt"):
         (root / left_out).parent.mkdir(exist_ok=True)
         (root / left_out).write_text("never read")
@@ -129,9 +129,7 @@ def test_processes_share_each_batch_and_any_number_of_them_goes_on(root: str, co
     more = readers()
     for reader in more:
         reader.set_state(alone.get_state())
-    np.testing.assert_array_equal(
-        next(alone)["targets"], np.concatenate([next(reader)["targets"] for reader in more])
-    )
+    np.testing.assert_array_equal(next(alone)["targets"], np.concatenate([next(reader)["targets"] for reader in more]))
 
 
 def test_held_out_batches_are_always_the_same_and_shared_alike(root: str) -> None:
@@ -206,9 +204,7 @@ def test_text_that_does_not_suffice(root: str) -> None:
     )
     with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
         data(root, max_megabytes=0.0002).train(4)
-    with pytest.raises(
-        DeclarationError, match=r"^data: there is no directory '/nowhere'; give the root of some"
-    ):
+    with pytest.raises(DeclarationError, match=r"^data: there is no directory '/nowhere'; give the root of some"):
         data("/nowhere").train(4)
 
 

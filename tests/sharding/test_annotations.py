@@ -125,7 +125,9 @@ def test_where_linen_is_unambiguous_it_means_the_same() -> None:
     for names in (("mlp", "embed"), ("embed", "heads"), ("heads",), (None, "mlp")):
         mine, problems = to_spec(Annotation(names, "logical"), logical=rules, axes=AXES)
         theirs = logical_to_mesh_axes(names, rules)
-        assert theirs is not None and not problems and canonical(theirs) == mine
+        assert theirs is not None
+        assert not problems
+        assert canonical(theirs) == mine
 
 
 PURPOSE = "('mlp', None) to replicate it on purpose"

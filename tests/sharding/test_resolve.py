@@ -56,9 +56,9 @@ def test_specs_come_before_rules_and_leave_the_rest_to_them() -> None:
 
 
 def test_an_annotation_and_a_rule_may_say_the_same() -> None:
-    notes = {KERNEL: Annotation((None, ("tensor",)), "mesh")}
-    found = placed({KERNEL: (8, 32)}, rules=Rules((("**", P(None, "tensor")),)), annotations=notes)
-    assert found[KERNEL].spec == P(None, "tensor")
+    notes = {KERNEL: Annotation(("tensor",), "mesh")}
+    found = placed({KERNEL: (32, 8)}, rules=Rules((("**", P(("tensor",), None)),)), annotations=notes)
+    assert found[KERNEL].spec == P("tensor")
 
 
 def test_specs_are_stored_in_one_form() -> None:
@@ -84,7 +84,8 @@ def test_flatten_takes_paths_and_nested_mappings() -> None:
 def test_a_4096_device_plan_of_32_layers_is_resolved_without_devices() -> None:
     mesh = MeshSpec({"data": -1, "tensor": 16}, batch="data", target="tpu:v5p:16x16x16")
     found = resolve(layers(32, (4096, 16384)), mesh=mesh, rules=Rules(WANTED[:1]))
-    assert not found.faults and len(found.placements) == 32
+    assert not found.faults
+    assert len(found.placements) == 32
 
 
 BLOCK = "did you mean 'blocks/0/mlp/up/kernel'? "

@@ -44,8 +44,12 @@ def test_patterns(pattern: str, path: str, matches: bool) -> None:
 def test_the_first_match_wins() -> None:
     rules = Rules((("a/*", P("x")), Rule("**", P("y"), pad=True)))
     first, second = rules.first("a/b"), rules.first("b")
-    assert first is not None and first.spec == P("x") and not first.pad
-    assert second is not None and second.spec == P("y") and second.pad
+    assert first is not None
+    assert first.spec == P("x")
+    assert not first.pad
+    assert second is not None
+    assert second.spec == P("y")
+    assert second.pad
     assert Rules((("a", None),)).first("b") is None
 
 

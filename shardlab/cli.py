@@ -1,0 +1,376 @@
+"""`shardlab <verb>`: declare in a file, then plan, verify, train, evaluate, report.
+
+The options of a verb are a dataclass made for the config at hand, so that every scalar of the config is an option
+with its value as the default, and tyro reads the command line into it. Only scalars are handed to tyro: what else a
+config holds (callables, specs, a mesh) has no spelling on a command line but the few given here.
+
+JAX is imported after the arguments are read: `shardlab --help` and `shardlab schedule` start nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from shardlab.mesh.emulate import emulate, environment
+from shardlab.mesh.faults import DeclarationError, suggestion
+from shardlab.mesh.targets import parse_target
+from shardlab.pipeline.actions import ScheduleError
+
+if TYPE_CHECKING:
+    from shardlab.run.config import Config, Scalar
+    from shardlab.run.view import View
+
+HELP = """\
+usage: shardlab VERB ... [options]
+
+Declare a mesh and a PartitionSpec for every parameter of your own Flax model in a config file; then
+
+  shardlab plan CONFIG       where every array lives, bytes per device, the schedule; needs no device
+  shardlab verify CONFIG     prove it: the plan against the same step on one device, in float64
+  shardlab train CONFIG      train; writes metrics.jsonl, report.json, plan.json, parameters.npz, loss.png
+  shardlab eval CONFIG       held-out loss, of a run's parameters with --run DIR
+  shardlab report RUN        what a run compiled to and came to
+  shardlab schedule NAME     a pipeline schedule drawn, its bubble, what is in flight
+
+CONFIG is a Python file with a function config() that returns a shardlab.run.config.Config; configs/ holds some.
+Every scalar of it is an option, and so are the sizes of its mesh's axes:
+
+  shardlab train configs/quickstart.py --mesh data=4,tensor=2 --steps 20 --model.num-layers 4
+
+options of every verb:
+  --json    the same facts for programs, as one JSON object on standard output
+  --debug   the traceback of an error that is otherwise one message
+  --help    of a verb: its options; after a CONFIG: with that config's values
+
+Exit status: 0; 1 where verify fails; 2 for a faulty declaration.
+"""
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    """Options of every verb."""
+
+    json: bool = _option(False, "print one JSON object on standard output")
+    debug: bool = _option(False, "show the traceback of an error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Configured(_Common):
+    """Options of the verbs that take a CONFIG, before the config's own scalars."""
+
+    mesh: str = _option("", "sizes of the declared axes, as data=2,tensor=4; one not named becomes 1")
+    target: str = _option("", "another machine, as cpu:4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Train(_Configured):
+    out: str = _option("", "directory to write to; empty: runs/ and the config's name")
+    profile: int = _option(0, "steps to capture a JAX profile of, in OUT/profile; 3 if no number follows")
+    tensorboard: bool = _option(False, "write the metrics to OUT/tensorboard too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Eval(_Configured):
+    run: str = _option("", "directory of the run whose parameters to evaluate; empty: those of the seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report(_Common):
+    run: str = field(metadata={"help": "the --out directory of a run", "positional": "RUN"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedule(_Common):
+    name: str = field(metadata={"help": "1f1b or gpipe", "positional": "NAME"})
+    stages: int = _option(4, "devices on the stage axis")
+    microbatches: int = _option(8, "microbatches a step")
+    virtual: int = _option(1, "stages that a device holds")
+    costs: str = _option("1,1,1", "times F,I,W of a virtual stage: forward, gradient of the input, of the weights")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in VERBS:
+            known = suggestion(verb, VERBS) + f"there are {', '.join(VERBS)}"
+            raise DeclarationError(f"{verb!r} is no verb of shardlab; {known}; see shardlab --help")
+        return VERBS[verb](rest, restart=argv is None)
+    except (DeclarationError, ScheduleError) as error:
+        if "--debug" in rest:
+            raise
+        print(f"shardlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if "--debug" in rest:
+            raise
+        print("\nshardlab: stopped by Ctrl-C; what was under way is not finished", file=sys.stderr)
+        return 130
+
+
+def schedule(arguments: list[str], *, restart: bool) -> int:
+    """The verb `schedule`: a schedule drawn and costed. Starts nothing."""
+    from shardlab.pipeline.cost import Costs, schedule_facts
+    from shardlab.pipeline.draw import draw
+    from shardlab.pipeline.schedules import make_schedule
+
+    options = _read(_Schedule, arguments, prog="shardlab schedule", about="A pipeline schedule, drawn and costed.")
+    try:
+        forward, inputs, weights = (float(part) for part in options.costs.split(","))
+    except ValueError:
+        raise DeclarationError(f"costs {options.costs!r}: is not three times F,I,W; write them as 1,1,1") from None
+    costs = Costs(F=forward, I=inputs, W=weights)
+    made = make_schedule(
+        options.name, stages=options.stages, microbatches=options.microbatches, virtual=options.virtual
+    )
+    facts: dict[str, Any] = schedule_facts(made, costs)
+    lines = [draw(made)]
+    for clock, text in (("lockstep", "in lockstep"), ("async", "asynchronous")):
+        at = facts[clock]
+        lines.append(f"{text:<13} makespan {at['makespan']:g}, bubble {at['bubble_fraction']:.1%}")
+    lines.append(f"microbatches in flight at most, by device: {', '.join(map(str, facts['peak_in_flight']))}")
+    return _show(options, facts, "\n".join(lines))
+
+
+def plan(arguments: list[str], *, restart: bool) -> int:
+    """The verb `plan`: no device is needed."""
+    about = "Where every array lives, bytes per device, the schedule. No device is needed."
+    call = _configured(_Configured, arguments, "plan", about)
+    from shardlab.report.summary import plan_facts
+    from shardlab.report.text import schedule_text
+
+    made = call.config.plan()
+    facts = plan_facts(made)
+    text = [str(made), *(f"note: {remark}" for remark in call.remarks), "", schedule_text(facts)]
+    facts["notes"] += call.remarks
+    return _show(call.options, {**json.loads(made.to_json()), **facts}, "\n".join(text))
+
+
+def verify(arguments: list[str], *, restart: bool) -> int:
+    """The verb `verify`: exit status 1 where a number differs."""
+    about = "The plan against the same step on one device: initial parameters, loss, gradients, parameters."
+    call = _configured(_Configured, arguments, "verify", about, steps=5, dtype="float64")
+    _start(call.config, restart=restart)
+    from itertools import islice
+
+    from shardlab.step.verify import verify as prove
+
+    config, view = call.config, call.view()
+    with view.phase("planning"):
+        made = config.plan()
+    for note in (*made.notes, *call.remarks):
+        view.say(f"note: {note}")
+    with view.phase("reading the data"):
+        batches = list(islice(config.data.train(config.batch_size, seed=config.seed), config.steps))
+    with view.phase(f"running {config.steps} steps on {made.mesh}, and on one device"):
+        found = prove(config.model, config.loss, config.optimizer(), made, batches, seed=config.seed)
+    facts = {**dataclasses.asdict(found), "passed": found.passed, "mesh": made.mesh.sizes}
+    _show(call.options, facts, str(found))
+    return 0 if found.passed else 1
+
+
+def train(arguments: list[str], *, restart: bool) -> int:
+    """The verb `train`."""
+    about = "Trains, and reports what was compiled and what came of it."
+    call = _configured(_Train, _with_number(arguments, "--profile", "3"), "train", about)
+    _start(call.config, restart=restart)
+    from shardlab.run.loop import train as run
+
+    view = call.view()
+    for remark in call.remarks:
+        view.say(f"note: {remark}")
+    record = run(
+        call.config,
+        call.options.out or Path("runs") / Path(call.path).stem,
+        view=view,
+        profile=call.options.profile,
+        tensorboard=call.options.tensorboard,
+        about={"config": call.path, "overrides": call.given},
+    )
+    # The report's text has been shown by the run.
+    return _show(call.options, record.report, None)
+
+
+def evaluate(arguments: list[str], *, restart: bool) -> int:
+    """The verb `eval`."""
+    call = _configured(_Eval, arguments, "eval", "The loss on held-out data.")
+    _start(call.config, restart=restart)
+    from shardlab.run.evaluate import evaluate as run
+
+    return _show(call.options, run(call.config, call.options.run or None, view=call.view()), None)
+
+
+def report(arguments: list[str], *, restart: bool) -> int:
+    """The verb `report`."""
+    about = "What a run compiled to and what came of it."
+    options = _read(_Report, arguments, prog="shardlab report", about=about)
+    from shardlab.report.text import report_text
+    from shardlab.run.record import read_run
+
+    record = read_run(options.run)
+    return _show(options, record.report, report_text(record.report))
+
+
+VERBS: Mapping[str, Callable[..., int]] = {
+    "plan": plan,
+    "verify": verify,
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "schedule": schedule,
+}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A verb called on a config: the verb's own options, and the config with what was given anew.
+
+    `remarks` are facts about what was given that no plan can know.
+    """
+
+    options: Any
+    path: str
+    config: Config
+    given: dict[str, Any]
+    remarks: list[str]
+
+    def view(self) -> View:
+        """What the user sees; on standard error where standard output is for JSON."""
+        from shardlab.run.view import make_view
+
+        return make_view(sys.stderr if self.options.json else sys.stdout)
+
+
+def _configured(kind: type, arguments: list[str], verb: str, about: str, **defaults: Any) -> _Call:
+    """The call of a verb on a config. `defaults` are the verb's own, before what the user gives."""
+    from shardlab.run.config import load_config, override, scalars, scalars_of_every_config
+
+    prog = f"shardlab {verb} CONFIG"
+    place = next((k for k, text in enumerate(arguments) if _is_config(k, text)), None)
+    if place is None:
+        if "-h" in arguments or "--help" in arguments:
+            _read(kind, ["--help"], prog=prog, about=about, scalars=scalars_of_every_config())
+        raise DeclarationError(
+            f"{verb}: CONFIG is missing; give a config file first: shardlab {verb} configs/quickstart.py"
+        )
+    path, rest = arguments[place], arguments[:place] + arguments[place + 1 :]
+    config = dataclasses.replace(load_config(path), **defaults)
+    known = scalars(config)
+    options = _read(kind, rest, prog=prog, about=about, scalars=known)
+    given = {}
+    for scalar in known:
+        value = options
+        for name in scalar.name.split("."):
+            value = getattr(value, name)
+        if value != scalar.value:
+            given[scalar.name] = value
+    config = override(config, given)
+    for name in ("mesh", "target"):
+        if getattr(options, name):
+            given[name] = getattr(options, name)
+    if options.mesh or options.target:
+        mesh = config.mesh.override(options.mesh or config.mesh.sizes, target=options.target or None)
+        config = dataclasses.replace(config, mesh=mesh)
+    if config.dtype == "float64":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    return _Call(options, path, config, given, _remarks(config, rest))
+
+
+def _is_config(place: int, text: str) -> bool:
+    """CONFIG comes first; after options only a Python file can be told from an option's value."""
+    return text.endswith(".py") or (place == 0 and not text.startswith("-"))
+
+
+def _remarks(config: Config, arguments: list[str]) -> list[str]:
+    # The plan notes a schedule that it ignores, but cannot tell the default from one that was asked for.
+    asked = any(text.partition("=")[0] == "--schedule" for text in arguments)
+    stages = config.mesh.sizes[config.mesh.stage] if config.mesh.stage else 1
+    if asked and stages == 1 and config.schedule == "1f1b":
+        return ["schedule 1f1b is ignored: one stage only accumulates its microbatches"]
+    return []
+
+
+def _with_number(arguments: list[str], option: str, number: str) -> list[str]:
+    """The arguments with a number after an option that stands alone."""
+    out: list[str] = []
+    for text in arguments:
+        if out and out[-1] == option and not text.isdecimal():
+            out.append(number)
+        out.append(text)
+    return [*out, number] if out and out[-1] == option else out
+
+
+def _read(kind: type, arguments: list[str], *, prog: str, about: str, scalars: Sequence[Scalar] = ()) -> Any:
+    """The options of `kind` and those of `scalars`, read from the arguments; tyro ends the process on a fault."""
+    import tyro
+
+    fields: list[Any] = []
+    annotation: Any
+    for item in dataclasses.fields(kind):
+        text, where = item.metadata["help"], item.metadata.get("positional")
+        if where:
+            positional = Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=text, metavar=where)]
+            fields.append((item.name, positional))
+        else:
+            annotation = Annotated[type(item.default), tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]
+            fields.append((item.name, annotation, item.default))
+    inner: dict[str, list[Any]] = {}
+    for scalar in scalars:
+        owner, _, name = scalar.name.rpartition(".")
+        annotation = Annotated[scalar.kind, tyro.conf.arg(help=scalar.help), tyro.conf.FlagConversionOff]
+        (inner.setdefault(owner, []) if owner else fields).append((name, annotation, scalar.value))
+    for owner, items in inner.items():
+        made = dataclasses.make_dataclass(owner, items, frozen=True, kw_only=True)
+        fields.append((owner, Annotated[made, tyro.conf.arg(help="")], made()))
+    options = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
+    return tyro.cli(options, prog=prog, description=about, args=arguments)
+
+
+def _start(config: Config, *, restart: bool) -> None:
+    """Emulated devices for a CPU target.
+
+    A config file that has started JAX with other settings is not asked to do otherwise: the process is started
+    again, once, with the right settings in its environment.
+    """
+    machine = parse_target(config.mesh.target)
+    if machine.platform != "cpu" or machine.text == "local":
+        return
+    try:
+        emulate(machine.num_devices)
+    except DeclarationError:
+        if not restart or _RESTARTED in os.environ:
+            raise
+        variables = {**os.environ, **environment(machine.num_devices), _RESTARTED: "1"}
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, variables)
+
+
+_RESTARTED = "SHARDLAB_RESTARTED"
+
+
+def _show(options: Any, facts: Mapping[str, Any], text: str | None) -> int:
+    """Prints the facts as JSON where that is asked for, otherwise the text if there is one."""
+    from shardlab.run.record import plain
+
+    if options.json:
+        print(json.dumps(plain(facts), allow_nan=False))
+    elif text is not None:
+        print(text)
+    return 0

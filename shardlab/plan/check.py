@@ -1,0 +1,167 @@
+"""What can be wrong with a declaration beyond a parameter's spec."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from shardlab.mesh.faults import DeclarationError, Fault
+from shardlab.mesh.spec import MeshSpec
+from shardlab.module.functions import path_of
+from shardlab.module.model import Model
+from shardlab.module.pipeline import Pipeline
+from shardlab.module.residuals import POLICIES, REMAT
+from shardlab.pipeline.actions import ScheduleError
+from shardlab.pipeline.schedules import make_schedule
+from shardlab.pipeline.stages import assign_layers
+from shardlab.plan.plan import Stack
+
+DTYPES = ("float32", "bfloat16", "float64")
+HEADS = ("auto", "examples", "last_stage")
+
+
+def choice_faults(**given: Any) -> list[Fault]:
+    """Faults of the options that are names or levels."""
+    policies = (*REMAT, *POLICIES)
+    allowed: dict[str, tuple[Any, ...]] = {
+        "zero": (0, 1, 2, 3),
+        "remat": policies,
+        "dtype": DTYPES,
+        "head": HEADS,
+        "batch_axes": ("manual", "automatic"),
+    }
+    faults = []
+    for name, value in given.items():
+        if value not in allowed[name]:
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed[name]], n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            faults.append(
+                Fault(
+                    f"{name}={value!r}",
+                    f"is not one of {', '.join(map(str, allowed[name]))}",
+                    f"{hint}write one of them",
+                )
+            )
+    if given["dtype"] == "float64" and not jax.config.read("jax_enable_x64"):
+        faults.append(
+            Fault(
+                "dtype='float64'",
+                "JAX computes in 32 bits here",
+                "call jax.config.update('jax_enable_x64', True) first",
+            )
+        )
+    return faults
+
+
+def batch_faults(
+    leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: int, manual: bool
+) -> list[Fault]:
+    """What is wrong with the batch, its size and the microbatches."""
+    if not leaves:
+        return [
+            Fault("batch", "has no arrays", "pass a pytree whose arrays have the examples as leading dim")
+        ]
+    faults = []
+    first, size = leaves[0][0], leaves[0][1].shape[0] if leaves[0][1].shape else 0
+    for path, leaf in leaves:
+        here = leaf.shape[0] if leaf.shape else 0
+        if here != size or not leaf.shape:
+            faults.append(
+                Fault(
+                    f"batch {path}",
+                    f"leading dim {here} is not the {size} examples of {first}",
+                    "give every array the examples first",
+                )
+            )
+    shards = mesh.batch_size_divisor
+    axes = " x ".join(f"{axis}={mesh.sizes[axis]}" for axis in mesh.batch) or "no batch axis"
+    if microbatches < 1:
+        faults.append(Fault(f"microbatches={microbatches}", "is not a positive number", "write 1 or more"))
+    elif size % (shards * microbatches):
+        up = math.ceil(size / (shards * microbatches)) * shards * microbatches
+        faults.append(
+            Fault(
+                "batch",
+                f"{size} examples do not divide by {shards} shards ({axes}) x {microbatches} microbatches",
+                f"use a batch of {up}, or fewer microbatches",
+            )
+        )
+    if not manual and microbatches > 1:
+        faults.append(
+            Fault(
+                f"microbatches={microbatches}",
+                "the model computes across examples, and a microbatch is not the batch",
+                "use microbatches=1",
+            )
+        )
+    return faults
+
+
+def stage_faults(
+    model: Model, mesh: MeshSpec, schedule: str, microbatches: int, manual: bool, pipeline: Pipeline | None
+) -> list[Fault]:
+    """What is wrong with the stages: parts, schedule, layers."""
+    stages = mesh.sizes[mesh.stage] if mesh.stage else 1
+    faults = []
+    if stages > 1 and model.parts is None:
+        faults.append(
+            Fault(
+                f"mesh axis {mesh.stage!r}",
+                f"has {stages} stages, and the model's parts are not named",
+                "pass pipeline=Pipeline(before=..., blocks=..., after=...)",
+            )
+        )
+    if stages > 1 and not manual:
+        faults.append(
+            Fault(
+                f"mesh axis {mesh.stage!r}",
+                f"{stages} stages need manual batch axes",
+                "use one stage, or batch_axes='manual'",
+            )
+        )
+    try:
+        make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1))
+        if model.parts is not None:
+            assign_layers(len(model.parts.layers), stages)
+    except ScheduleError as error:
+        raise DeclarationError(str(error)) from None
+    return faults
+
+
+def layer_faults(stacks: tuple[Stack, ...], placements: Mapping[str, Any]) -> list[Fault]:
+    """Blocks are stacked, so the same array has the same spec in each."""
+    faults = []
+    for stack in stacks:
+        paths = [path for path in stack.members if path and path in placements]
+        for path in paths[1:]:
+            if placements[path].spec != placements[paths[0]].spec:
+                faults.append(
+                    Fault(
+                        path,
+                        f"spec {placements[path].spec} ({placements[path].source}) is not that of {paths[0]}, "
+                        f"{placements[paths[0]].spec}; blocks are stacked",
+                        "give every block the same spec",
+                    )
+                )
+                break
+    return faults
+
+
+def check_flow(x: Any, y: Any) -> None:
+    """A block keeps the structure and the shapes of what flows through it."""
+    if str(jax.tree.structure(x)) != str(jax.tree.structure(y)):
+        raise DeclarationError(
+            f"block: returns {jax.tree.structure(y)} for x of {jax.tree.structure(x)}; return x's structure"
+        )
+    for (keys, mine), theirs in zip(
+        jax.tree_util.tree_flatten_with_path(x)[0], jax.tree.leaves(y), strict=True
+    ):
+        if mine.shape != theirs.shape:
+            raise DeclarationError(
+                f"block: x {path_of(keys)} enters as {list(mine.shape)} and leaves as {list(theirs.shape)}; every "
+                "block keeps x's shapes"
+            )

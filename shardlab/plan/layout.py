@@ -1,0 +1,113 @@
+"""How arrays are laid out: stacks of layers, storage between steps, and the tree that the optimizer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from shardlab.mesh.spec import MeshSpec
+from shardlab.module.model import Model
+from shardlab.plan.optimizer import nest
+from shardlab.plan.plan import Stack
+from shardlab.sharding.zero import add_axes, without
+
+
+def axes_in(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that a spec names."""
+    return {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
+
+
+def storage_of(
+    spec: PartitionSpec,
+    shape: tuple[int, ...],
+    mesh: MeshSpec,
+    lent: tuple[str, ...],
+    *,
+    shard: bool,
+    shard_state: bool,
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Specs of a parameter and of its optimizer state between steps.
+
+    `lent` axes hold a share of a parameter that every stage uses, gathered once a step.
+    """
+
+    def add(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+        missing = tuple(axis for axis in axes if mesh.sizes[axis] > 1)
+        if not missing or set(missing) & axes_in(spec):
+            return spec
+        return add_axes(spec, shape, missing, mesh)[0]
+
+    # Both are cut from one layout, lent axes before batch axes on a dim: going from one to the other is then a local
+    # slice or a gather, and never moves a shard elsewhere.
+    most = add(spec, (*lent, *mesh.batch))
+    if most == spec:
+        most = add(add(spec, mesh.batch), lent)
+    least = without(most, tuple(axes_in(most) - axes_in(spec) - set(lent)))
+    return (most if shard else least), (most if shard_state else least)
+
+
+def stacks_of(model: Model, layers: tuple[int, ...]) -> tuple[Stack, ...]:
+    """One stack for every array of a block; stage s holds slots s*K to s*K + K - 1, K the longest stage."""
+    assert model.parts is not None
+    longest = max(layers)
+    slots: list[int | None] = []
+    start = 0
+    for count in layers:
+        slots += [*range(start, start + count), *[None] * (longest - count)]
+        start += count
+    stacks = []
+    for inner, path in model.parts.layers[0].items():
+        name = path.removesuffix(inner).replace("0", "*") + inner
+        members = tuple(None if slot is None else model.parts.layers[slot][inner] for slot in slots)
+        stacks.append(Stack(name, members))
+    return tuple(stacks)
+
+
+def optimizer_tree(model: Model, values: Mapping[str, Any], stacks: tuple[Stack, ...], update: str) -> Any:
+    """The tree the optimizer sees: the user's own, or nested dicts with stacked layers."""
+    if update == "per-layer" or not stacks:
+        return model.tree(values)
+    return nest(values)
+
+
+def optimizer_specs(
+    parameters: Any, stacks: tuple[Stack, ...], update: str, mesh: MeshSpec
+) -> dict[str, PartitionSpec]:
+    """Specs of optimizer state, gradients and updates in the tree that the optimizer sees, by path."""
+    by_path = {parameter.path: parameter for parameter in parameters}
+    inside = {path for stack in stacks for path in stack.members if path}
+    stage = mesh.stage if mesh.stage and mesh.sizes[mesh.stage] > 1 else None
+    specs = {}
+    for path, parameter in by_path.items():
+        if path not in inside:
+            specs[path] = parameter.state
+        elif update == "per-layer":
+            specs[path] = (
+                add_axes(parameter.state, parameter.shape, (stage,), mesh)[0] if stage else parameter.state
+            )
+    if update == "stacked":
+        for stack in stacks:
+            first = next(path for path in stack.members if path)
+            if first in by_path:
+                specs[stack.name] = PartitionSpec(stage, *by_path[first].state)
+    return specs
+
+
+def optimizer_shapes(
+    parameters: Any, stacks: tuple[Stack, ...], update: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the parameters in the tree that the optimizer sees, by path."""
+    shapes = {p.path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for p in parameters}
+    if update == "per-layer":
+        return shapes
+    for stack in stacks:
+        members = [shapes.pop(path) for path in stack.members if path and path in shapes]
+        if members:
+            shapes[stack.name] = jax.ShapeDtypeStruct(
+                (len(stack.members), *members[0].shape), members[0].dtype
+            )
+    return shapes

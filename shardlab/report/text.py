@@ -1,0 +1,88 @@
+"""The report of a run as text, from the plain data that `report.json` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardlab.pipeline.draw import draw
+from shardlab.pipeline.schedules import make_schedule
+from shardlab.report.collectives import collectives_table
+from shardlab.report.memory import human_bytes
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The report: what a device holds, what the step communicates, the schedule, and what was learnt."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    parts = [
+        f"{report['num_parameters']:,} parameters on mesh {mesh} ({report['target']}), computed in {report['dtype']}, "
+        f"ZeRO {report['zero']}",
+        _section("per device", bytes_table(report)),
+        _section(
+            "collectives per device and step, from the compiled program", collectives_table(report["collectives"])
+        ),
+        _section("schedule", schedule_text(report)),
+        _section("result", result_text(report)),
+    ]
+    return "\n\n".join(parts)
+
+
+def bytes_table(report: Mapping[str, Any]) -> str:
+    """Bytes on the fullest device, as planned and as the compiler says.
+
+    >>> print(bytes_table({"bytes_per_device": {"parameters": 2048}, "memory": {"temp_bytes": 512}}))
+    planned   parameters   2.0 KiB
+    compiled  temporaries    512 B
+    """
+    names = {
+        "argument_bytes": "arguments: state and batch",
+        "temp_bytes": "temporaries",
+        "code_bytes": "code",
+        "total_bytes": "total",
+    }
+    rows = [("planned", name.replace("_", " "), size) for name, size in report["bytes_per_device"].items()]
+    memory = report.get("memory", {})
+    rows += [("compiled", text, memory[name]) for name, text in names.items() if name in memory]
+    width = max(len(name) for _, name, _ in rows)
+    sizes = [human_bytes(size) for *_, size in rows]
+    right = max(map(len, sizes))
+    return "\n".join(
+        f"{who:<8}  {name:<{width}}  {size:>{right}}" for (who, name, _), size in zip(rows, sizes, strict=True)
+    )
+
+
+def schedule_text(report: Mapping[str, Any]) -> str:
+    """The schedule drawn, its bubble and what each stage holds; one line where there is one stage."""
+    stages, microbatches = report["stages"], report["microbatches"]
+    if stages == 1:
+        if microbatches == 1:
+            return "one stage, one microbatch: no bubble"
+        return f"one stage: {microbatches} microbatches accumulate their gradients, no bubble"
+    table = draw(make_schedule(report["schedule"], stages=stages, microbatches=microbatches))
+    held = ", ".join(map(str, report["peak_in_flight"]))
+    return f"{table}\nbubble {report['bubble_fraction']:.1%}; microbatches in flight at most, by stage: {held}"
+
+
+def result_text(report: Mapping[str, Any]) -> str:
+    """Steps, losses and times of the run.
+
+    >>> print(result_text({"steps_done": 2, "steps": 2, "interrupted": False, "unit": "nats", "final_loss": 2.0,
+    ...     "initial_eval_loss": 5.5, "eval_loss": 2.25, "seconds_per_step": 0.5, "tokens_per_second": 8192.0}))
+    2 of 2 steps, 0.500 s a step in the middle, 8,192 tokens/s
+    training loss 2.000 nats at the last step
+    held-out loss 5.500 -> 2.250 nats
+    """
+    unit = report["unit"]
+    lines = [
+        f"{report['steps_done']} of {report['steps']} steps{', stopped by Ctrl-C' if report['interrupted'] else ''}"
+        f", {report['seconds_per_step']:.3f} s a step in the middle, {report['tokens_per_second']:,.0f} tokens/s"
+    ]
+    if report["final_loss"] is not None:
+        lines.append(f"training loss {report['final_loss']:.3f} {unit} at the last step")
+    if report["eval_loss"] is not None and report["initial_eval_loss"] is not None:
+        lines.append(f"held-out loss {report['initial_eval_loss']:.3f} -> {report['eval_loss']:.3f} {unit}")
+    return "\n".join(lines)
+
+
+def _section(title: str, body: str) -> str:
+    return f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in body.splitlines())

@@ -1,0 +1,343 @@
+"""`Config`: everything a run needs, as one frozen value; and how the command line changes a scalar of it.
+
+A config file is Python with a function ``config()`` that returns a `Config`. One file serves many plans: every
+scalar can be given anew by its dotted name, ``steps``, ``model.num_layers``, ``optimizer.learning_rate``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import runpy
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
+from shardlab.mesh.spec import MeshSpec
+
+if TYPE_CHECKING:
+    import optax
+    from jax.sharding import PartitionSpec
+
+    from shardlab.module.pipeline import Pipeline
+    from shardlab.plan.plan import Plan
+    from shardlab.sharding.rules import Rules
+
+# JAX is imported where it is used: `shardlab --help` reads the fields of `Config` and starts nothing.
+
+
+class DataSet(Protocol):
+    """What a config's `data` must have; `shardlab.run.data.ByteText` has it."""
+
+    def abstract_batch(self, batch_size: int) -> Any:
+        """Shapes of a batch; nothing is read."""
+
+    def train(self, batch_size: int, *, seed: int = 0) -> Any:
+        """An endless iterator over batches."""
+
+    def held_out(self, batch_size: int, num_batches: int) -> Any:
+        """Batches that training never sees, the same at every call."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (arXiv 1711.05101) after clipping, with a warmup and a cosine decay; called, it makes the optax optimizer.
+
+    Attributes:
+      learning_rate: at its peak.
+      warmup: steps in which it rises from 0.
+      decay: the step at which its cosine ends, whatever the steps trained; 0 keeps it at the peak.
+      final: what it ends at, as a part of the peak.
+      b1: decay of the gradient's mean.
+      b2: decay of its square's mean.
+      weight_decay: of every parameter.
+      clip_norm: global norm that gradients are cut to; 0 cuts nothing.
+
+    >>> AdamW(learning_rate=1e-3).rate(0.0), AdamW(learning_rate=1e-3, warmup=10).rate(5)
+    (0.001, 0.0005)
+    """
+
+    learning_rate: float = 1e-3
+    warmup: int = 0
+    decay: int = 0
+    final: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decay and self.decay <= self.warmup:
+            raise DeclarationError(
+                f"decay: ends at step {self.decay}, before the warmup of {self.warmup} steps; give a later step, "
+                "or 0 for none"
+            )
+
+    def __call__(self) -> optax.GradientTransformation:
+        import optax
+
+        adamw = optax.adamw(self.rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw) if self.clip_norm else adamw
+
+    @property
+    def rate(self) -> Callable[[Any], Any]:
+        """The learning rate as a function of the steps done."""
+        import optax
+
+        if self.decay:
+            return optax.warmup_cosine_decay_schedule(
+                0.0 if self.warmup else self.learning_rate,
+                self.learning_rate,
+                self.warmup,
+                self.decay,
+                self.learning_rate * self.final,
+            )
+        if self.warmup:
+            return optax.linear_schedule(0.0, self.learning_rate, self.warmup)
+        return optax.constant_schedule(self.learning_rate)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, declared.
+
+    Attributes:
+      model: what `make_plan` takes; a frozen dataclass called with `nnx.Rngs` lets its scalars be overridden.
+      loss: ``(y, batch) -> (sum, weight)``.
+      optimizer: called without arguments, makes the optax optimizer.
+      data: batches to train on and to hold out.
+      mesh: the devices, and the roles of the axes.
+      rules: a spec for every parameter, by path pattern.
+      pipeline: names of the model's parts; None takes it whole.
+      specs: specs by path, before the rules.
+      activation: spec of what flows between blocks.
+      batch_size: global examples a step.
+      microbatches: microbatches a step; with one stage, gradient accumulation.
+      schedule: pipeline schedule, 1f1b or gpipe.
+      zero: ZeRO level, 0 to 3.
+      remat: what the forward pass keeps: none (everything), full (a block's input), or a policy of
+        jax.checkpoint_policies.
+      dtype: what the step computes in: float32, bfloat16, float64.
+      head: how the parts before and after the blocks are spread: examples, last_stage, auto.
+      batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).
+      steps: train steps.
+      seed: of the parameters, dropout and the order of the data.
+      eval_every: steps between evaluations on held-out data; 0 never evaluates.
+      eval_batches: held-out batches of an evaluation.
+      unit: what the loss is counted in, for reports.
+    """
+
+    model: Any
+    loss: Callable[[Any, Any], tuple[Any, Any]]
+    optimizer: Callable[[], optax.GradientTransformation]
+    data: DataSet
+    mesh: MeshSpec
+    rules: Rules
+    pipeline: Pipeline | None = None
+    specs: Mapping[str, PartitionSpec] | None = None
+    activation: PartitionSpec | None = None
+    batch_size: int = 8
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    zero: int = 0
+    remat: str = "none"
+    dtype: str = "float32"
+    head: str = "auto"
+    batch_axes: str = "manual"
+    steps: int = 100
+    seed: int = 0
+    eval_every: int = 0
+    eval_batches: int = 4
+    unit: str = "nats"
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "steps": 1, "eval_every": 0, "eval_batches": 1, "seed": 0}
+        raise_faults(
+            Fault(name, f"is {getattr(self, name)!r}", f"give a whole number, {low} or more")
+            for name, low in least.items()
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low
+        )
+
+    def abstract_batch(self) -> Any:
+        """Shapes of a global batch."""
+        return self.data.abstract_batch(self.batch_size)
+
+    def plan(self) -> Plan:
+        """The plan; no device is needed, and no data is read.
+
+        Raises:
+          DeclarationError: with every fault of the declaration.
+        """
+        from shardlab.plan.make import make_plan
+
+        return make_plan(
+            self.model,
+            mesh=self.mesh,
+            rules=self.rules,
+            optimizer=self.optimizer(),
+            batch=self.abstract_batch(),
+            pipeline=self.pipeline,
+            specs=self.specs,
+            schedule=self.schedule,
+            microbatches=self.microbatches,
+            zero=self.zero,
+            remat=self.remat,
+            dtype=self.dtype,
+            head=self.head,
+            batch_axes=self.batch_axes,
+            activation=self.activation,
+        )
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A scalar of a config that can be overridden: dotted name, type, value now, and what it is."""
+
+    name: str
+    kind: Any
+    value: Any
+    help: str
+
+
+def scalars(config: Config) -> tuple[Scalar, ...]:
+    """Every scalar that can be overridden, those of the nested dataclasses (model, optimizer, data) by dotted name.
+
+    The mesh is not among them: its sizes are overridden together, by `MeshSpec.override`.
+    """
+    found = list(_own(config, ""))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and field.name in ("model", "loss", "optimizer", "data"):
+            found += _own(value, f"{field.name}.")
+    return tuple(found)
+
+
+def scalars_of_every_config() -> tuple[Scalar, ...]:
+    """The scalars that any config has, with their defaults."""
+    texts = attribute_help(Config)
+    return tuple(
+        Scalar(field.name, type(field.default), field.default, texts[field.name])
+        for field in dataclasses.fields(Config)
+        if _is_scalar(type(field.default))
+    )
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with other scalars, by the names that `scalars` gives.
+
+    Raises:
+      DeclarationError: a name that is no scalar of the config (nearest given), or a value that it refuses.
+    """
+    known = [scalar.name for scalar in scalars(config)]
+    raise_faults(
+        Fault(name, "is not a scalar of this config", f"{suggestion(name, known)}there are {', '.join(known)}")
+        for name in changes
+        if name not in known
+    )
+    inner: dict[str, dict[str, Any]] = {}
+    outer: dict[str, Any] = {}
+    for name, value in changes.items():
+        owner, _, field = name.rpartition(".")
+        (inner.setdefault(owner, {}) if owner else outer)[field] = value
+    for owner, fields in inner.items():
+        try:
+            outer[owner] = dataclasses.replace(getattr(config, owner), **fields)
+        except (ValueError, TypeError) as error:  # what a user's own dataclass refuses a value with
+            raise DeclarationError(f"{owner}: {error}") from error
+    return dataclasses.replace(config, **outer)
+
+
+def load_config(path: str | Path) -> Config:
+    """What the function ``config()`` of a Python file returns.
+
+    Raises:
+      DeclarationError: no such file, a file that fails, one without ``config()``, or another result than a `Config`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        here = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        hint = suggestion(str(file), here)
+        raise DeclarationError(f"config {str(path)!r}: there is no such file; {hint}give the path of a Python file")
+    example = "def config() -> Config: return Config(model=..., ...)"
+    try:
+        names = runpy.run_path(str(file))
+    except DeclarationError:
+        raise
+    except Exception as error:
+        raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
+    if not callable(names.get("config")):
+        raise DeclarationError(f"config {str(path)!r}: has no function config(); write {example}")
+    try:
+        made = names["config"]()
+    except DeclarationError:
+        raise
+    except Exception as error:
+        raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
+    if not isinstance(made, Config):
+        raise DeclarationError(
+            f"config {str(path)!r}: config() returns {type(made).__name__}, not shardlab.run.config.Config; "
+            f"write {example}"
+        )
+    return made
+
+
+def _where(error: BaseException, file: Path) -> str:
+    """The last line of the config file on the way to the error."""
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == file:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        lines.append(error.lineno)
+    return f"line {lines[-1]}, " if lines else ""
+
+
+def _own(value: Any, prefix: str) -> list[Scalar]:
+    try:
+        hints = typing.get_type_hints(type(value))
+    except (NameError, TypeError):  # annotations only a type checker can read
+        hints = {}
+    texts = attribute_help(type(value))
+    found = []
+    for field in dataclasses.fields(value):
+        now = getattr(value, field.name)
+        kind = hints.get(field.name, type(now))
+        # An annotation may be wider than a scalar (Any, a union with a callable): then the value decides.
+        if not _is_scalar(kind):
+            kind = type(now)
+        if _is_scalar(kind) and kind is not type(None):
+            found.append(Scalar(prefix + field.name, kind, now, texts.get(field.name, "")))
+    return found
+
+
+def _is_scalar(kind: Any) -> bool:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return all(part is type(None) or _is_scalar(part) for part in typing.get_args(kind))
+    return typing.get_origin(kind) is typing.Literal or kind in (int, float, bool, str)
+
+
+def attribute_help(kind: type) -> dict[str, str]:
+    """What the ``Attributes:`` of a class's docstring say, by name.
+
+    >>> attribute_help(AdamW)["warmup"]
+    'steps in which it rises from 0.'
+    """
+    text = (kind.__doc__ or "").partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        start = re.match(r"\s+(\w+(?:, \w+)*): (.*)", line)
+        if start:
+            names = start[1].split(", ")
+            found |= dict.fromkeys(names, start[2])
+        elif not line.strip():
+            break
+        else:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found

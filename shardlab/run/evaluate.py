@@ -1,0 +1,117 @@
+"""The held-out loss: during a run, and of a run's parameters on any mesh afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardlab.mesh.faults import Fault, raise_faults
+from shardlab.module.model import read_model
+from shardlab.plan.plan import Plan
+from shardlab.run.config import Config
+from shardlab.run.record import read_arrays
+from shardlab.run.view import Silent, View
+from shardlab.step.forward import compile_forward
+from shardlab.step.state import buffer_specs, initial_values, shardings, storage_specs
+
+
+class Evaluation:
+    """The compiled evaluation of some held-out batches: called with parameters and buffers, their loss.
+
+    The loss is over all batches together: the sum of their sums over the sum of their weights.
+    """
+
+    def __init__(self, config: Config, plan: Plan, batches: Sequence[Any]) -> None:
+        self._forward = compile_forward(config.model, plan, config.abstract_batch(), config.loss)
+        self._batches = batches
+        self.mesh = self._forward.mesh
+
+    def __call__(self, parameters: Any, buffers: Any) -> tuple[float, int]:
+        """The loss, and how many tokens (or other weight) it is over."""
+        total = weight = 0.0
+        for batch in self._batches:
+            # Reading the numbers waits for them, which bounds how many passes are in flight.
+            part, counted = self._forward(parameters, buffers, batch)
+            total, weight = total + float(part), weight + float(counted)
+        return total / weight, round(weight)
+
+
+def evaluate(config: Config, run: str | Path | None = None, *, view: View | None = None) -> dict[str, Any]:
+    """The held-out loss of a run's parameters on the config's mesh, which may be another than the run's.
+
+    Args:
+      config: with the run's model.
+      run: the directory of a run; None takes the parameters that the config's seed gives.
+      view: what is told of what happens.
+
+    Returns:
+      ``eval_loss``, ``unit``, ``tokens``, ``batches``, ``batch_size``, and ``parameters``: the run, or "initial".
+
+    Raises:
+      DeclarationError: a faulty declaration, or the run of another model.
+    """
+    view = view or Silent()
+    arrays = None if run is None else read_arrays(run)
+    with view.phase("planning"):
+        plan = config.plan()
+    if arrays is not None:
+        _same_arrays(plan, arrays, str(run))
+    with view.phase("reading the data"):
+        batches = config.data.held_out(config.batch_size, config.eval_batches)
+    with view.phase(f"compiling the evaluation for {plan.mesh}"):
+        evaluation = Evaluation(config, plan, batches)
+    if arrays is None:
+        view.say(f"no run is named: these are the parameters that seed {config.seed} gives, before any step")
+        model = read_model(config.model, config.abstract_batch(), plan.pipeline)
+        with jax.set_mesh(evaluation.mesh):
+            values = initial_values(model, plan, evaluation.mesh, config.seed)
+    else:
+        values = _placed(plan, evaluation.mesh, arrays)
+    names = storage_specs(plan)
+    with view.phase(f"evaluating {config.eval_batches} batches of {config.batch_size}"):
+        loss, tokens = evaluation(
+            {name: values[name] for name in names},
+            {name: value for name, value in values.items() if name not in names},
+        )
+    view.say(f"held-out loss {loss:.3f} {config.unit}")
+    return {
+        "eval_loss": loss,
+        "unit": config.unit,
+        "tokens": tokens,
+        "batches": config.eval_batches,
+        "batch_size": config.batch_size,
+        "parameters": "initial" if run is None else str(run),
+    }
+
+
+def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None:
+    """The run's arrays are those of the plan's model."""
+    shapes: dict[str, Any] = {parameter.path: parameter.shape for parameter in plan.parameters}
+    shapes |= dict.fromkeys(plan.buffers)
+    way_out = "give the config, with the overrides, that the run was made with"
+    faults = [Fault(path, f"run {run!r} has none", way_out) for path in shapes if path not in arrays]
+    for path, array in arrays.items():
+        if path not in shapes:
+            faults.append(Fault(path, f"is in run {run!r} and not in the model", way_out))
+        elif shapes[path] not in (None, array.shape):
+            problem = f"is {list(array.shape)} in run {run!r} and {list(shapes[path])} in the model"
+            faults.append(Fault(path, problem, way_out))
+    raise_faults(faults)
+
+
+def _placed(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Arrays by the user's paths as the plan stores them: blocks stacked, pad slots zero, each in its sharding."""
+    members = {stack.name: stack.members for stack in plan.stacks}
+    dtypes = {parameter.path: parameter.dtype for parameter in plan.parameters}
+    placed = {}
+    for name, sharding in shardings(mesh, {**storage_specs(plan), **buffer_specs(plan)}).items():
+        paths = members.get(name, (name,))
+        first = next(path for path in paths if path)
+        slots = [arrays[path] if path else np.zeros_like(arrays[first]) for path in paths]
+        value = np.stack(slots) if name in members else slots[0]
+        placed[name] = jax.device_put(value.astype(dtypes.get(first, value.dtype)), sharding)
+    return placed

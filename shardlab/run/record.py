@@ -1,0 +1,145 @@
+"""What a run leaves on disk, and the same read back.
+
+DIR/metrics.jsonl     a JSON object a step: step, loss, grad_norm, seconds, tokens; eval_loss where there was one
+DIR/report.json       what was compiled and what came of it
+DIR/plan.json         the plan
+DIR/parameters.npz    the trained arrays by the user's own paths, fit for any mesh
+DIR/loss.png          the loss curve
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NotRequired, TypedDict
+
+import numpy as np
+
+from shardlab.mesh.faults import DeclarationError, suggestion
+
+METRICS, REPORT, PLAN, PARAMETERS, CURVE = FILES = (
+    "metrics.jsonl",
+    "report.json",
+    "plan.json",
+    "parameters.npz",
+    "loss.png",
+)
+
+
+class Row(TypedDict):
+    """A step: its number from 1, the loss of the parameters it started from, wall seconds, tokens it learnt from.
+
+    `eval_loss` is of the parameters after the step. A number that is not finite is None, since JSON has no other.
+    """
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    seconds: float
+    tokens: int
+    eval_loss: NotRequired[float | None]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run that has ended: where it is, its rows, its report."""
+
+    directory: Path
+    rows: tuple[Row, ...]
+    report: Mapping[str, Any]
+
+
+class MetricsFile:
+    """`DIR/metrics.jsonl`, written a row at a time; each row is on disk before the next step's is made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     with MetricsFile(Path(directory)) as file:
+    ...         file.write(Row(step=1, loss=float("nan"), grad_norm=2.0, seconds=0.5, tokens=64))
+    ...     print((Path(directory) / "metrics.jsonl").read_text(), end="")
+    {"step": 1, "loss": null, "grad_norm": 2.0, "seconds": 0.5, "tokens": 64}
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file: IO[str] = (directory / METRICS).open("w")
+
+    def write(self, row: Row) -> None:
+        """Adds a row."""
+        self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def write_report(directory: Path, report: Mapping[str, Any]) -> None:
+    """Writes `DIR/report.json`."""
+    (directory / REPORT).write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n")
+
+
+def read_run(directory: str | Path) -> RunRecord:
+    """The run that a directory holds.
+
+    Raises:
+      DeclarationError: it is no directory of a run that has ended.
+    """
+    directory = Path(directory)
+    if not (directory / REPORT).is_file():
+        near = sorted(str(path.parent) for path in directory.parent.glob(f"*/{REPORT}"))
+        why = "has no report.json" if directory.is_dir() else "is no directory"
+        raise DeclarationError(
+            f"run {str(directory)!r}: {why}; {suggestion(str(directory), near)}give the --out directory of a run "
+            "that has ended"
+        )
+    report = json.loads((directory / REPORT).read_text())
+    return RunRecord(directory, tuple(read_rows(directory)), report)
+
+
+def read_rows(directory: Path) -> Iterator[Row]:
+    """The rows of `DIR/metrics.jsonl`."""
+    with (directory / METRICS).open() as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_arrays(directory: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes `DIR/parameters.npz`: whole arrays by path, so that any mesh can take them."""
+    with (directory / PARAMETERS).open("wb") as file:
+        np.savez(file, allow_pickle=False, **{path: np.asarray(value) for path, value in arrays.items()})
+
+
+def read_arrays(directory: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of `DIR/parameters.npz`.
+
+    Raises:
+      DeclarationError: the directory holds none.
+    """
+    file = Path(directory) / PARAMETERS
+    if not file.is_file():
+        raise DeclarationError(
+            f"run {str(directory)!r}: holds no {PARAMETERS}; give the --out directory of a run that has ended"
+        )
+    with np.load(file) as held:
+        return {path: held[path] for path in held.files}
+
+
+def plain(value: Any) -> Any:
+    """The value with None for every number that is not finite, which JSON cannot hold.
+
+    >>> plain({"loss": float("inf"), "steps": (1, 2.0)})
+    {'loss': None, 'steps': [1, 2.0]}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
