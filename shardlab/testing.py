@@ -50,9 +50,7 @@ def assert_matches_reference(
       AssertionError: with the table of errors, and the parameter where the largest is.
     """
     with jax.enable_x64(dtype == "float64"):
-        plan = make_plan(
-            model, mesh=mesh, rules=rules, optimizer=optimizer, batch=batch, dtype=dtype, **options
-        )
+        plan = make_plan(model, mesh=mesh, rules=rules, optimizer=optimizer, batch=batch, dtype=dtype, **options)
         found = verify(model, loss, optimizer, plan, [batch] * steps, seed=seed)
     if not found.passed:
         raise AssertionError(str(found))

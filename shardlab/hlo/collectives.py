@@ -245,9 +245,7 @@ def _once(
         names, size = _group_axes(module, instruction, mesh)
     if size < 2:
         return None
-    operands = [
-        computation.instructions[name] for name in instruction.operands if name in computation.instructions
-    ]
+    operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
     if opcode in ("send", "ragged-all-to-all"):
         operands = operands[:1]  # the others are a token, and the output buffer with its offsets
     payload = sum(operand.bytes for operand in operands) * (size if kind == "all-gather" else 1)
@@ -279,9 +277,7 @@ def _is_sliced(module: HloModule, computation: Computation, instruction: Instruc
     return all(_slices(module, computation, instruction, user, n) for user in users)
 
 
-def _slices(
-    module: HloModule, computation: Computation, read: Instruction, user: Instruction, n: int
-) -> bool:
+def _slices(module: HloModule, computation: Computation, read: Instruction, user: Instruction, n: int) -> bool:
     elements = sum(shape.elements for shape in user.shapes)
     whole = sum(shape.elements for shape in read.shapes)
     if user.opcode == "dynamic-slice":

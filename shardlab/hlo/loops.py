@@ -207,11 +207,7 @@ def _affine(
         return _affine(module, computation, operands[0], arguments)
     if opcode in ("add", "subtract"):
         left, right = (_affine(module, computation, operand, arguments) for operand in operands)
-        if (
-            left is None
-            or right is None
-            or (right.slot is not None and (left.slot is not None or opcode != "add"))
-        ):
+        if left is None or right is None or (right.slot is not None and (left.slot is not None or opcode != "add")):
             return None
         sign = 1 if opcode == "add" else -1
         return _Affine(left.slot if left.slot is not None else right.slot, left.offset + sign * right.offset)
@@ -270,8 +266,6 @@ def _handed_in(module: HloModule, computation: Computation, slot: int) -> int | 
     """An element of the tuple a computation gets: the same from every caller, and kept if that is a loop."""
     values: set[int | None] = set()
     for outer, caller in module.callers.get(computation.name, ()):
-        passes_on = caller.opcode == "call" or (
-            caller.opcode == "while" and _changes(module, caller, slot) == 0
-        )
+        passes_on = caller.opcode == "call" or (caller.opcode == "while" and _changes(module, caller, slot) == 0)
         values.add(_before(module, outer, caller.operands[0], slot) if passes_on else None)
     return values.pop() if len(values) == 1 else None

@@ -158,9 +158,7 @@ class Computation:
     @cached_property
     def root(self) -> Instruction:
         """The instruction whose value the computation returns."""
-        return next(
-            (i for i in self.instructions.values() if i.is_root), list(self.instructions.values())[-1]
-        )
+        return next((i for i in self.instructions.values() if i.is_root), list(self.instructions.values())[-1])
 
     @cached_property
     def parameters(self) -> Mapping[int, Instruction]:

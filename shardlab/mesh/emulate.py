@@ -42,9 +42,7 @@ def environment(n: int) -> dict[str, str]:
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise DeclarationError(f"emulate: {n!r} devices cannot be made; give a whole number, 1 or more")
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not _is(flag, _COUNT)]
-    flags += [
-        f"{name}={value}" for name, value in _TIMEOUTS.items() if not any(_is(flag, name) for flag in flags)
-    ]
+    flags += [f"{name}={value}" for name, value in _TIMEOUTS.items() if not any(_is(flag, name) for flag in flags)]
     flags.append(f"{_COUNT}={n}")
     variables = {
         "JAX_PLATFORMS": "cpu",
@@ -118,7 +116,5 @@ def _mismatch(n: int, variables: dict[str, str]) -> str | None:
     flags = os.environ.get("XLA_FLAGS", "").split()
     missing = [name for name in _TIMEOUTS if not any(_is(flag, name) for flag in flags)]
     if n > 1 and (_pool() < int(variables["PJRT_NPROC"]) or missing):
-        return (
-            f"with {n} cpu devices but without the thread pool and timeouts that keep their collectives going"
-        )
+        return f"with {n} cpu devices but without the thread pool and timeouts that keep their collectives going"
     return None

@@ -126,9 +126,7 @@ class MeshSpec:
         """
         pairs = _read_sizes(sizes) if isinstance(sizes, str) else _pairs(sizes)
         faults = [
-            _undeclared(
-                f"mesh axis {axis!r}", self.names, axis, advice="only declared axes can be given a size"
-            )
+            _undeclared(f"mesh axis {axis!r}", self.names, axis, advice="only declared axes can be given a size")
             for axis, _ in pairs
             if axis not in self.names
         ]
@@ -155,9 +153,7 @@ class MeshSpec:
         >>> MeshSpec.from_json(spec.to_json()) == spec
         True
         """
-        return cls(
-            data["axes"], batch=data["batch"], stage=data["stage"], target=data["target"], dcn=data["dcn"]
-        )
+        return cls(data["axes"], batch=data["batch"], stage=data["stage"], target=data["target"], dcn=data["dcn"])
 
     def __str__(self) -> str:
         """One line: axes with sizes and roles, devices, target.
@@ -166,10 +162,7 @@ class MeshSpec:
         data=4 (batch) x tensor=2 on cpu:8
         """
         roles = dict.fromkeys(self.batch, " (batch)") | ({self.stage: " (stage)"} if self.stage else {})
-        return (
-            " x ".join(f"{axis}={size}{roles.get(axis, '')}" for axis, size in self.axes)
-            + f" on {self.target}"
-        )
+        return " x ".join(f"{axis}={size}{roles.get(axis, '')}" for axis, size in self.axes) + f" on {self.target}"
 
 
 def _pairs(axes: Mapping[str, int] | Iterable[tuple[str, int]]) -> Pairs:
@@ -215,35 +208,26 @@ def _axis_faults(pairs: Pairs) -> list[Fault]:
     for name, size in pairs:
         where = f"mesh axis {name!r}"
         if not isinstance(name, str) or not name.isidentifier():
-            faults.append(
-                Fault(where, "is not an identifier", "use letters, digits and _, starting with a letter")
-            )
+            faults.append(Fault(where, "is not an identifier", "use letters, digits and _, starting with a letter"))
         if not isinstance(size, int) or isinstance(size, bool):
-            faults.append(
-                Fault(where, f"has size {size!r}, not a whole number", "give it a positive size, or -1")
-            )
+            faults.append(Fault(where, f"has size {size!r}, not a whole number", "give it a positive size, or -1"))
         elif size < 1 and size != -1:
             faults.append(Fault(where, f"has size {size}", "give it a positive size, or -1 to infer it"))
     names = [name for name, _ in pairs]
     faults += [
-        Fault(f"mesh axis {name!r}", "is declared twice", "give each axis its own name")
-        for name in _repeated(names)
+        Fault(f"mesh axis {name!r}", "is declared twice", "give each axis its own name") for name in _repeated(names)
     ]
     inferred = [name for name, size in pairs if size == -1]
     if len(inferred) > 1:
         axes = ", ".join(repr(name) for name in inferred[:-1]) + f" and {inferred[-1]!r}"
         all_are = "are both -1" if len(inferred) == 2 else "are all -1"
-        faults.append(
-            Fault("mesh", f"axes {axes} {all_are}", "only one size can be inferred; give the others")
-        )
+        faults.append(Fault("mesh", f"axes {axes} {all_are}", "only one size can be inferred; give the others"))
     return faults
 
 
 def _role_faults(pairs: Pairs, batch: tuple[str, ...], stage: str | None) -> list[Fault]:
     names = [name for name, _ in pairs]
-    faults = [
-        _undeclared(f"batch axis {axis!r}", names, axis) for axis in dict.fromkeys(batch) if axis not in names
-    ]
+    faults = [_undeclared(f"batch axis {axis!r}", names, axis) for axis in dict.fromkeys(batch) if axis not in names]
     faults += [Fault(f"batch axis {axis!r}", "is given twice", "name it once") for axis in _repeated(batch)]
     if stage is not None and stage not in names:
         faults.append(_undeclared(f"stage axis {stage!r}", names, stage))
@@ -264,8 +248,7 @@ def _role_faults(pairs: Pairs, batch: tuple[str, ...], stage: str | None) -> lis
         faults.append(
             Fault(
                 "mesh",
-                f"axes are in the order {_declared(names)}; batch axes come first, then the stage axis, "
-                "then the rest",
+                f"axes are in the order {_declared(names)}; batch axes come first, then the stage axis, then the rest",
                 f"write {{{', '.join(f'{name!r}: {sizes[name]}' for name in order)}}}",
             )
         )
@@ -288,11 +271,7 @@ def _sized(pairs: Pairs, machine: Target) -> tuple[Pairs, list[Fault]]:
     if known != count:
         names = "devices" if known != 1 else "device"
         problem = f"{product} is {known} {names}, target {machine} has {count}"
-        retarget = (
-            f", or declare target='cpu:{known}'"
-            if machine.platform == "cpu"
-            else ", or declare another target"
-        )
+        retarget = f", or declare target='cpu:{known}'" if machine.platform == "cpu" else ", or declare another target"
         return pairs, [Fault("mesh", problem, f"make the sizes multiply to {count}{retarget}")]
     return pairs, []
 

@@ -109,6 +109,4 @@ def read_target(text: str) -> tuple[Target | None, list[Fault]]:
 
 
 def _unknown(where: str, kind: str, kinds: tuple[str, ...]) -> Fault:
-    return Fault(
-        where, f"{kind!r} is not one of {', '.join(kinds)}", suggestion(kind, kinds) + "write one of them"
-    )
+    return Fault(where, f"{kind!r} is not one of {', '.join(kinds)}", suggestion(kind, kinds) + "write one of them")

@@ -53,9 +53,7 @@ def recipes(initialise: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Reci
             else:
                 producer.update(dict.fromkeys(equation.outvars, equation))
     key_var = jaxpr.invars[0]
-    return {
-        path: _slice(out, key_var, known, producer) for path, out in zip(paths, jaxpr.outvars, strict=True)
-    }
+    return {path: _slice(out, key_var, known, producer) for path, out in zip(paths, jaxpr.outvars, strict=True)}
 
 
 def _apply(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:

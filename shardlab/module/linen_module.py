@@ -61,9 +61,7 @@ def read_linen(module: nn.Module, batch: Any, pipeline: Pipeline | None) -> Mode
             variables(values), batch, rngs=rngs, mutable=mutable or False, **_accepted(module.__call__, train)
         )
         y, written = out if mutable else (out, {})
-        return y, {
-            path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(meta.unbox(written))[0]
-        }
+        return y, {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(meta.unbox(written))[0]}
 
     parts = None
     if pipeline is not None:
@@ -134,9 +132,7 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
             return call_after(function, *args, batch=last, key=key, train=train)
 
         rngs = None if key is None else {"params": key, "dropout": key}
-        return module.apply(
-            {"params": _nest({path: values[path] for path in outer})}, rngs=rngs, method=bound
-        )
+        return module.apply({"params": _nest({path: values[path] for path in outer})}, rngs=rngs, method=bound)
 
     def before(values: Any, batch: Any, key: Any, train: bool) -> Any:
         return run(values, pipeline.before, batch, key=key, train=train)
@@ -148,9 +144,7 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
     def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         args = (x,) if pipeline.context is None else (x, c)
         rngs = None if key is None else {"params": key, "dropout": key}
-        return template.apply(
-            {"params": _nest(layer)}, *args, rngs=rngs, **_accepted(template.__call__, train)
-        )
+        return template.apply({"params": _nest(layer)}, *args, rngs=rngs, **_accepted(template.__call__, train))
 
     def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return run(values, pipeline.after, x, key=key, train=train, last=batch)
@@ -170,9 +164,7 @@ def _blocks(module: nn.Module, pipeline: Pipeline) -> dict[str, nn.Module]:
             f"and call them in {name}.__call__ ({error})"
         ) from None
     if not found:
-        raise DeclarationError(
-            f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks"
-        )
+        raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
     children = {str(block.name): block.clone(parent=None, name=None) for block in found}
     templates = list(children.values())
     for child, block in children.items():

@@ -83,9 +83,7 @@ def abstract(tree: Any) -> Any:
 
     def one(leaf: Any) -> jax.ShapeDtypeStruct:
         aval = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
-        return jax.ShapeDtypeStruct(
-            aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True)
-        )
+        return jax.ShapeDtypeStruct(aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True))
 
     return jax.tree.map(one, tree)
 

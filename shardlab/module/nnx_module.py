@@ -96,9 +96,7 @@ def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | Non
     graph = graphs[True]
     parameters = graph.of(nnx.Param)
     pure = nnx.to_pure_dict(nnx.state(mode(True), nnx.Param))
-    annotations = {
-        path: found for path in parameters if (found := from_nnx(graph.variables[path])) is not None
-    }
+    annotations = {path: found for path in parameters if (found := from_nnx(graph.variables[path])) is not None}
 
     def initialise(key: jax.Array) -> dict[str, Any]:
         leaves = jax.tree.leaves(nnx.state(build(key)))
@@ -106,9 +104,7 @@ def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | Non
         return {path: leaf for path, leaf in zip(graph.paths, leaves, strict=True) if path not in held}
 
     def forward(values: Any, batch: Any, key: Any, train: bool) -> tuple[Any, dict[str, Any]]:
-        return graphs[train].run(
-            values, key, lambda module: call(module.__call__, batch, key=key, train=train)
-        )
+        return graphs[train].run(values, key, lambda module: call(module.__call__, batch, key=key, train=train))
 
     model = mode(True)
     return Model(
@@ -138,9 +134,7 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
     )
     blocks = list(getattr(model, pipeline.blocks))
     if not blocks:
-        raise DeclarationError(
-            f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks"
-        )
+        raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
     _refuse_shared(model, pipeline.blocks, blocks)
 
     stages: dict[bool, tuple[Graph, Graph]] = {}
@@ -160,9 +154,7 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
         return out
 
     def before(values: Any, batch: Any, key: Any, train: bool) -> Any:
-        return outside(
-            values, key, train, lambda m: call(getattr(m, pipeline.before), batch, key=key, train=train)
-        )
+        return outside(values, key, train, lambda m: call(getattr(m, pipeline.before), batch, key=key, train=train))
 
     def context(values: Any, batch: Any, key: Any, train: bool) -> Any:
         assert pipeline.context is not None
@@ -171,9 +163,7 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
 
     def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         args = (x,) if pipeline.context is None else (x, c)
-        out, written = stages[train][1].run(
-            layer, key, lambda m: call(m.__call__, *args, key=key, train=train)
-        )
+        out, written = stages[train][1].run(layer, key, lambda m: call(m.__call__, *args, key=key, train=train))
         _refuse_written(written, f"{pipeline.blocks}/*/")
         return out
 
@@ -213,9 +203,7 @@ def _refuse_shared(model: nnx.Module, attribute: str, blocks: list[nnx.Module]) 
         for key, path in _variables(block).items():
             here = f"{attribute}/{index}/{path}"
             if key in owners:
-                faults.append(
-                    Fault(here, f"is the same parameter as {owners[key]}", "give each block its own")
-                )
+                faults.append(Fault(here, f"is the same parameter as {owners[key]}", "give each block its own"))
             owners[key] = here
     setattr(model, attribute, nnx.List([]))
     for key, path in _variables(model).items():

@@ -64,9 +64,7 @@ class BlockVjp:
         self._recipe = treedef, tuple(places)
         return y, tuple(stored.values())
 
-    def backward(
-        self, stored: tuple[jax.Array, ...], layer: Any, c: Any, extra: Any, dy: Any
-    ) -> tuple[Any, Any, Any]:
+    def backward(self, stored: tuple[jax.Array, ...], layer: Any, c: Any, extra: Any, dy: Any) -> tuple[Any, Any, Any]:
         """Cotangents of layer, x and c (None unless differentiated), for the cotangent of the output."""
         assert self._recipe is not None, "the forward has not been traced"
         treedef, places = self._recipe
@@ -76,9 +74,7 @@ class BlockVjp:
         return out[0], out[1], out[2] if self._context else None
 
 
-def residual_shapes(
-    block: BlockVjp, layer: Any, x: Any, c: Any, extra: Any
-) -> tuple[jax.ShapeDtypeStruct, ...]:
+def residual_shapes(block: BlockVjp, layer: Any, x: Any, c: Any, extra: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes and dtypes of what one block stores for one microbatch."""
     return tuple(jax.eval_shape(lambda *args: block.forward(*args)[1], layer, x, c, extra))
 

@@ -310,9 +310,7 @@ def _allocate(schedule: Schedule, iterations: Sequence[_Iteration]) -> tuple[_Sl
 
     def moment(action: Action, offset: int) -> int:
         if action not in when:
-            raise ScheduleError(
-                f"schedule '{schedule.name}': {action} is missing; run the checker to see every fault"
-            )
+            raise ScheduleError(f"schedule '{schedule.name}': {action} is missing; run the checker to see every fault")
         return when[action] * _MOMENTS + offset
 
     inputs: dict[tuple[int, int], tuple[int, int]] = {}

@@ -41,9 +41,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         given = {"F": self.F, "I": self.I, "W": self.W, "send": self.send}
-        bad = [
-            f"{name} is {value}" for name, value in given.items() if not (math.isfinite(value) and value >= 0)
-        ]
+        bad = [f"{name} is {value}" for name, value in given.items() if not (math.isfinite(value) and value >= 0)]
         if bad:
             raise ScheduleError(f"costs: {', '.join(bad)}; give every cost as a finite time of at least 0")
         if self.F + self.I + self.W == 0:

@@ -46,9 +46,7 @@ def draw(schedule: Schedule, width: int = 100) -> str:
         stop = min(start + columns, len(cells))
         if start:
             lines.append("")
-        lines.append(
-            "tick".ljust(label_width) + "".join(str(tick).rjust(cell_width) for tick in range(start, stop))
-        )
+        lines.append("tick".ljust(label_width) + "".join(str(tick).rjust(cell_width) for tick in range(start, stop)))
         for device, label in enumerate(labels):
             row = "".join(cells[tick][device].rjust(cell_width) for tick in range(start, stop))
             lines.append(label.ljust(label_width) + row)

@@ -167,8 +167,7 @@ def _tick(kind: Kind, index: int, stages: int, microbatches: int) -> Tick:
     """The index-th tick of a wave: forwards run down the stages, one stage a tick, and backwards up."""
     lags = (stage if kind == "F" else stages - 1 - stage for stage in range(stages))
     return tuple(
-        Action(stage, kind, index - lag) if 0 <= index - lag < microbatches else None
-        for stage, lag in enumerate(lags)
+        Action(stage, kind, index - lag) if 0 <= index - lag < microbatches else None for stage, lag in enumerate(lags)
     )
 
 

@@ -56,8 +56,7 @@ def _partition(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
     longest: list[float] = [before[n] - before[i] for i in range(n)] + [math.inf]
     for _ in range(num_stages - 1):
         longest = [
-            min((max(before[j] - before[i], longest[j]) for j in range(i + 1, n)), default=math.inf)
-            for i in range(n)
+            min((max(before[j] - before[i], longest[j]) for j in range(i + 1, n)), default=math.inf) for i in range(n)
         ] + [math.inf]
     limit = longest[0]
 
@@ -73,8 +72,7 @@ def _partition(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
         # Starts are negative so that of equal sums the later start, hence the longer earlier stage, is the
         # least.
         even = [
-            min(((square(i, j) + even[j][0], -j) for j in range(i + 1, n)), default=(math.inf, -n))
-            for i in range(n)
+            min(((square(i, j) + even[j][0], -j) for j in range(i + 1, n)), default=(math.inf, -n)) for i in range(n)
         ] + [(math.inf, -n)]
         starts.append(even)
 

@@ -57,14 +57,10 @@ def choice_faults(**given: Any) -> list[Fault]:
     return faults
 
 
-def batch_faults(
-    leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: int, manual: bool
-) -> list[Fault]:
+def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: int, manual: bool) -> list[Fault]:
     """What is wrong with the batch, its size and the microbatches."""
     if not leaves:
-        return [
-            Fault("batch", "has no arrays", "pass a pytree whose arrays have the examples as leading dim")
-        ]
+        return [Fault("batch", "has no arrays", "pass a pytree whose arrays have the examples as leading dim")]
     faults = []
     first, size = leaves[0][0], leaves[0][1].shape[0] if leaves[0][1].shape else 0
     for path, leaf in leaves:
@@ -157,9 +153,7 @@ def check_flow(x: Any, y: Any) -> None:
         raise DeclarationError(
             f"block: returns {jax.tree.structure(y)} for x of {jax.tree.structure(x)}; return x's structure"
         )
-    for (keys, mine), theirs in zip(
-        jax.tree_util.tree_flatten_with_path(x)[0], jax.tree.leaves(y), strict=True
-    ):
+    for (keys, mine), theirs in zip(jax.tree_util.tree_flatten_with_path(x)[0], jax.tree.leaves(y), strict=True):
         if mine.shape != theirs.shape:
             raise DeclarationError(
                 f"block: x {path_of(keys)} enters as {list(mine.shape)} and leaves as {list(theirs.shape)}; every "

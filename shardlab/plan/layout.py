@@ -86,9 +86,7 @@ def optimizer_specs(
         if path not in inside:
             specs[path] = parameter.state
         elif update == "per-layer":
-            specs[path] = (
-                add_axes(parameter.state, parameter.shape, (stage,), mesh)[0] if stage else parameter.state
-            )
+            specs[path] = add_axes(parameter.state, parameter.shape, (stage,), mesh)[0] if stage else parameter.state
     if update == "stacked":
         for stack in stacks:
             first = next(path for path in stack.members if path)
@@ -97,9 +95,7 @@ def optimizer_specs(
     return specs
 
 
-def optimizer_shapes(
-    parameters: Any, stacks: tuple[Stack, ...], update: str
-) -> dict[str, jax.ShapeDtypeStruct]:
+def optimizer_shapes(parameters: Any, stacks: tuple[Stack, ...], update: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the parameters in the tree that the optimizer sees, by path."""
     shapes = {p.path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for p in parameters}
     if update == "per-layer":
@@ -107,7 +103,5 @@ def optimizer_shapes(
     for stack in stacks:
         members = [shapes.pop(path) for path in stack.members if path and path in shapes]
         if members:
-            shapes[stack.name] = jax.ShapeDtypeStruct(
-                (len(stack.members), *members[0].shape), members[0].dtype
-            )
+            shapes[stack.name] = jax.ShapeDtypeStruct((len(stack.members), *members[0].shape), members[0].dtype)
     return shapes

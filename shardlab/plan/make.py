@@ -139,9 +139,7 @@ def make_plan(
             shard_state=zero > 0,
         )
         if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
-            notes.append(
-                f"{path}: no dim of {list(leaf.shape)} divides by the batch axes; replicated over them"
-            )
+            notes.append(f"{path}: no dim of {list(leaf.shape)} divides by the batch axes; replicated over them")
         kind = wide or str(leaf.dtype)
         parameters.append(
             Parameter(
@@ -212,15 +210,11 @@ def _optimizer_rows(
         strict=True,
     ):
         kind = str(leaf.dtype)
-        rows.append(
-            StateLeaf(path_of(keys), leaf.shape, kind, spec, shard_bytes(leaf.shape, kind, spec, mesh.sizes))
-        )
+        rows.append(StateLeaf(path_of(keys), leaf.shape, kind, spec, shard_bytes(leaf.shape, kind, spec, mesh.sizes)))
     return tuple(rows)
 
 
-def _activation_bytes(
-    model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str
-) -> int:
+def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str) -> int:
     """Residuals of one microbatch in the longest stage, as if no automatic axis split them."""
     if model.parts is None:
         return 0
@@ -239,11 +233,7 @@ def _activation_bytes(
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
         check_flow(
             x,
-            jax.eval_shape(
-                lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), layer, x, c, key
-            ),
+            jax.eval_shape(lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), layer, x, c, key),
         )
-        block = BlockVjp(
-            lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), remat, context=False
-        )
+        block = BlockVjp(lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), remat, context=False)
         return layers * residual_bytes(residual_shapes(block, layer, x, c, key))

@@ -106,9 +106,7 @@ def stack(values: Mapping[str, Any], stacks: Sequence[Stack]) -> dict[str, Any]:
     return out
 
 
-def why_per_layer(
-    optimizer: optax.GradientTransformation, model: Model, stacks: Sequence[Stack]
-) -> str | None:
+def why_per_layer(optimizer: optax.GradientTransformation, model: Model, stacks: Sequence[Stack]) -> str | None:
     """Why the optimizer must not see stacked layers, or None if it computes the same on them.
 
     Three updates of a small copy of the parameters (every dim capped; the ranks and the number of layers real) are
@@ -117,9 +115,7 @@ def why_per_layer(
     rng = np.random.default_rng(0)
 
     def draw() -> dict[str, Any]:
-        shapes = {
-            path: tuple(min(size, _CAP) for size in leaf.shape) for path, leaf in model.parameters.items()
-        }
+        shapes = {path: tuple(min(size, _CAP) for size in leaf.shape) for path, leaf in model.parameters.items()}
         return {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
 
     def run(form: Callable[[Mapping[str, Any]], Any]) -> Any:

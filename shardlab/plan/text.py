@@ -92,10 +92,7 @@ def describe(plan: Plan) -> str:
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
-    lines += [
-        f"  {name.replace('_', ' '):<18}{size_text(size):>12}"
-        for name, size in plan.bytes_per_device().items()
-    ]
+    lines += [f"  {name.replace('_', ' '):<18}{size_text(size):>12}" for name, size in plan.bytes_per_device().items()]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

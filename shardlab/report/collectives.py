@@ -23,9 +23,7 @@ class Row(TypedDict):
     exact: bool
 
 
-def collective_rows(
-    text: str, axes: Mapping[str, int], *, sliced_as_reduce_scatter: bool = False
-) -> list[Row]:
+def collective_rows(text: str, axes: Mapping[str, int], *, sliced_as_reduce_scatter: bool = False) -> list[Row]:
     """The rows of a compiled step, most wire bytes first; `shardlab.hlo.collectives` defines the columns.
 
     Args:

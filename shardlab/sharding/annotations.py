@@ -118,9 +118,7 @@ def to_spec(annotation: Annotation, *, logical: Logical, axes: Sequence[str]) ->
     """
     if annotation.kind == "mesh":
         known = {name for name, _ in logical}
-        problems = [
-            _no_axis(name, axes, name in known) for name in _flat(annotation.names) if name not in axes
-        ]
+        problems = [_no_axis(name, axes, name in known) for name in _flat(annotation.names) if name not in axes]
         return canonical(annotation.names), problems
     rules, problems = _merged(annotation, logical)
     slots = [(dim, name) for dim, names in enumerate(annotation.names) for name in axes_of(names)]
@@ -187,8 +185,7 @@ def _taken(
 def _no_rule(name: str, known: Sequence[str]) -> Problem:
     return Problem(
         f"logical name {name!r} has no rule and is not a mesh axis",
-        f"{suggestion(name, known)}add a logical rule ({name!r}, axis), or ({name!r}, None) to replicate it "
-        "on purpose",
+        f"{suggestion(name, known)}add a logical rule ({name!r}, axis), or ({name!r}, None) to replicate it on purpose",
     )
 
 

@@ -116,9 +116,7 @@ def resolve(
                     "leave it out: the pipeline lays the blocks on the stages",
                 )
             )
-        placements[path] = Placement(
-            canonical(spec), source, _padded(spec, shape, mesh) if pad and not wrong else None
-        )
+        placements[path] = Placement(canonical(spec), source, _padded(spec, shape, mesh) if pad and not wrong else None)
     return Resolution(placements, (*faults, *_merge(found)))
 
 
@@ -156,9 +154,7 @@ def _axis_faults(mesh: MeshSpec, rules: Rules) -> list[Fault]:
     """Axes the mesh lacks or a rule names twice: told once per rule, not once per parameter."""
     faults = []
     for number, rule in enumerate(rules.rules, start=1):
-        faults += _strangers(_source(rule, number), rule.spec, mesh) + _twice(
-            _source(rule, number), rule.spec
-        )
+        faults += _strangers(_source(rule, number), rule.spec, mesh) + _twice(_source(rule, number), rule.spec)
     for name, axes in rules.logical:
         faults += _strangers(f"logical rule {name!r}", P(axes), mesh)
     return faults
@@ -182,11 +178,7 @@ def _twice(where: str, spec: P, source: str = "") -> list[Fault]:
     for axis in dict.fromkeys(_names(spec)):
         dims = [dim for dim, axes in enumerate(spec) for name in axes_of(axes) if name == axis]
         if len(dims) > 1:
-            places = (
-                f"dims {', '.join(map(str, dims[:-1]))} and {dims[-1]}"
-                if len(set(dims)) > 1
-                else f"dim {dims[0]}"
-            )
+            places = f"dims {', '.join(map(str, dims[:-1]))} and {dims[-1]}" if len(set(dims)) > 1 else f"dim {dims[0]}"
             problem = f"axis {axis!r} is used twice, by {places}{_by(source)}"
             faults.append(Fault(where, problem, "an axis splits one dim: keep one"))
     return faults
@@ -222,9 +214,7 @@ def _unused(paths: Sequence[str], rules: Rules, given: Collection[str]) -> list[
         if not matched:
             near = _nearest_path(rule.pattern, paths)
             hint = f"did you mean {near!r}? " if near else ""
-            faults.append(
-                Fault(source, "matches no parameter", f"{hint}mend the pattern, or remove the rule")
-            )
+            faults.append(Fault(source, "matches no parameter", f"{hint}mend the pattern, or remove the rule"))
         elif len(takers) == len(matched):
             by = " and ".join(dict.fromkeys(takers))
             count = "the only path" if len(matched) == 1 else f"every one of the {len(matched)} paths"
@@ -257,9 +247,7 @@ def _no_path(kind: str, path: str, shapes: Collection[str]) -> Fault:
 def _unmatched(path: str, given: Collection[str]) -> Fault:
     pattern = _siblings(path)
     problem = "no rule matches it, and it has no annotation" + (" and no entry in specs" if given else "")
-    return Fault(
-        path, problem, f'add a rule ("{pattern}", P(...)), or ("{pattern}", None) to replicate it on purpose'
-    )
+    return Fault(path, problem, f'add a rule ("{pattern}", P(...)), or ("{pattern}", None) to replicate it on purpose')
 
 
 def _conflict(path: str, usable: Sequence[tuple[str, P]], mesh: MeshSpec) -> list[Fault]:
@@ -288,15 +276,9 @@ def _fit(path: str, spec: P, shape: Shape, source: str, mesh: MeshSpec, *, pad: 
             continue
         held = " x ".join(repr(name) for name in names)
         sizes = " x ".join(str(mesh.sizes[name]) for name in names)
-        by = (
-            f"axis {held} of size {sizes}" if len(names) == 1 else f"axes {held} of sizes {sizes} = {product}"
-        )
+        by = f"axis {held} of size {sizes}" if len(names) == 1 else f"axes {held} of sizes {sizes} = {product}"
         free = [other for other in range(len(shape)) if other >= len(spec) or not axes_of(spec[other])]
-        another = (
-            "shard another dim, "
-            if any(shape[other] and shape[other] % product == 0 for other in free)
-            else ""
-        )
+        another = "shard another dim, " if any(shape[other] and shape[other] % product == 0 for other in free) else ""
         up = -(-shape[dim] // product) * product
         faults.append(
             Fault(

@@ -93,9 +93,7 @@ class Rules:
             if not isinstance(rule, Rule):
                 faults += [*_pattern_faults(rule[0]), *spec_faults(f'rule "{rule[0]}"', rule[1])]
         for name, axes in names:
-            faults += spec_faults(
-                f"logical rule {name!r}", (tuple(axes) if isinstance(axes, list) else axes,)
-            )
+            faults += spec_faults(f"logical rule {name!r}", (tuple(axes) if isinstance(axes, list) else axes,))
         raise_faults(faults)
         made = tuple(rule if isinstance(rule, Rule) else Rule(*rule) for rule in given)
         object.__setattr__(self, "rules", made)
@@ -107,9 +105,7 @@ class Rules:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; `from_json` gives the rules back."""
-        rules = [
-            {"pattern": rule.pattern, "spec": spec_to_json(rule.spec), "pad": rule.pad} for rule in self.rules
-        ]
+        rules = [{"pattern": rule.pattern, "spec": spec_to_json(rule.spec), "pad": rule.pad} for rule in self.rules]
         return {"rules": rules, "logical": [[name, _plain(axes)] for name, axes in self.logical]}
 
     @classmethod
@@ -212,9 +208,7 @@ def _pattern_faults(pattern: Any) -> list[Fault]:
     if "" in segments:
         return [Fault(where, "has an empty segment", "write it without a leading, trailing or double slash")]
     return [
-        Fault(
-            where, f"segment {segment!r} holds ** beside other text", "write ** as a segment of its own, or *"
-        )
+        Fault(where, f"segment {segment!r} holds ** beside other text", "write ** as a segment of its own, or *")
         for segment in segments
         if "**" in segment and segment != "**"
     ]
@@ -234,12 +228,8 @@ def spec_faults(where: str, spec: Any) -> list[Fault]:
         names = axes if isinstance(axes, tuple) else (axes,)
         if axes is P.UNCONSTRAINED:
             faults.append(
-                Fault(
-                    where, "leaves a dim UNCONSTRAINED", "name its axes, or None: nothing is left to chance"
-                )
+                Fault(where, "leaves a dim UNCONSTRAINED", "name its axes, or None: nothing is left to chance")
             )
         elif axes is not None and not all(isinstance(name, str) for name in names):
-            faults.append(
-                Fault(where, f"entry {axes!r} is no axis name", "write axis names, tuples of them, or None")
-            )
+            faults.append(Fault(where, f"entry {axes!r} is no axis name", "write axis names, tuples of them, or None"))
     return faults

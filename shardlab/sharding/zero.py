@@ -37,9 +37,7 @@ def add_axes(spec: P, shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec)
     entries = [*spec, *([None] * (len(shape) - len(spec)))]
     product = math.prod(mesh.size(axis) for axis in axes)
     fitting = [
-        dim
-        for dim, size in enumerate(shape)
-        if not axes_of(entries[dim]) and size >= product and size % product == 0
+        dim for dim, size in enumerate(shape) if not axes_of(entries[dim]) and size >= product and size % product == 0
     ]
     if not fitting or not axes:
         return spec, None

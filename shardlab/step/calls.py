@@ -58,9 +58,7 @@ class Calls:
         context = self._parts.context
         if context is None:
             return None
-        return self._call(
-            "context", lambda v, b, k: context(v, b, k, self._train), (values, batch), key, CONTEXT, rows
-        )
+        return self._call("context", lambda v, b, k: context(v, b, k, self._train), (values, batch), key, CONTEXT, rows)
 
     def block(self, layer: Any, x: Any, c: Any, extra: Any, rows: int) -> Any:
         """x after one block; ``extra`` is (frozen arrays of the layer, index of the block, key data, first row)."""

@@ -21,8 +21,8 @@ from shardlab.module.residuals import BlockVjp
 from shardlab.pipeline.buffers import Phase, Program
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
-from shardlab.step.state import storage_specs
 from shardlab.step.region import Region, check_rows, rows_of, tree_where
+from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
 
@@ -149,9 +149,7 @@ class Cells:
         def stored() -> Any:
             layer, frozen = self.layer_of(zero)
             c = self.context(self.rest, zero)
-            return self.block.forward(
-                layer, jax.tree.map(jnp.zeros_like, x), c, (frozen, zero, self.key_data, zero)
-            )[1]
+            return self.block.forward(layer, jax.tree.map(jnp.zeros_like, x), c, (frozen, zero, self.key_data, zero))[1]
 
         per_stage = self.slots[0].shape[0]
         residuals = jax.eval_shape(stored)
@@ -189,16 +187,12 @@ class Cells:
                 carry = carry | {"inputs": self.arrive(carry["inputs"], y, mine["f_arrival_slot"], step=1)}
             if "B" in phase.cell:
                 carry, dx = self.backward(carry, mine)
-                carry = carry | {
-                    "cotangents": self.arrive(carry["cotangents"], dx, mine["b_arrival_slot"], step=-1)
-                }
+                carry = carry | {"cotangents": self.arrive(carry["cotangents"], dx, mine["b_arrival_slot"], step=-1)}
             return carry, None
 
         return jax.lax.scan(body, carry, rows, length=phase.length)[0]
 
-    def evaluate(
-        self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]
-    ) -> tuple[dict[str, Any], Any]:
+    def evaluate(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
         """The forwards of a phase; of a phase with a head, y of every microbatch [length, r, ...] or its loss."""
 
         def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
@@ -239,9 +233,7 @@ class Cells:
         return jax.tree.map(one, buffer, value)
 
     def take(self, buffer: Any, slot: jax.Array) -> Any:
-        return jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(slot, 0), keepdims=False), buffer
-        )
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(slot, 0), keepdims=False), buffer)
 
     # Cells.
 
@@ -267,9 +259,7 @@ class Cells:
             y, stored = self._block(layer, x, c, (frozen, index, *(key or (None, None))))
             if not self.even:
                 y = tree_where(used, y, x)
-            held = tuple(
-                _write(buffer, leaf, (slot, place), valid) for buffer, leaf in zip(held, stored, strict=True)
-            )
+            held = tuple(_write(buffer, leaf, (slot, place), valid) for buffer, leaf in zip(held, stored, strict=True))
             return (y, held), None
 
         (y, held), _ = jax.lax.scan(body, (x, carry["residuals"]), self.slots)
@@ -286,11 +276,7 @@ class Cells:
         _, key, _ = self.microbatch(row["b_microbatch"], share=False)
         valid, slot = row["b_microbatch"] >= 0, jnp.maximum(row["b_residual_slot"], 0)
         dy = self.take(carry["cotangents"], row["b_cotangent_slot"])
-        dc = (
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), c)
-            if self.has_context_gradient
-            else None
-        )
+        dc = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), c) if self.has_context_gradient else None
 
         def body(state: Any, at: Any) -> tuple[Any, None]:
             dy, dc, total = state
@@ -328,9 +314,7 @@ class Cells:
         drest, dy = pull(jnp.ones_like(total))
         keep = jnp.bool_(True) if self.shared else self.is_last
         if self.shared:
-            dy = jax.tree.map(
-                lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy
-            )
+            dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
         return self.count(carry, total, weight) | {
             "rest": self.add(carry["rest"], drest, keep),
             "cotangents": self.put(carry["cotangents"], dy, row["head_slot"], self.is_last),
@@ -352,16 +336,12 @@ class Cells:
         def one(leaf: jax.Array) -> jax.Array:
             # Every stage's shares change places; those of other stages than `source` are garbage, and are left.
             all_of = jax.lax.all_to_all(leaf, self.region.stage, split_axis=0, concat_axis=0, tiled=True)
-            return jax.lax.slice_in_dim(
-                all_of, source * self.share_rows, (source + 1) * self.share_rows, axis=0
-            )
+            return jax.lax.slice_in_dim(all_of, source * self.share_rows, (source + 1) * self.share_rows, axis=0)
 
         return jax.tree.map(one, x)
 
     def add(self, total: Arrays, new: Arrays, keep: jax.Array) -> Arrays:
-        return {
-            name: jnp.where(keep, held + new[name].astype(held.dtype), held) for name, held in total.items()
-        }
+        return {name: jnp.where(keep, held + new[name].astype(held.dtype), held) for name, held in total.items()}
 
     # The end of the step.
 
@@ -371,9 +351,7 @@ class Cells:
         both = jax.lax.psum(both, self.region.manual) if self.region.manual else both
         return both[0], both[1]
 
-    def reduced(
-        self, carry: dict[str, Any], specs: dict[str, PartitionSpec]
-    ) -> tuple[Arrays, jax.Array, jax.Array]:
+    def reduced(self, carry: dict[str, Any], specs: dict[str, PartitionSpec]) -> tuple[Arrays, jax.Array, jax.Array]:
         """Gradients summed over batch (and, outside blocks, stages), each reduced once; loss sum; weight."""
         region = self.region
         layer = {name: carry["layer"][inner] for name, inner in self.inner.items() if name in specs}
@@ -382,9 +360,7 @@ class Cells:
         return out, *self.sums(carry)
 
 
-def _write(
-    buffer: jax.Array, value: jax.Array, at: tuple[jax.Array, jax.Array], valid: jax.Array
-) -> jax.Array:
+def _write(buffer: jax.Array, value: jax.Array, at: tuple[jax.Array, jax.Array], valid: jax.Array) -> jax.Array:
     held = _read(buffer, at)
     starts = (*at, *(jnp.int32(0),) * value.ndim)
     return jax.lax.dynamic_update_slice(buffer, jnp.where(valid, value, held)[None, None], starts)

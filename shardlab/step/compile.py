@@ -129,9 +129,7 @@ def compile_train_step(
     update = make_update(model, plan, mesh, optimizer)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        mean, gradient, weight, buffers = gradients(
-            state.parameters, state.buffers, batch, state.key, state.step
-        )
+        mean, gradient, weight, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
         parameters, optimizer_state = update(gradient, state.optimizer, state.parameters)
         metrics = {"loss": mean, "grad_norm": optax.tree.norm(gradient), "weight": weight}
         metrics |= {"gradients": gradient} if prove else {}
@@ -150,9 +148,7 @@ def compile_train_step(
         lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
         compiled = lowered.compile()
     _same_as_declared(compiled, (state_shardings, batch_shardings))
-    return CompiledStep(
-        plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, lowered, compiled
-    )
+    return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, lowered, compiled)
 
 
 def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
@@ -162,9 +158,7 @@ def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
     def working(parameters: Arrays) -> Arrays:
         # The cast comes first: what is gathered is as narrow as what is computed with.
         return {
-            name: jax.lax.with_sharding_constraint(
-                value.astype(plan.dtype), NamedSharding(mesh, compute[name])
-            )
+            name: jax.lax.with_sharding_constraint(value.astype(plan.dtype), NamedSharding(mesh, compute[name]))
             for name, value in parameters.items()
         }
 
@@ -182,9 +176,7 @@ def make_gradients(model: Model, loss: Loss, plan: Plan, mesh: Mesh, fill: float
 
     def gradients(parameters: Arrays, buffers: Arrays, batch: Any, key: jax.Array, step: jax.Array) -> Any:
         values = working(parameters)
-        data = jax.random.key_data(
-            jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step)
-        )
+        data = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))
         if whole is not None:
             sums, total, weight, buffers = whole(values, buffers, batch, data)
         else:
@@ -204,9 +196,7 @@ def _abstract_state(model: Model, plan: Plan, optimizer: optax.GradientTransform
         key=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
         parameters=parameters,
         buffers=buffers,
-        optimizer=jax.eval_shape(
-            optimizer.init, optimizer_tree(model, tree_shapes, plan.stacks, plan.update)
-        ),
+        optimizer=jax.eval_shape(optimizer.init, optimizer_tree(model, tree_shapes, plan.stacks, plan.update)),
     )
 
 

@@ -16,9 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from shardlab.sharding.zero import without
 
 
-def drop_manual(
-    function: Callable[..., Any], manual: tuple[str, ...], automatic: AbstractMesh
-) -> Callable[..., Any]:
+def drop_manual(function: Callable[..., Any], manual: tuple[str, ...], automatic: AbstractMesh) -> Callable[..., Any]:
     """`function`, with `manual` axes left out of the constraints in it.
 
     Args:
@@ -33,9 +31,9 @@ def drop_manual(
         leaves, treedef = jax.tree.flatten(args)
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         with jax.sharding.use_abstract_mesh(automatic):
-            closed, out = jax.make_jaxpr(
-                lambda *flat: function(*jax.tree.unflatten(treedef, flat)), return_shape=True
-            )(*shapes)
+            closed, out = jax.make_jaxpr(lambda *flat: function(*jax.tree.unflatten(treedef, flat)), return_shape=True)(
+                *shapes
+            )
         if not _names_manual(closed.jaxpr, set(manual)):
             return function(*args)
         rewritten = _rewrite(closed.jaxpr, manual)

@@ -57,11 +57,7 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
     region = make_region(plan, mesh)
     calls = Calls(model, loss, plan, region, train=False)
     working = working_copy(plan, mesh)
-    inner = (
-        pipelined_forward(model, plan, region, calls)
-        if model.parts is not None
-        else _whole(plan, region, calls)
-    )
+    inner = pipelined_forward(model, plan, region, calls) if model.parts is not None else _whole(plan, region, calls)
 
     def forward(parameters: Any, buffers: Any, batch: Any) -> Any:
         return inner(working(parameters), buffers, batch)
@@ -78,8 +74,7 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
 def _for_batch(plan: Plan, shapes: Any) -> Plan:
     """The plan for a batch of this size: as many microbatches as divide it, at most the plan's."""
     leaves = [
-        (path_of(keys), leaf.shape, str(leaf.dtype))
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
+        (path_of(keys), leaf.shape, str(leaf.dtype)) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
     ]
     size, shards = leaves[0][1][0], plan.mesh.batch_size_divisor
     if size % shards:

@@ -41,9 +41,7 @@ def pipelined_gradients(
     arrays = StageArrays(model, plan)
     table = program(plan.table())
 
-    def in_region(
-        values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, where: Any, rows: Any
-    ) -> Any:
+    def in_region(values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, where: Any, rows: Any) -> Any:
         cells = Cells(plan, region, calls, arrays, values, buffers, batch, key_data, where, fill)
         carry = cells.allocate(table)
         for phase, phase_rows in zip(table.phases, rows, strict=True):
@@ -84,9 +82,7 @@ def pipelined_forward(model: Model, plan: Plan, region: Region, calls: Calls) ->
         return leaf.reshape(plan.batch_size, *leaf.shape[4:])
 
     none = PartitionSpec()
-    out_specs: Any = (
-        (none, none) if calls.has_loss else PartitionSpec(region.batch or None, None, region.stage)
-    )
+    out_specs: Any = (none, none) if calls.has_loss else PartitionSpec(region.batch or None, None, region.stage)
     entered = _entered(plan, region, arrays, in_region, out_specs, phases)
 
     def forward(values: Arrays, buffers: Arrays, batch: Any) -> Any:
@@ -108,8 +104,7 @@ def _entered(
     none, stage, shard = PartitionSpec(), PartitionSpec(region.stage), PartitionSpec(region.batch or None)
     tables = [_rows(phase) for phase in phases]
     table_specs = [
-        {name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()}
-        for rows in tables
+        {name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()} for rows in tables
     ]
     where = {
         "shard": np.arange(region.shards, dtype=np.int32),

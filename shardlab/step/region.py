@@ -16,7 +16,6 @@ from shardlab.module.functions import path_of
 from shardlab.plan.plan import Plan
 from shardlab.sharding.zero import without
 
-
 Arrays = dict[str, Any]
 Specs = Mapping[str, PartitionSpec]
 
@@ -102,9 +101,7 @@ class Region:
 def make_region(plan: Plan, mesh: Mesh | AbstractMesh) -> Region:
     """The region that the plan asks for."""
     # An axis of size 1 is left automatic: XLA refuses collectives over manual axes that are all trivial.
-    batch = (
-        tuple(axis for axis in plan.mesh.batch if plan.mesh.sizes[axis] > 1) if plan.batch_axes_manual else ()
-    )
+    batch = tuple(axis for axis in plan.mesh.batch if plan.mesh.sizes[axis] > 1) if plan.batch_axes_manual else ()
     stages = plan.num_stages
     return Region(
         mesh=mesh,

@@ -98,9 +98,7 @@ def state_spec_tree(model: Model, plan: Plan, optimizer: optax.GradientTransform
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """A tree of `NamedSharding` from one of specs."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def unstacked(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +188,6 @@ class _Array:
         if len({recipe.signature for recipe in recipes}) == 1:
             return jax.vmap(lambda row, used: one(recipes[0], row, used))(integers, used)
         slots = [
-            one(recipe or recipes[0], row, keep)
-            for recipe, row, keep in zip(self.members, integers, used, strict=True)
+            one(recipe or recipes[0], row, keep) for recipe, row, keep in zip(self.members, integers, used, strict=True)
         ]
         return jnp.stack(slots)

@@ -44,9 +44,7 @@ def make_update(
             members = next((s.members for s in plan.stacks if s.name == name), None)
             if members is not None and stage is not None:
                 spec = specs[next(path for path in members if path)]
-                value = jax.lax.with_sharding_constraint(
-                    value, NamedSharding(mesh, PartitionSpec(None, *spec))
-                )
+                value = jax.lax.with_sharding_constraint(value, NamedSharding(mesh, PartitionSpec(None, *spec)))
             out[name] = value
         return constrain(unstacked(plan, out), specs)
 
@@ -54,9 +52,7 @@ def make_update(
         form = per_layer if plan.update == "per-layer" else lambda values: constrain(values, specs)
         mine = form(parameters)
         tree = optimizer_tree(model, mine, plan.stacks, plan.update)
-        updates, state = optimizer.update(
-            optimizer_tree(model, form(gradients), plan.stacks, plan.update), state, tree
-        )
+        updates, state = optimizer.update(optimizer_tree(model, form(gradients), plan.stacks, plan.update), state, tree)
         new = optax.apply_updates(tree, updates)
         if plan.update == "per-layer" or not plan.stacks:
             flat = model.flat(new)

@@ -160,9 +160,7 @@ def verify(
     reference = ReferenceStep(model, loss, optimizer, plan, seed)
     state = step.init(seed)
     initial = _on_host(plan, state.parameters)
-    different = [
-        path for path, value in reference.parameters.items() if not np.array_equal(initial[path], value)
-    ]
+    different = [path for path, value in reference.parameters.items() if not np.array_equal(initial[path], value)]
 
     losses, grad_error, worst_grad = [], 0.0, ""
     for index, batch in enumerate(batches):

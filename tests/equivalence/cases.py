@@ -37,9 +37,7 @@ class Subject:
 def tokens(size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     draw = rng.integers(0, 16, (size, 6)).astype(np.int32)
-    targets = np.where(
-        rng.random((size, 6)) < 0.3, -1, rng.integers(0, 16, (size, 6))
-    )  # examples of unequal weight
+    targets = np.where(rng.random((size, 6)) < 0.3, -1, rng.integers(0, 16, (size, 6)))  # examples of unequal weight
     return {"tokens": draw, "targets": targets.astype(np.int32)}
 
 
@@ -167,14 +165,10 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "muon": lambda: optax.contrib.muon(1e-2),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)),
     "block-clipped": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.adam(1e-2)),
-    "masked": lambda: optax.adamw(
-        1e-2, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
-    ),
+    "masked": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
     "multi": lambda: optax.multi_transform(
         {"first": optax.adam(1e-2), "rest": optax.sgd(0.1)},
-        lambda tree: jax.tree_util.tree_map_with_path(
-            lambda keys, _: "first" if "0" in str(keys) else "rest", tree
-        ),
+        lambda tree: jax.tree_util.tree_map_with_path(lambda keys, _: "first" if "0" in str(keys) else "rest", tree),
     ),
     "multisteps": lambda: optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
 }
@@ -198,9 +192,7 @@ class Case:
         return MeshSpec(sizes, batch=("replica", "data"), stage="stage", target=f"cpu:{count}")
 
 
-def case(
-    subject: str, *, optimizer: str = "adamw", batch: int = 8, replicate: bool = False, **given: Any
-) -> Case:
+def case(subject: str, *, optimizer: str = "adamw", batch: int = 8, replicate: bool = False, **given: Any) -> Case:
     mesh = {axis: given.pop(axis) for axis in AXES if axis in given}
     return Case(subject, mesh, optimizer, given, batch, replicate)
 
@@ -247,17 +239,13 @@ CASES: dict[str, Case] = {
     "stage-2-conditioned": case("decoder-conditioned", stage=2, data=2, microbatches=2),
     # Everything at once.
     "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
-    "hybrid-gpipe-zero-1": case(
-        "decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1
-    ),
+    "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),
     "hybrid-zero-2": case("linen", data=2, stage=2, tensor=2, microbatches=2, zero=2),
     "hybrid-zero-3": case("decoder", data=2, stage=2, tensor=2, microbatches=2, zero=3),
     "hybrid-mixer": case("mixer", optimizer="adamw-eps", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-pure": case("pure", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-replicated-rules": case("decoder", data=2, stage=2, tensor=2, microbatches=2, replicate=True),
-    "hybrid-uneven-zero-3": case(
-        "decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"
-    ),
+    "hybrid-uneven-zero-3": case("decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"),
     # Remat.
     "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
@@ -268,9 +256,7 @@ CASES: dict[str, Case] = {
     "dropout-stages": case("decoder-dropout", stage=4, microbatches=2),
     "dropout-hybrid": case("decoder-dropout", data=2, stage=2, tensor=2, microbatches=2),
     "dropout-linen": case("linen-dropout", data=2, stage=2, microbatches=2),
-    "dropout-mixer": case(
-        "mixer-dropout", optimizer="adamw-eps", data=2, stage=2, microbatches=2, head="last_stage"
-    ),
+    "dropout-mixer": case("mixer-dropout", optimizer="adamw-eps", data=2, stage=2, microbatches=2, head="last_stage"),
     "dropout-whole": case("decoder-whole-dropout", data=2, tensor=2, microbatches=2),
     "dropout-linen-whole": case("linen-whole-dropout", data=4),
     # Tied embeddings.
@@ -294,7 +280,5 @@ CASES: dict[str, Case] = {
 def subject_of(this: Case) -> Subject:
     subject = SUBJECTS[this.subject]()
     if this.replicate:
-        subject = Subject(
-            subject.model, subject.loss, replicated(subject.rules), subject.pipeline, subject.batch
-        )
+        subject = Subject(subject.model, subject.loss, replicated(subject.rules), subject.pipeline, subject.batch)
     return subject

@@ -45,15 +45,11 @@ def manual(
     return text_of(jax.jit(step), *arguments)
 
 
-def automatic(
-    f: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P, *arguments: jax.ShapeDtypeStruct
-) -> str:
+def automatic(f: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P, *arguments: jax.ShapeDtypeStruct) -> str:
     """The compiled text of `f` on arrays with these specs, split by GSPMD."""
     mesh = build_mesh(CUBE)
     shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
-    return text_of(
-        jax.jit(f, in_shardings=shardings, out_shardings=NamedSharding(mesh, out_specs)), *arguments
-    )
+    return text_of(jax.jit(f, in_shardings=shardings, out_shardings=NamedSharding(mesh, out_specs)), *arguments)
 
 
 def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -158,9 +154,7 @@ PROGRAMS: dict[str, tuple[Mapping[str, int], Callable[[], str], Rows]] = {
     ),
     "all_to_all": (
         CUBE,
-        lambda: manual(
-            lambda x: lax.all_to_all(x, "tensor", 0, 1, tiled=True), P(None, "tensor"), P("tensor"), X
-        ),
+        lambda: manual(lambda x: lax.all_to_all(x, "tensor", 0, 1, tiled=True), P(None, "tensor"), P("tensor"), X),
         [("all-to-all", ("tensor",), 1, 256, 128)],
     ),
     "ppermute around a ring": (
@@ -266,9 +260,7 @@ def test_where_it_came_from() -> None:
 
 
 def test_unknown_trips_are_lower_bounds() -> None:
-    text = manual(
-        lambda x, n: lax.fori_loop(0, n, lambda i, c: lax.psum(c, "data"), x), (P(), P()), P(), X, INDEX
-    )
+    text = manual(lambda x, n: lax.fori_loop(0, n, lambda i, c: lax.psum(c, "data"), x), (P(), P()), P(), X, INDEX)
     found = collectives(text, CUBE)
     assert [(c.count, c.exact) for c in found] == [(1, False)]
     assert [t.exact for t in totals(found)] == [False]
@@ -290,9 +282,7 @@ def test_cpu_slices_an_all_reduce() -> None:
     def f(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P()))
 
-    found = collectives(
-        automatic(f, (P(None, "tensor"), P("tensor", None)), P("tensor"), X, array(16, 32)), CUBE
-    )
+    found = collectives(automatic(f, (P(None, "tensor"), P("tensor", None)), P("tensor"), X, array(16, 32)), CUBE)
     assert [(c.kind, c.as_reduce_scatter) for c in found] == [("all-reduce", True)]
     (as_is,) = totals(found)
     assert (as_is.kind, as_is.payload_bytes, as_is.wire_bytes) == ("all-reduce", 1024, 1024)
@@ -503,7 +493,5 @@ def test_groups_in_a_new_form_are_an_error() -> None:
 
 
 def test_the_mesh_of_another_program_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"compiled for 8 devices, the mesh \(data=2, tensor=3\) has 6; give the axes"
-    ):
+    with pytest.raises(ValueError, match=r"compiled for 8 devices, the mesh \(data=2, tensor=3\) has 6; give the axes"):
         collectives(ONE.format(devices=8, groups="{}"), ODD)

@@ -128,9 +128,7 @@ def test_scans_in_a_scan(known: bool) -> None:
     assert executions_of(text, "sine") == {35}
     assert executions_of(text, "tanh") == {77}
     assert executions_of(text, "cosine") == {7}
-    loops = {
-        visit.loop for visit in visits(parse(text), lambda name, i: 0.0).values() if visit.executions == 35
-    }
+    loops = {visit.loop for visit in visits(parse(text), lambda name, i: 0.0).values() if visit.executions == 35}
     assert {re.sub(r"while[.\d]*", "while", loop or "") for loop in loops} == {"while*7/while*5"}
 
 
@@ -138,11 +136,7 @@ def test_unknown_trip_count_is_said() -> None:
     text = compiled_text(lambda x, n: lax.fori_loop(0, n, lambda i, c: jnp.sin(c), x), jnp.zeros(4), 3)
     module = parse(text)
     found = visits(module, lambda name, i: 0.0)
-    bodies = [
-        c.name
-        for c in module.computations.values()
-        if any(i.opcode == "sine" for i in c.instructions.values())
-    ]
+    bodies = [c.name for c in module.computations.values() if any(i.opcode == "sine" for i in c.instructions.values())]
     assert [found[name].executions for name in bodies] == [1]
     assert all((found[name].loop or "").endswith("*?") for name in bodies)
 

@@ -98,9 +98,7 @@ def test_odd_text() -> None:
 
 
 def test_names_without_percent_signs() -> None:
-    module = parse(
-        "HloModule m\nENTRY e {\n  a = f32[3]{0} parameter(0)\n  ROOT b = f32[3]{0} add(a, a)\n}\n"
-    )
+    module = parse("HloModule m\nENTRY e {\n  a = f32[3]{0} parameter(0)\n  ROOT b = f32[3]{0} add(a, a)\n}\n")
     assert module.computations["e"].root.operands == ("a", "a")
 
 

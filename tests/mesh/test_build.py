@@ -57,8 +57,7 @@ def test_too_few_devices() -> None:
     with pytest.raises(DeclarationError) as error:
         build_mesh(MeshSpec({"data": 16}, target="cpu:16", batch="data"))
     assert str(error.value) == (
-        "mesh data=16 (batch) on cpu:16: has 16 devices, 8 are here; call emulate(16) before anything "
-        "starts JAX"
+        "mesh data=16 (batch) on cpu:16: has 16 devices, 8 are here; call emulate(16) before anything starts JAX"
     )
 
 
@@ -66,8 +65,7 @@ def test_more_devices_passed_than_the_mesh_has() -> None:
     with pytest.raises(DeclarationError) as error:
         build_mesh(MeshSpec({"data": 2}, target="gpu:h200:1x2"), jax.devices())
     assert str(error.value) == (
-        "mesh data=2 on gpu:h200:1x2: has 2 devices, 8 were passed; pass 2, or declare sizes that multiply "
-        "to 8"
+        "mesh data=2 on gpu:h200:1x2: has 2 devices, 8 were passed; pass 2, or declare sizes that multiply to 8"
     )
 
 

@@ -14,9 +14,7 @@ def test_one_fault_is_its_own_message() -> None:
 def test_several_faults_are_numbered() -> None:
     with pytest.raises(DeclarationError) as error:
         raise_faults([Fault("a", "is odd", "even it"), Fault("b", "is red", "paint it")])
-    assert (
-        str(error.value) == "2 faults in the declaration:\n  1. a: is odd; even it\n  2. b: is red; paint it"
-    )
+    assert str(error.value) == "2 faults in the declaration:\n  1. a: is odd; even it\n  2. b: is red; paint it"
 
 
 def test_no_fault_raises_nothing() -> None:

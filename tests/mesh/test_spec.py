@@ -98,8 +98,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "product of one": (
         {"axes": {"data": 1}, "target": "cpu:2"},
-        "mesh: data=1 is 1 device, target cpu:2 has 2; make the sizes multiply to 2, or declare "
-        "target='cpu:1'",
+        "mesh: data=1 is 1 device, target cpu:2 has 2; make the sizes multiply to 2, or declare target='cpu:1'",
     ),
     "product on a pod": (
         {"axes": {"data": 64}, "target": "tpu:v5p:4x8x8"},
@@ -153,9 +152,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bad target": (
         {"axes": {"data": 8}, "target": "cpus:8"},
-        "target 'cpus:8': 'cpus' is no platform; did you mean 'cpu'? write cpu:8, tpu:v5p:4x8x8, "
-        "gpu:h200:8x8 "
-        "or local",
+        "target 'cpus:8': 'cpus' is no platform; did you mean 'cpu'? write cpu:8, tpu:v5p:4x8x8, gpu:h200:8x8 or local",
     ),
     "all at once": (
         {

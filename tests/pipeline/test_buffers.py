@@ -163,9 +163,7 @@ def test_another_slot_is_garbage_or_a_neighbours(
 def test_before_head_and_finish_of_another_microbatch() -> None:
     p = program(make_schedule("1f1b", stages=2, microbatches=2))
     simulate(p)
-    with pytest.raises(
-        ScheduleError, match=r"^0F0 reads x of microbatch 1 for stage 0, not x of microbatch 0"
-    ):
+    with pytest.raises(ScheduleError, match=r"^0F0 reads x of microbatch 1 for stage 0, not x of microbatch 0"):
         simulate(replace_field(p, 0, "before_microbatch", (1,)))
     with pytest.raises(ScheduleError, match=r"^the head of microbatch 1 runs in an iteration without 1F1$"):
         simulate(replace_field(p, 1, "head_microbatch", (1, 0)))

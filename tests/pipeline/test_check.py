@@ -245,9 +245,7 @@ def test_printed(case: str) -> None:
 
 def test_a_deadlock_is_told_from_data_that_is_late() -> None:
     late = at(make_schedule("gpipe", stages=2, microbatches=1), t0d1="1F0", t1d1=None)
-    assert [fault.problem for fault in find_faults(late)] == [
-        "1F0 needs 0F0, which runs in the same tick on device 0"
-    ]
+    assert [fault.problem for fault in find_faults(late)] == ["1F0 needs 0F0, which runs in the same tick on device 0"]
     stuck = [fault.problem for fault in find_faults(PRINTED["deadlock"])]
     assert stuck == ["1B0 needs 1F0, which runs in tick 1; device 1 waits here for ever"]
 
@@ -255,6 +253,4 @@ def test_a_deadlock_is_told_from_data_that_is_late() -> None:
 def test_every_kind_there_is() -> None:
     kind: Kind = "Q"  # type: ignore[assignment]
     schedule = Schedule("mine", 1, 1, 1, ((Action(0, "F", 0),), (Action(0, "B", 0),), (Action(0, kind, 0),)))
-    assert [fault.problem for fault in find_faults(schedule)] == [
-        "0Q0: there is no kind 'Q', only F, B, I, W"
-    ]
+    assert [fault.problem for fault in find_faults(schedule)] == ["0Q0: there is no kind 'Q', only F, B, I, W"]

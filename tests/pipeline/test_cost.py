@@ -114,9 +114,7 @@ def test_facts_are_json() -> None:
 def test_costs_that_are_none() -> None:
     with pytest.raises(ScheduleError) as error:
         Costs(F=-1, I=float("nan"), send=float("inf"))
-    assert str(error.value) == (
-        "costs: F is -1, I is nan, send is inf; give every cost as a finite time of at least 0"
-    )
+    assert str(error.value) == ("costs: F is -1, I is nan, send is inf; give every cost as a finite time of at least 0")
     with pytest.raises(ScheduleError) as error:
         Costs(F=0, I=0, W=0)
     assert str(error.value) == "costs: F, I and W are all 0; give at least one of them a time"

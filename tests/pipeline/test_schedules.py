@@ -67,10 +67,7 @@ def test_one_kind_a_tick_and_no_idle_tick(name: str, stages: int, microbatches: 
     assert all(any(tick) for tick in schedule.ticks)
     assert len(schedule.ticks) == 2 * (microbatches + stages - 1)
     assert sorted((a.stage, a.kind, a.microbatch) for _, _, a in cells(schedule)) == sorted(
-        (stage, kind, microbatch)
-        for stage in range(stages)
-        for kind in "FB"
-        for microbatch in range(microbatches)
+        (stage, kind, microbatch) for stage in range(stages) for kind in "FB" for microbatch in range(microbatches)
     )
     assert all(device == action.stage for _, device, action in cells(schedule))
 

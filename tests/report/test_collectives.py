@@ -19,9 +19,7 @@ ENTRY %main (x: f32[256,4]) -> f32[128,4] {
 """
 AXES = {"data": 2, "tensor": 2}
 # x is 4,096 bytes: gathered it is 8,192 of which half is sent; over four devices a reduction sends 3/2 of it.
-BOTH = Row(
-    kind="all-reduce", axes=["data", "tensor"], count=2, payload_bytes=8192, wire_bytes=12288, exact=True
-)
+BOTH = Row(kind="all-reduce", axes=["data", "tensor"], count=2, payload_bytes=8192, wire_bytes=12288, exact=True)
 GATHER = Row(kind="all-gather", axes=["tensor"], count=1, payload_bytes=8192, wire_bytes=4096, exact=True)
 
 

@@ -52,9 +52,7 @@ def test_nnx_older_spellings(name: str) -> None:
 
 
 def test_nnx_rules_of_the_variable() -> None:
-    found = from_nnx(
-        nnx_kernel(out_sharding=("embed", "mlp"), sharding_rules=[("embed", "data"), ("mlp", None)])
-    )
+    found = from_nnx(nnx_kernel(out_sharding=("embed", "mlp"), sharding_rules=[("embed", "data"), ("mlp", None)]))
     assert found == Annotation(("embed", "mlp"), "logical", (("embed", "data"), ("mlp", None)))
 
 
@@ -72,9 +70,7 @@ def test_linen_mesh_axes() -> None:
 def test_linen_logical_names() -> None:
     boxed = linen_kernel(nn.with_logical_partitioning, ("embed", "mlp"), rules=(("mlp", "model"),))
     assert from_linen(boxed) == Annotation(("embed", "mlp"), "logical", (("mlp", "model"),))
-    assert from_linen(linen_kernel(nn.with_logical_partitioning, ("embed",))) == Annotation(
-        ("embed",), "logical"
-    )
+    assert from_linen(linen_kernel(nn.with_logical_partitioning, ("embed",))) == Annotation(("embed",), "logical")
 
 
 def test_linen_without_a_box() -> None:
@@ -149,8 +145,7 @@ BAD: dict[str, tuple[tuple[Any, ...], Any, str, str]] = {
         ("embd", None),
         (("embed", "model"),),
         "logical name 'embd' has no rule and is not a mesh axis",
-        "did you mean 'embed'? add a logical rule ('embd', axis), or ('embd', None) to replicate it on "
-        "purpose",
+        "did you mean 'embed'? add a logical rule ('embd', axis), or ('embd', None) to replicate it on purpose",
     ),
     "one name on two dims, one axis": (
         ("embed", "embed"),

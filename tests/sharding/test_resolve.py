@@ -157,14 +157,12 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
     "more entries than dims": (
         {"bias": (16,)},
         {"rules": [("bias", P(None, "tensor"))]},
-        "bias: P(None, 'tensor') has 2 entries, the parameter 1 dim [16] (rule 1, \"bias\"); leave out 1 "
-        "entry",
+        "bias: P(None, 'tensor') has 2 entries, the parameter 1 dim [16] (rule 1, \"bias\"); leave out 1 entry",
     ),
     "more None than dims": (
         {"a": (4, 4)},
         {"specs": {"a": P(None, None, None, None)}},
-        "a: P(None, None, None, None) has 4 entries, the parameter 2 dims [4, 4] (specs); leave out 2 "
-        "entries",
+        "a: P(None, None, None, None) has 4 entries, the parameter 2 dims [4, 4] (specs); leave out 2 entries",
     ),
     "unmatched": (
         layers(3) | {"embed/table": (8, 8)},
@@ -181,8 +179,7 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
     "a rule that matches nothing": (
         layers(2),
         {"rules": [("blocks/*/mlp/upp/kernel", P()), *WANTED[:1]]},
-        f'rule 1, "blocks/*/mlp/upp/kernel": matches no parameter; {BLOCK}mend the pattern, or remove the '
-        "rule",
+        f'rule 1, "blocks/*/mlp/upp/kernel": matches no parameter; {BLOCK}mend the pattern, or remove the rule',
     ),
     "a rule with ** that matches nothing": (
         layers(2),
@@ -213,8 +210,7 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
     "the same rule twice": (
         {"a": (2,)},
         {"rules": [Rule("a", None)] * 2},
-        'rule 2, "a": is shadowed: the only path it matches is taken by rule 1, "a"; move it up, or remove '
-        "it",
+        'rule 2, "a": is shadowed: the only path it matches is taken by rule 1, "a"; move it up, or remove it',
     ),
     "shadowed by specs": (
         {"a": (2,)},
@@ -243,8 +239,7 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
     "unknown axis in a logical rule": (
         layers(2),
         {"logical": [("embed", "fsdp"), ("mlp", "tensor")], "notes": Annotation(("embed", "mlp"), "logical")},
-        "logical rule 'embed': axis 'fsdp' is not in the mesh (data, stage, tensor); name a mesh axis, or "
-        "None",
+        "logical rule 'embed': axis 'fsdp' is not in the mesh (data, stage, tensor); name a mesh axis, or None",
     ),
     "unknown axis in a variable's own rules": (
         {"a": (2,)},
@@ -329,8 +324,7 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
     "specs that are no spec": (
         {"a": (4,)},
         {"specs": {"a": "data"}},
-        "specs \"a\": 'data' is not a PartitionSpec; write P(...) with one entry per dim, or None to "
-        "replicate",
+        "specs \"a\": 'data' is not a PartitionSpec; write P(...) with one entry per dim, or None to replicate",
     ),
     "the stage axis in a block": (
         layers(8),

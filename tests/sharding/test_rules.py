@@ -99,8 +99,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "spec is text": (
         "**",
         "tensor",
-        "rule \"**\": 'tensor' is not a PartitionSpec; write P(...) with one entry per dim, or None to "
-        "replicate",
+        "rule \"**\": 'tensor' is not a PartitionSpec; write P(...) with one entry per dim, or None to replicate",
     ),
     "entry is a number": (
         "**",

@@ -28,9 +28,7 @@ MESH = MeshSpec({"replica": 2, "fsdp": 3, "tensor": 2}, batch=("replica", "fsdp"
         (P("tensor"), (2, 3), (), P("tensor"), None),
     ],
 )
-def test_add_axes(
-    spec: P, shape: tuple[int, ...], axes: tuple[str, ...], expected: P, dim: int | None
-) -> None:
+def test_add_axes(spec: P, shape: tuple[int, ...], axes: tuple[str, ...], expected: P, dim: int | None) -> None:
     assert add_axes(spec, shape, axes, MESH) == (expected, dim)
 
 
@@ -53,9 +51,7 @@ def test_without(spec: P, axes: tuple[str, ...], expected: P) -> None:
     assert without(spec, axes) == expected
 
 
-@given(
-    st.lists(st.integers(1, 24), max_size=4).map(tuple), st.sampled_from([("replica",), ("replica", "fsdp")])
-)
+@given(st.lists(st.integers(1, 24), max_size=4).map(tuple), st.sampled_from([("replica",), ("replica", "fsdp")]))
 def test_what_is_added_divides_and_comes_off(shape: tuple[int, ...], axes: tuple[str, ...]) -> None:
     product = {("replica",): 2, ("replica", "fsdp"): 6}[axes]
     spec, dim = add_axes(P(), shape, axes, MESH)

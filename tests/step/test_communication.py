@@ -53,7 +53,10 @@ def gradient_bytes(plan: Plan) -> int:
     """
     sizes = plan.mesh.sizes
     return sum(
-        math.prod(p.shape) * 4 // plan.num_stages // math.prod(sizes[axis] for entry in p.compute for axis in _axes(entry))
+        math.prod(p.shape)
+        * 4
+        // plan.num_stages
+        // math.prod(sizes[axis] for entry in p.compute for axis in _axes(entry))
         for p in plan.parameters
     )
 
