@@ -231,19 +231,12 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
     """XLA kept every sharding that was declared for what goes in and what comes out."""
     given, _ = compiled.input_shardings
     faults = []
-    pairs = [(given, declared), (compiled.output_shardings[0], declared[0])]
-    for got, wanted in pairs:
-        for (keys, mine), theirs in zip(
-            jax.tree_util.tree_flatten_with_path(wanted)[0], jax.tree.leaves(got), strict=True
-        ):
+    for got, wanted in [(given, declared), (compiled.output_shardings[0], declared[0])]:
+        # An input that the step does not read has None in place of a sharding: it is not passed to the program.
+        theirs = jax.tree.leaves(got, is_leaf=lambda leaf: leaf is None)
+        for (keys, mine), other in zip(jax.tree_util.tree_flatten_with_path(wanted)[0], theirs, strict=True):
             # Compared by where the pieces lie, since XLA may write a spec otherwise.
-            rank = max(len(mine.spec), 1)
-            if not mine.is_equivalent_to(theirs, rank):
-                faults.append(
-                    Fault(
-                        path_of(keys),
-                        f"declared {mine.spec}, compiled as {theirs}",
-                        "report it: XLA changed a sharding",
-                    )
-                )
+            if other is not None and not mine.is_equivalent_to(other, max(len(mine.spec), 1)):
+                problem = f"declared {mine.spec}, compiled as {other}"
+                faults.append(Fault(path_of(keys), problem, "report it: XLA changed a sharding"))
     raise_faults(faults)

@@ -79,8 +79,8 @@ def _for_batch(plan: Plan, shapes: Any) -> Plan:
     size, shards = leaves[0][1][0], plan.mesh.batch_size_divisor
     if size % shards:
         raise DeclarationError(
-            f"batch: {size} examples do not divide by {shards} shards of the batch axes ({', '.join(plan.mesh.batch)}); use "
-            f" {-(-size // shards) * shards}"
+            f"batch: {size} examples do not divide by {shards} shards of the batch axes "
+            f"({', '.join(plan.mesh.batch)}); use {-(-size // shards) * shards}"
         )
     each = size // (shards if plan.batch_axes_manual else 1)
     count = next(m for m in range(min(plan.num_microbatches, each), 0, -1) if each % m == 0)
