@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardlab.plan.make import make_plan
     from shardlab.plan.plan import Plan
     from shardlab.sharding.rules import Rule, Rules
+    from shardlab.step.batch_sum import batch_sum
     from shardlab.step.compile import CompiledStep, compile_train_step
     from shardlab.step.forward import CompiledForward, compile_forward
     from shardlab.step.state import TrainState
@@ -33,6 +34,7 @@ __all__ = [
     "TrainState",
     "Verification",
     "abstract_mesh",
+    "batch_sum",
     "build_mesh",
     "compile_forward",
     "compile_train_step",
@@ -56,6 +58,7 @@ _MODULES = {
     "TrainState": "shardlab.step.state",
     "Verification": "shardlab.step.verify",
     "abstract_mesh": "shardlab.mesh.build",
+    "batch_sum": "shardlab.step.batch_sum",
     "build_mesh": "shardlab.mesh.build",
     "compile_forward": "shardlab.step.forward",
     "compile_train_step": "shardlab.step.compile",

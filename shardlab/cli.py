@@ -49,12 +49,14 @@ options of every verb:
   --debug   the traceback of an error that is otherwise one message
   --help    of a verb: its options; after a CONFIG: with that config's values
 
-Exit status: 0; 1 where verify fails; 2 for a faulty declaration.
+Ctrl-C ends a training run after its step, with everything written; a second one at once.
+
+Exit status: 0; 1 where verify fails; 2 for a faulty declaration; 130 for what Ctrl-C left unfinished.
 """
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,34 +71,34 @@ class _Common:
 class _Configured(_Common):
     """Options of the verbs that take a CONFIG, before the config's own scalars."""
 
-    mesh: str = _option("", "sizes of the declared axes, as data=2,tensor=4; one not named becomes 1")
-    target: str = _option("", "another machine, as cpu:4")
+    mesh: str = _option("", "sizes of the declared axes; one not named becomes 1", "AXIS=N,...")
+    target: str = _option("", "another machine, as cpu:4 or tpu:v5p:4x8x8", "MACHINE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Train(_Configured):
-    out: str = _option("", "directory to write to; empty: runs/ and the config's name")
-    profile: int = _option(0, "steps to capture a JAX profile of, in OUT/profile; 3 if no number follows")
-    tensorboard: bool = _option(False, "write the metrics to OUT/tensorboard too")
+    out: str = _option("", "directory to write to, instead of runs/ and the config's name", "DIR")
+    profile: int = _option(0, "capture a JAX profile of this many steps (3 if no number follows) in DIR/profile")
+    tensorboard: bool = _option(False, "write the metrics to DIR/tensorboard too")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Eval(_Configured):
-    run: str = _option("", "directory of the run whose parameters to evaluate; empty: those of the seed")
+    run: str = _option("", "the run whose parameters to evaluate, instead of those that the seed gives", "DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Report(_Common):
-    run: str = field(metadata={"help": "the --out directory of a run", "positional": "RUN"})
+    run: str = field(metadata={"help": "the --out directory of a run", "metavar": "RUN"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Schedule(_Common):
-    name: str = field(metadata={"help": "1f1b or gpipe", "positional": "NAME"})
+    name: str = field(metadata={"help": "1f1b or gpipe", "metavar": "NAME"})
     stages: int = _option(4, "devices on the stage axis")
     microbatches: int = _option(8, "microbatches a step")
     virtual: int = _option(1, "stages that a device holds")
-    costs: str = _option("1,1,1", "times F,I,W of a virtual stage: forward, gradient of the input, of the weights")
+    costs: str = _option("1,1,1", "times of a stage's forward, gradient of the input, gradient of the weights", "F,I,W")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,7 +165,10 @@ def plan(arguments: list[str], *, restart: bool) -> int:
 
 def verify(arguments: list[str], *, restart: bool) -> int:
     """The verb `verify`: exit status 1 where a number differs."""
-    about = "The plan against the same step on one device: initial parameters, loss, gradients, parameters."
+    about = (
+        "The plan against the same step on one device: initial parameters, loss, gradients, parameters after the last "
+        "step. Over 5 steps in float64, unless --steps and --dtype say otherwise."
+    )
     call = _configured(_Configured, arguments, "verify", about, steps=5, dtype="float64")
     _start(call.config, restart=restart)
     from itertools import islice
@@ -264,7 +269,8 @@ def _configured(kind: type, arguments: list[str], verb: str, about: str, **defau
     place = next((k for k, text in enumerate(arguments) if _is_config(k, text)), None)
     if place is None:
         if "-h" in arguments or "--help" in arguments:
-            _read(kind, ["--help"], prog=prog, about=about, scalars=scalars_of_every_config())
+            about += " What a config declares is the default: for its values, give it before --help."
+            _read(kind, ["--help"], prog=prog, about=about, scalars=scalars_of_every_config(), defaults=False)
         raise DeclarationError(
             f"{verb}: CONFIG is missing; give a config file first: shardlab {verb} configs/quickstart.py"
         )
@@ -317,24 +323,40 @@ def _with_number(arguments: list[str], option: str, number: str) -> list[str]:
     return [*out, number] if out and out[-1] == option else out
 
 
-def _read(kind: type, arguments: list[str], *, prog: str, about: str, scalars: Sequence[Scalar] = ()) -> Any:
-    """The options of `kind` and those of `scalars`, read from the arguments; tyro ends the process on a fault."""
+def _read(
+    kind: type,
+    arguments: list[str],
+    *,
+    prog: str,
+    about: str,
+    scalars: Sequence[Scalar] = (),
+    defaults: bool = True,
+) -> Any:
+    """The options of `kind` and those of `scalars`, read from the arguments; `defaults` says whether help shows them.
+
+    Raises:
+      SystemExit: by tyro, which has printed the help, or what is wrong with the arguments.
+    """
     import tyro
 
     fields: list[Any] = []
     annotation: Any
     for item in dataclasses.fields(kind):
-        text, where = item.metadata["help"], item.metadata.get("positional")
-        if where:
-            positional = Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=text, metavar=where)]
+        text, metavar = item.metadata["help"], item.metadata["metavar"]
+        if item.default is dataclasses.MISSING:
+            positional = Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=text, metavar=metavar)]
             fields.append((item.name, positional))
         else:
-            annotation = Annotated[type(item.default), tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]
+            # An empty or false default says nothing to a reader.
+            hint = None if item.default else ""
+            shown = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hint)
+            annotation = Annotated[type(item.default), shown, tyro.conf.FlagCreatePairsOff]
             fields.append((item.name, annotation, item.default))
     inner: dict[str, list[Any]] = {}
     for scalar in scalars:
         owner, _, name = scalar.name.rpartition(".")
-        annotation = Annotated[scalar.kind, tyro.conf.arg(help=scalar.help), tyro.conf.FlagConversionOff]
+        shown = tyro.conf.arg(help=scalar.help.removesuffix("."), help_behavior_hint=None if defaults else "")
+        annotation = Annotated[scalar.kind, shown, tyro.conf.FlagConversionOff]
         (inner.setdefault(owner, []) if owner else fields).append((name, annotation, scalar.value))
     for owner, items in inner.items():
         made = dataclasses.make_dataclass(owner, items, frozen=True, kw_only=True)

@@ -106,6 +106,20 @@ def flowing(x: Any, dtype: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, x)
 
 
+def split_auxiliary(x: Any, out: Any) -> tuple[Any, Any]:
+    """What a block returned, as (x, its auxiliary loss); None in place of a loss where it returned x alone.
+
+    Args:
+      x: what went into the block; tells x from ``(x, (sum, weight))`` by its structure.
+    """
+    structure = str(jax.tree.structure(x))
+    if isinstance(out, tuple) and len(out) == 2 and str(jax.tree.structure(out)) != structure:
+        y, auxiliary = out
+        if isinstance(auxiliary, tuple) and len(auxiliary) == 2 and str(jax.tree.structure(y)) == structure:
+            return y, auxiliary
+    return out, None
+
+
 def call(function: Callable[..., Any], *args: Any, key: Any = None, train: bool) -> Any:
     """`function` of `args`, and of ``key``, ``train`` or ``deterministic`` where its signature has them."""
     names = inspect.signature(function).parameters

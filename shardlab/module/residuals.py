@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-Run = Callable[[Any, Any, Any, Any], Any]
-"""``(layer, x, c, extra) -> x``; differentiated in layer, x and (if asked) c, never in extra."""
+Run = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+"""``(layer, x, c, extra) -> (x, auxiliary)``; differentiated in layer, x and (if asked) c, never in extra.
+
+The auxiliary loss is (sum, weight), or None; the backward takes the derivative of its sum to be 1.
+"""
 
 REMAT = ("none", "full")
 POLICIES = tuple(
@@ -42,8 +46,9 @@ class BlockVjp:
     def __init__(self, run: Run, remat: str, *, context: bool) -> None:
         self._run, self._remat, self._context = run, remat, context
         self._recipe: tuple[Any, tuple[tuple[bool, int], ...]] | None = None
+        self._cotangent: tuple[Any, Any] | None = None  # dtypes of the auxiliary loss
 
-    def forward(self, layer: Any, x: Any, c: Any, extra: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+    def forward(self, layer: Any, x: Any, c: Any, extra: Any) -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
         """The block's output, and the arrays its backward needs beside layer, c and extra."""
         if self._context:
             function = rematerialised(lambda layer, x, c: self._run(layer, x, c, extra), self._remat)
@@ -51,6 +56,9 @@ class BlockVjp:
         else:
             function = rematerialised(lambda layer, x: self._run(layer, x, c, extra), self._remat)
             y, pull = jax.vjp(function, layer, x)
+        if y[1] is not None:
+            # The sum is part of the loss as it is, the weight is a constant.
+            self._cotangent = jnp.result_type(y[1][0]), jnp.result_type(y[1][1])
         leaves, treedef = jax.tree.flatten(pull)
         known = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves((layer, c, extra)))}
         stored: dict[int, jax.Array] = {}
@@ -70,7 +78,10 @@ class BlockVjp:
         treedef, places = self._recipe
         known = jax.tree.leaves((layer, c, extra))
         pull = jax.tree.unflatten(treedef, [stored[i] if kept else known[i] for kept, i in places])
-        out = pull(dy)
+        auxiliary = self._cotangent and tuple(
+            jnp.full((), value, dtype) for value, dtype in zip((1, 0), self._cotangent, strict=True)
+        )
+        out = pull((dy, auxiliary))
         return out[0], out[1], out[2] if self._context else None
 
 

@@ -14,7 +14,7 @@ from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, flowing, read_model
+from shardlab.module.model import Model, abstract, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.pipeline.stages import assign_layers
@@ -231,9 +231,11 @@ def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layer
         x = jax.eval_shape(lambda v, b, k: flowing(parts.before(v, b, k, True), dtype), values, part, key)
         context = parts.context or (lambda values, batch, key, train: None)
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
-        check_flow(
-            x,
-            jax.eval_shape(lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), layer, x, c, key),
-        )
-        block = BlockVjp(lambda w, x, c, k: flowing(parts.block(w, x, c, k, True), dtype), remat, context=False)
+
+        def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
+            y, auxiliary = split_auxiliary(x, parts.block(w, x, c, k, True))
+            check_flow(x, y)
+            return flowing(y, dtype), auxiliary
+
+        block = BlockVjp(run, remat, context=False)
         return layers * residual_bytes(residual_shapes(block, layer, x, c, key))

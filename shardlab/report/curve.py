@@ -11,7 +11,7 @@ Points = Sequence[tuple[int, float]]
 
 
 def draw_curve(path: Path, train: Points, held_out: Points, *, unit: str, title: str) -> None:
-    """Writes a PNG: training loss, faint, and its running mean; held-out points, the last with its value.
+    """Writes a PNG: training loss, faint, and its moving mean; held-out points, the last with its value.
 
     Args:
       path: of the PNG.
@@ -29,18 +29,16 @@ def draw_curve(path: Path, train: Points, held_out: Points, *, unit: str, title:
     axes = figure.add_subplot()
     if train:
         steps, losses = (np.asarray(column, float) for column in zip(*train, strict=True))
-        axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, label="training, each step")
-        window = max(1, len(losses) // 25)
-        if window > 1:
-            axes.plot(
-                steps,
-                running_mean(losses, window),
-                color="#1f5fa8",
-                linewidth=1.8,
-                label=f"training, mean of {window} steps",
-            )
+        dots = "." if len(losses) < 3 else None  # a line of one point shows nothing
+        axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, marker=dots, label="training, each step")
+        half = len(losses) // 50
+        if half:
+            label = f"training, mean of {2 * half + 1} steps"
+            axes.plot(steps, moving_mean(losses, half), color="#1f5fa8", linewidth=1.8, label=label)
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o--", color="#c8501e", markersize=5, linewidth=1, label="held-out")
+        # No line between them: nothing was measured there, and the first steps fall far below it. Not clipped, since
+        # the first lies on the axis.
+        axes.plot(*zip(*held_out, strict=True), "o", color="#c8501e", markersize=6, clip_on=False, label="held-out")
         axes.annotate(
             f"{held_out[-1][1]:.3f}",
             held_out[-1],
@@ -61,13 +59,16 @@ def draw_curve(path: Path, train: Points, held_out: Points, *, unit: str, title:
     figure.savefig(path)
 
 
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the `window` values up to each, of fewer at the start.
+def moving_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """The mean of each value and the `half` before and after it, of fewer at the ends.
 
-    >>> running_mean(np.array([1.0, 3.0, 5.0]), 2).tolist()
-    [1.0, 2.0, 4.0]
+    As many on both sides, so that a falling curve's mean lies on the curve and not to its right.
+
+    >>> moving_mean(np.array([1.0, 3.0, 5.0, 13.0]), 1).tolist()
+    [1.0, 3.0, 7.0, 13.0]
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    stop = np.arange(1, len(values) + 1)
-    start = np.maximum(stop - window, 0)
+    place = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(place, place[::-1]))
+    start, stop = place - reach, place + reach + 1
     return (sums[stop] - sums[start]) / (stop - start)

@@ -28,9 +28,9 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 def bytes_table(report: Mapping[str, Any]) -> str:
-    """Bytes on the fullest device, as planned and as the compiler says.
+    """Bytes on the fullest device, as planned and as the compiler says; what takes none is left out.
 
-    >>> print(bytes_table({"bytes_per_device": {"parameters": 2048}, "memory": {"temp_bytes": 512}}))
+    >>> print(bytes_table({"bytes_per_device": {"parameters": 2048, "padding": 0}, "memory": {"temp_bytes": 512}}))
     planned   parameters   2.0 KiB
     compiled  temporaries    512 B
     """
@@ -40,9 +40,14 @@ def bytes_table(report: Mapping[str, Any]) -> str:
         "code_bytes": "code",
         "total_bytes": "total",
     }
-    rows = [("planned", name.replace("_", " "), size) for name, size in report["bytes_per_device"].items()]
+    planned = {"padding": "of the parameters, padding"}
+    rows = [
+        ("planned", planned.get(name, name.replace("_", " ")), size)
+        for name, size in report["bytes_per_device"].items()
+    ]
     memory = report.get("memory", {})
     rows += [("compiled", text, memory[name]) for name, text in names.items() if name in memory]
+    rows = [row for row in rows if row[2]]
     width = max(len(name) for _, name, _ in rows)
     sizes = [human_bytes(size) for *_, size in rows]
     right = max(map(len, sizes))
@@ -68,14 +73,14 @@ def result_text(report: Mapping[str, Any]) -> str:
 
     >>> print(result_text({"steps_done": 2, "steps": 2, "interrupted": False, "unit": "nats", "final_loss": 2.0,
     ...     "initial_eval_loss": 5.5, "eval_loss": 2.25, "seconds_per_step": 0.5, "tokens_per_second": 8192.0}))
-    2 of 2 steps, 0.500 s a step in the middle, 8,192 tokens/s
+    2 of 2 steps, 0.500 s a step (median), 8,192 tokens/s
     training loss 2.000 nats at the last step
     held-out loss 5.500 -> 2.250 nats
     """
     unit = report["unit"]
     lines = [
         f"{report['steps_done']} of {report['steps']} steps{', stopped by Ctrl-C' if report['interrupted'] else ''}"
-        f", {report['seconds_per_step']:.3f} s a step in the middle, {report['tokens_per_second']:,.0f} tokens/s"
+        f", {report['seconds_per_step']:.3f} s a step (median), {report['tokens_per_second']:,.0f} tokens/s"
     ]
     if report["final_loss"] is not None:
         lines.append(f"training loss {report['final_loss']:.3f} {unit} at the last step")

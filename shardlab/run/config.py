@@ -267,7 +267,7 @@ def load_config(path: str | Path) -> Config:
         names = runpy.run_path(str(file))
     except DeclarationError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
     if not callable(names.get("config")):
         raise DeclarationError(f"config {str(path)!r}: has no function config(); write {example}")
@@ -275,7 +275,7 @@ def load_config(path: str | Path) -> Config:
         made = names["config"]()
     except DeclarationError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
     if not isinstance(made, Config):
         raise DeclarationError(

@@ -187,7 +187,10 @@ def _make_room(out: Path, plan: Plan, view: View) -> None:
     """The directory, without an earlier run's files: none of them may be taken for this run's."""
     if out.exists() and not out.is_dir():
         raise DeclarationError(f"out {str(out)!r}: is a file; give a directory")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeclarationError(f"out {str(out)!r}: {error.strerror}; give a directory that can be made") from error
     if (out / METRICS).exists():
         view.say(f"{out} holds an earlier run, which this one replaces")
     for name in FILES:
@@ -213,6 +216,7 @@ def _results(config: Config, rows: Sequence[Row], initial_eval_loss: float | Non
 
 
 def _draw(out: Path, config: Config, plan: Plan, rows: Sequence[Row], initial_eval_loss: float | None) -> None:
+    sizes = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.sizes.items())
     held_out = [(0, initial_eval_loss)] if initial_eval_loss is not None else []
     held_out += [(row["step"], loss) for row in rows if (loss := row.get("eval_loss")) is not None]
     draw_curve(
@@ -220,5 +224,5 @@ def _draw(out: Path, config: Config, plan: Plan, rows: Sequence[Row], initial_ev
         [(row["step"], loss) for row in rows if (loss := row["loss"]) is not None],
         held_out,
         unit=config.unit,
-        title=f"{plan.num_parameters:,} parameters on {plan.mesh}, ZeRO {plan.zero}, {plan.dtype}",
+        title=f"{plan.num_parameters:,} parameters on {sizes} ({plan.mesh.target}), ZeRO {plan.zero}, {plan.dtype}",
     )

@@ -87,7 +87,8 @@ class PlainView:
         try:
             yield
         except BaseException:
-            self.say("failed")
+            print("failed" if self._open else f"{text}: failed", file=self._file, flush=True)
+            self._open = False
             raise
         taken = f"{time.perf_counter() - start:.1f} s"
         print(taken if self._open else f"{text}: {taken}", file=self._file, flush=True)
@@ -107,7 +108,7 @@ class PlainView:
             left = duration(self._pace.seconds * (self._total - number))
             self.say(
                 f"step {number}/{self._total}  loss {_number(row['loss'], '.3f')} {self._unit}  "
-                f"grad norm {_number(row['grad_norm'], '.3g')}  "
+                f"grad norm {_number(row['grad_norm'], '#.3g')}  "
                 f"{self._pace.tokens_per_second:,.0f} tokens/s  {left} left"
             )
 

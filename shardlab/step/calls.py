@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from shardlab.module.model import Model, Parts, flowing
+from shardlab.mesh.faults import DeclarationError
+from shardlab.module.model import Model, Parts, flowing, split_auxiliary
 from shardlab.plan.plan import Plan
-from shardlab.step.constraints import drop_manual
+from shardlab.step.constraints import made_legal, uses_batch_sum
+from shardlab.step.examples import check_rows_to_rows, check_sums
 from shardlab.step.random import batched_draws, rows_key, site_key
 from shardlab.step.region import Region
 
@@ -25,106 +27,163 @@ class Calls:
     """`before`, `context`, `block`, `after` and the loss on `rows` examples.
 
     Keys are passed as ``(key data, first row)``: arrays, so that they may be residuals.
+
+    Args:
+      batch: shapes of the global batch.
+      train: whether the model is called as in training, with dropout.
+
+    Attributes:
+      shared: whether the stages share the examples of a microbatch before and after the blocks.
+      has_auxiliary: whether blocks return an auxiliary loss.
+
+    Raises:
+      DeclarationError: a function computes across examples, and not all of them are in one place.
     """
 
-    def __init__(self, model: Model, loss: Loss | None, plan: Plan, region: Region, *, train: bool) -> None:
-        self._model, self._loss, self._region, self._train = model, loss, region, train
-        self._dtype = plan.dtype
+    def __init__(self, model: Model, loss: Loss | None, plan: Plan, region: Region, batch: Any, *, train: bool) -> None:
+        self._model, self._plan, self._region, self._batch, self._train = model, plan, region, batch, train
+        self._functions = _functions(model, loss, plan, train=train)
         self._draws: dict[tuple[str, int], frozenset[tuple[int, ...]]] = {}
         # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
         # layer that normalises.
         self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
+        self.shared = region.stage is not None and plan.head == "examples"
+        self.has_auxiliary = self._has_auxiliary()
+        if region.manual or plan.num_microbatches > 1:
+            for rows in {plan.microbatch_rows, plan.microbatch_rows // (plan.num_stages if self.shared else 1)}:
+                self._check(rows)
 
     @property
     def has_loss(self) -> bool:
         """Whether there is a loss to compute."""
-        return self._loss is not None
-
-    @property
-    def _parts(self) -> Parts:
-        assert self._model.parts is not None
-        return self._model.parts
+        return "loss" in self._functions
 
     def before(self, values: Any, batch: Any, key: Any, rows: int) -> Any:
         """x of the examples of `batch`."""
-
-        def run(v: Any, b: Any, k: Any) -> Any:
-            return flowing(self._parts.before(v, b, k, self._train), self._dtype)
-
-        return self._constrain(self._call("before", run, (values, batch), key, BEFORE, rows))
+        return self._constrain(self._call("before", (values, batch), key, BEFORE, rows))
 
     def context(self, values: Any, batch: Any, key: Any, rows: int) -> Any:
         """c of the examples of `batch`; None where the model has no context."""
-        context = self._parts.context
-        if context is None:
+        if "context" not in self._functions:
             return None
-        return self._call("context", lambda v, b, k: context(v, b, k, self._train), (values, batch), key, CONTEXT, rows)
+        return self._call("context", (values, batch), key, CONTEXT, rows)
 
-    def block(self, layer: Any, x: Any, c: Any, extra: Any, rows: int) -> Any:
-        """x after one block; ``extra`` is (frozen arrays of the layer, index of the block, key data, first row)."""
+    def block(self, layer: Any, x: Any, c: Any, extra: Any, rows: int) -> tuple[Any, Any]:
+        """x after one block, and its auxiliary loss as (sum, weight), or None.
+
+        ``extra`` is (frozen arrays of the layer, index of the block, key data, first row).
+        """
         frozen, index, data, first = extra
-        x = self._constrain(x)
-
-        def run(layer: Any, x: Any, c: Any, k: Any) -> Any:
-            return flowing(self._parts.block(layer, x, c, k, self._train), self._dtype)
-
         key = None if data is None else (data, first)
-        return self._constrain(self._call("block", run, ({**layer, **frozen}, x, c), key, 1 + index, rows))
+        x, auxiliary = self._call("block", ({**layer, **frozen}, self._constrain(x), c), key, 1 + index, rows)
+        return self._constrain(x), auxiliary
 
     def after(self, values: Any, x: Any, batch: Any, key: Any, rows: int) -> Any:
         """y of the examples of `batch`."""
-        function = lambda v, x, b, k: self._parts.after(v, x, b, k, self._train)  # noqa: E731
-        return self._call("after", function, (values, x, batch), key, AFTER, rows)
+        return self._call("after", (values, x, batch), key, AFTER, rows)
 
     def whole(self, values: Any, batch: Any, key: Any, rows: int) -> tuple[Any, dict[str, Any]]:
         """y and the buffers afterwards, for a model taken whole."""
-        function = lambda v, b, k: self._model.forward(v, b, k, self._train)  # noqa: E731
-        return self._call("the model", function, (values, batch), key, BEFORE, rows)
+        return self._call("the model", (values, batch), key, BEFORE, rows)
 
     def loss(self, y: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Sum and weight of the loss; the weight is a constant of the derivative."""
-        assert self._loss is not None
-        function = drop_manual(self._loss, self._region.manual, self._region.automatic_mesh)
-        total, weight = function(y, batch)
-        wide = jnp.promote_types(jnp.result_type(total), jnp.float32)
-        return jnp.asarray(total, wide), jax.lax.stop_gradient(jnp.asarray(weight, wide))
+        return scalars(self._legal("loss")(y, batch))
 
-    def _call(
-        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], key: Any, site: Any, rows: int
-    ) -> Any:
-        legal = drop_manual(function, self._region.manual, self._region.automatic_mesh)
+    def _call(self, name: str, args: tuple[Any, ...], key: Any, site: Any, rows: int) -> Any:
+        legal = self._legal(name)
         if key is None:
             return legal(*args, None)
         data, first = key
         plain = site_key(jax.random.wrap_key_data(data, impl="threefry2x32"), site)
-        if not self._region.manual:
-            return legal(*args, plain)
-        draws = self._draws.get((name, rows))
-        if draws is None:
-            draws = self._draws[name, rows] = self._find_draws(name, function, args, rows)
-        return legal(*args, rows_key(plain, first, rows, draws))
+        return legal(*args, rows_key(plain, first, rows, self._draws.get((name, rows), frozenset())))
 
-    def _find_draws(
-        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], rows: int
-    ) -> frozenset[tuple[int, ...]]:
-        """Shapes of the draws that follow the batch; found by tracing with these rows and with twice as many."""
+    def _legal(self, name: str) -> Callable[..., Any]:
+        region = self._region
+        # Each stage has its own share of the examples before and after the blocks, if they are shared.
+        spread = region.manual if self.shared and name in ("before", "after", "loss") else region.batch
+        return made_legal(self._functions[name], region.manual, spread, region.automatic_mesh)
 
-        def trace(count: int) -> Any:
-            def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    def _has_auxiliary(self) -> bool:
+        if self._model.parts is None:
+            return False
+        with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
+            given = self._arguments(self._plan.microbatch_rows)["block"]
+            return jax.eval_shape(self._functions["block"], *given)[1] is not None
 
-            def scaled(leaf: Any) -> jax.ShapeDtypeStruct:
-                if leaf.ndim and leaf.shape[0] == rows:
-                    return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
-                return shape(leaf)
-
-            # The first argument holds parameters; the others follow the batch where their leading dim is its rows.
-            shapes = (jax.tree.map(shape, args[0]), *(jax.tree.map(scaled, arg) for arg in args[1:]))
-            key = jax.eval_shape(lambda: jax.random.key(0))
-            with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
-                return jax.make_jaxpr(function)(*shapes, key).jaxpr
-
-        return batched_draws(trace, rows, name)
+    def _arguments(self, rows: int) -> dict[str, tuple[Any, ...]]:
+        """Shapes of the arguments of every function with `rows` examples."""
+        model, functions = self._model, self._functions
+        dtype = self._plan.dtype
+        values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in model.parameters.items()}
+        values |= model.buffers
+        examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        outer = (values, examples, key)
+        if model.parts is None:
+            y, _ = jax.eval_shape(functions["the model"], *outer)
+            return {"the model": outer, "loss": (y, examples)}
+        x = jax.eval_shape(functions["before"], *outer)
+        c = jax.eval_shape(functions["context"], *outer) if "context" in functions else None
+        layer = {inner: values[path] for inner, path in model.parts.layers[0].items()}
+        block, after = (layer, x, c, key), (values, x, examples, key)
+        y = jax.eval_shape(functions["after"], *after)
+        return {"before": outer, "context": outer, "block": block, "after": after, "loss": (y, examples)}
 
     def _constrain(self, x: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self.flow_spec), x)
+
+    def _check(self, rows: int) -> None:
+        """That the functions mean the same on `rows` examples as on all; notes which of their draws follow the batch.
+
+        Each is traced with these rows and with twice as many.
+        """
+        with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
+            some, twice = self._arguments(rows), self._arguments(2 * rows)
+            for name, function in self._functions.items():
+                here, there = jax.make_jaxpr(function)(*some[name]), jax.make_jaxpr(function)(*twice[name])
+                if self._train and name != "loss":
+                    self._draws[name, rows] = batched_draws(here.jaxpr, there.jaxpr, rows, name)
+                if self._plan.num_microbatches > 1 and uses_batch_sum(here.jaxpr):
+                    raise DeclarationError(
+                        f"{name}: calls shardlab.batch_sum, and each of {self._plan.num_microbatches} microbatches is "
+                        "only a part of the batch; use microbatches=1"
+                    )
+                if name == "loss":
+                    check_sums(here, there, name, rows)
+                else:
+                    check_rows_to_rows(here, there, name, rows, auxiliary=name == "block")
+
+
+def scalars(pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    """A sum and its weight in at least float32; the weight is a constant of the derivative."""
+    total, weight = pair
+    wide = jnp.promote_types(jnp.result_type(total), jnp.float32)
+    return jnp.asarray(total, wide), jax.lax.stop_gradient(jnp.asarray(weight, wide))
+
+
+def block_function(parts: Parts, dtype: str, train: bool) -> Callable[..., tuple[Any, Any]]:
+    """``(layer, x, c, key) -> (x, auxiliary)``: x as it flows on, and the auxiliary loss as (sum, weight) or None."""
+
+    def block(layer: Any, x: Any, c: Any, key: Any) -> tuple[Any, Any]:
+        y, auxiliary = split_auxiliary(x, parts.block(layer, x, c, key, train))
+        return flowing(y, dtype), None if auxiliary is None else scalars(auxiliary)
+
+    return block
+
+
+def _functions(model: Model, loss: Loss | None, plan: Plan, *, train: bool) -> dict[str, Callable[..., Any]]:
+    """What the model consists of, by the names that users gave; arrays by path -> the model's own -> arrays."""
+    parts, functions = model.parts, dict[str, Callable[..., Any]]()
+    if parts is None:
+        functions["the model"] = lambda v, b, k: model.forward(v, b, k, train)
+    else:
+        before, context, after = parts.before, parts.context, parts.after
+        functions["before"] = lambda v, b, k: flowing(before(v, b, k, train), plan.dtype)
+        if context is not None:
+            functions["context"] = lambda v, b, k: context(v, b, k, train)
+        functions["block"] = block_function(parts, plan.dtype, train)
+        functions["after"] = lambda v, x, b, k: after(v, x, b, k, train)
+    if loss is not None:
+        functions["loss"] = loss
+    return functions

@@ -81,7 +81,7 @@ class Cells:
         self.is_first, self.is_last = self.stage_index == 0, self.stage_index == region.num_stages - 1
         self.slots = (jnp.arange(arrays.used.shape[1], dtype=jnp.int32), where["block"][0], where["used"][0])
         self.even = bool(arrays.used.all())
-        self.shared = region.stage is not None and plan.head == "examples"
+        self.shared = calls.shared
         self.share_rows = self.rows // region.num_stages if self.shared else self.rows
         self.wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
         self.has_context_gradient = self._context_depends()
@@ -142,6 +142,7 @@ class Cells:
             "residuals": (),
             "sum": jnp.zeros((), self.wide),
             "weight": jnp.zeros((), self.wide),
+            "auxiliary": (jnp.zeros((), self.wide), jnp.zeros((), self.wide)),
         }
         if self.key_data is None:
             return carry
@@ -253,19 +254,23 @@ class Cells:
         valid, slot = row["f_microbatch"] >= 0, jnp.maximum(row["f_residual_slot"], 0)
 
         def body(state: Any, at: Any) -> tuple[Any, None]:
-            x, held = state
+            x, held, auxiliary = state
             place, index, used = at
             layer, frozen = self.layer_of(place)
-            y, stored = self._block(layer, x, c, (frozen, index, *(key or (None, None))))
+            (y, pair), stored = self._block(layer, x, c, (frozen, index, *(key or (None, None))))
+            if pair is not None:
+                more = (jnp.where(valid & used, new, 0).astype(self.wide) for new in pair)
+                auxiliary = tuple(total + new for total, new in zip(auxiliary, more, strict=True))
             if not self.even:
                 y = tree_where(used, y, x)
             held = tuple(_write(buffer, leaf, (slot, place), valid) for buffer, leaf in zip(held, stored, strict=True))
-            return (y, held), None
+            return (y, held, auxiliary), None
 
-        (y, held), _ = jax.lax.scan(body, (x, carry["residuals"]), self.slots)
-        return carry | {"residuals": held}, y
+        start = x, carry["residuals"], carry["auxiliary"]
+        (y, held, auxiliary), _ = jax.lax.scan(body, start, self.slots)
+        return carry | {"residuals": held, "auxiliary": auxiliary}, y
 
-    def _block(self, layer: Arrays, x: Any, c: Any, extra: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+    def _block(self, layer: Arrays, x: Any, c: Any, extra: Any) -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
         if self.key_data is None:
             return self.calls.block(layer, x, c, extra, self.rows), ()
         return self.block.forward(layer, x, c, extra)
@@ -345,19 +350,18 @@ class Cells:
 
     # The end of the step.
 
-    def sums(self, carry: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """Loss sum and weight of the whole batch."""
-        both = jnp.stack([carry["sum"], carry["weight"]])
-        both = jax.lax.psum(both, self.region.manual) if self.region.manual else both
-        return both[0], both[1]
+    def sums(self, carry: dict[str, Any]) -> jax.Array:
+        """Of the whole batch: loss sum, weight, and sum and weight of the auxiliary losses."""
+        found = jnp.stack([carry["sum"], carry["weight"], *carry["auxiliary"]])
+        return jax.lax.psum(found, self.region.manual) if self.region.manual else found
 
-    def reduced(self, carry: dict[str, Any], specs: dict[str, PartitionSpec]) -> tuple[Arrays, jax.Array, jax.Array]:
-        """Gradients summed over batch (and, outside blocks, stages), each reduced once; loss sum; weight."""
+    def reduced(self, carry: dict[str, Any], specs: dict[str, PartitionSpec]) -> tuple[Arrays, jax.Array]:
+        """Gradients summed over batch (and, outside blocks, stages), each reduced once; what `sums` gives."""
         region = self.region
         layer = {name: carry["layer"][inner] for name, inner in self.inner.items() if name in specs}
         axes = dict.fromkeys(layer, region.batch) | dict.fromkeys(carry["rest"], region.manual)
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
-        return out, *self.sums(carry)
+        return out, self.sums(carry)
 
 
 def _write(buffer: jax.Array, value: jax.Array, at: tuple[jax.Array, jax.Array], valid: jax.Array) -> jax.Array:

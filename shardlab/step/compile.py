@@ -20,7 +20,7 @@ from shardlab.plan.layout import optimizer_shapes, optimizer_tree
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.pipelined import pipelined_gradients
-from shardlab.step.region import make_region
+from shardlab.step.region import Region, make_region
 from shardlab.step.spmd import whole_gradients
 from shardlab.step.state import (
     TrainState,
@@ -44,7 +44,8 @@ class CompiledStep:
     """One train step, compiled for a mesh.
 
     Call it: ``(state, batch) -> (state, metrics)``; the given state is donated. Metrics are float32 scalars
-    (float64 under float64): ``loss``, ``grad_norm``, ``weight``.
+    (float64 under float64): ``loss``, ``grad_norm``, ``weight``; ``auxiliary``, the mean of the blocks' auxiliary
+    losses, where they have one.
     """
 
     plan: Plan
@@ -107,7 +108,8 @@ def compile_train_step(
 
     Args:
       model: as given to `make_plan`.
-      loss: ``(y, batch) -> (sum, weight)``; the step's loss is the sum of sums over the sum of weights.
+      loss: ``(y, batch) -> (sum, weight)``; the step's loss is the sum of sums over the sum of weights. The sums of
+        the blocks' auxiliary losses are added to it: a block scales its own.
       optimizer: as given to `make_plan`.
       plan: what to compile.
       batch: a global batch, or its shapes.
@@ -125,18 +127,20 @@ def compile_train_step(
     state_shardings = shardings(mesh, specs)
     rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
     batch_shardings = jax.tree.map(lambda _: rows, shapes)
-    gradients = make_gradients(model, loss, plan, mesh, float("nan") if prove else 0.0)
+    region = make_region(plan, mesh)
+    calls = Calls(model, loss, plan, region, shapes, train=True)
+    gradients = make_gradients(model, plan, region, calls, float("nan") if prove else 0.0)
     update = make_update(model, plan, mesh, optimizer)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        mean, gradient, weight, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
+        gradient, metrics, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
         parameters, optimizer_state = update(gradient, state.optimizer, state.parameters)
-        metrics = {"loss": mean, "grad_norm": optax.tree.norm(gradient), "weight": weight}
-        metrics |= {"gradients": gradient} if prove else {}
+        metrics |= {"grad_norm": optax.tree.norm(gradient)} | ({"gradients": gradient} if prove else {})
         return TrainState(state.step + 1, state.key, parameters, buffers, optimizer_state), metrics
 
     one = NamedSharding(mesh, PartitionSpec())
-    metric_shardings: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", "weight"), one)
+    names = ("loss", "grad_norm", "weight", *(("auxiliary",) if calls.has_auxiliary else ()))
+    metric_shardings: dict[str, Any] = dict.fromkeys(names, one)
     metric_shardings |= {"gradients": shardings(mesh, storage_specs(plan, "state"))} if prove else {}
     jitted = jax.jit(
         step,
@@ -165,11 +169,11 @@ def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
     return working
 
 
-def make_gradients(model: Model, loss: Loss, plan: Plan, mesh: Mesh, fill: float) -> Callable[..., Any]:
-    """``(parameters, buffers, batch, key data, step) -> (loss, gradients, weight, buffers)``, all in stored form."""
-    region = make_region(plan, mesh)
-    calls = Calls(model, loss, plan, region, train=True)
-    working = working_copy(plan, mesh)
+def make_gradients(
+    model: Model, plan: Plan, region: Region, calls: Calls, fill: float
+) -> Callable[..., tuple[Arrays, dict[str, Any], Arrays]]:
+    """``(parameters, buffers, batch, key data, step) -> (gradients, metrics, buffers)``, all in stored form."""
+    working = working_copy(plan, region.mesh)
     specs = storage_specs(plan, "state")
     whole = None if model.parts is not None else whole_gradients(plan, region, calls, specs)
     parts = None if model.parts is None else pipelined_gradients(model, plan, region, calls, specs, fill)
@@ -178,12 +182,16 @@ def make_gradients(model: Model, loss: Loss, plan: Plan, mesh: Mesh, fill: float
         values = working(parameters)
         data = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step))
         if whole is not None:
-            sums, total, weight, buffers = whole(values, buffers, batch, data)
+            summed, (total, weight), buffers = whole(values, buffers, batch, data)
+            metrics = {"loss": total / weight, "weight": weight}
         else:
             assert parts is not None
-            sums, total, weight = parts(values, buffers, batch, data)
-        gradient = {name: (value / weight).astype(parameters[name].dtype) for name, value in sums.items()}
-        return total / weight, gradient, weight, buffers
+            summed, (total, weight, *auxiliary) = parts(values, buffers, batch, data)
+            metrics = {"loss": (total + auxiliary[0]) / weight, "weight": weight}
+            if calls.has_auxiliary:
+                metrics["auxiliary"] = auxiliary[0] / auxiliary[1]
+        gradient = {name: (value / weight).astype(parameters[name].dtype) for name, value in summed.items()}
+        return gradient, metrics, buffers
 
     return gradients
 

@@ -55,7 +55,7 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
     plan = _for_batch(plan, shapes)
     mesh = build_mesh(plan.mesh)
     region = make_region(plan, mesh)
-    calls = Calls(model, loss, plan, region, train=False)
+    calls = Calls(model, loss, plan, region, shapes, train=False)
     working = working_copy(plan, mesh)
     inner = pipelined_forward(model, plan, region, calls) if model.parts is not None else _whole(plan, region, calls)
 

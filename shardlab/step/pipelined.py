@@ -30,8 +30,8 @@ Arrays = dict[str, Any]
 
 def pipelined_gradients(
     model: Model, plan: Plan, region: Region, calls: Calls, specs: dict[str, PartitionSpec], fill: float
-) -> Callable[..., tuple[Arrays, jax.Array, jax.Array]]:
-    """``(values, buffers, batch, key data) -> (gradient sums by name, loss sum, weight)``.
+) -> Callable[..., tuple[Arrays, jax.Array]]:
+    """``(values, buffers, batch, key data) -> (gradient sums by name, sums)``; sums as `Cells.sums` gives them.
 
     Gradients are sums over the whole batch, reduced once, laid out as `specs`; divide them by the weight.
 
@@ -49,7 +49,7 @@ def pipelined_gradients(
         return cells.reduced(carry, specs)
 
     none = PartitionSpec()
-    out_specs = ({name: region.manual_part(spec) for name, spec in specs.items()}, none, none)
+    out_specs = ({name: region.manual_part(spec) for name, spec in specs.items()}, none)
     return _entered(plan, region, arrays, in_region, out_specs, table.phases)
 
 
@@ -71,7 +71,8 @@ def pipelined_forward(model: Model, plan: Plan, region: Region, calls: Calls) ->
             carry, out = cells.evaluate(carry, phase, phase_rows)
             found += [out] if phase.head else []
         if calls.has_loss:
-            return cells.sums(carry)
+            total, weight, *_ = cells.sums(carry)
+            return total, weight
         (y,) = found
         # [M, r, ...] here is [D, M, P, r, ...] of all shards and stages.
         return jax.tree.map(lambda leaf: leaf[None, :, None], y)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -41,33 +41,33 @@ def rows_key(key: jax.Array, first: jax.Array, rows: int, batched: frozenset[Sha
     return jax.random.wrap_key_data(data, impl=_implementation(rows, batched))
 
 
-def batched_draws(trace: Callable[[int], Any], rows: int, where: str) -> frozenset[Shape]:
+def batched_draws(here: Any, there: Any, rows: int, where: str) -> frozenset[Shape]:
     """Shapes of the random draws, with `rows` rows, whose leading dim counts rows.
 
     Args:
-      trace: rows -> the jaxpr of the function with that many rows.
+      here, there: the jaxprs of the function with `rows` rows and with twice as many.
       where: what to call the function in an error.
 
     Raises:
       DeclarationError: a draw follows the batch with another dim than its leading one, or one shape is drawn both
         per row and once for all.
     """
-    mine, double = list(_draws(trace(rows))), list(_draws(trace(2 * rows)))
+    mine, double = list(_draws(here)), list(_draws(there))
     if len(mine) != len(double):
         raise DeclarationError(
             f"{where}: makes {len(mine)} random draws for {rows} examples and {len(double)} for {2 * rows}"
         )
     kinds: dict[Shape, bool] = {}
-    for here, there in zip(mine, double, strict=True):
-        by_row = here != there
-        if by_row and (len(here) != len(there) or here[0] * 2 != there[0] or here[1:] != there[1:]):
+    for shape, doubled in zip(mine, double, strict=True):
+        by_row = shape != doubled
+        if by_row and (len(shape) != len(doubled) or shape[0] * 2 != doubled[0] or shape[1:] != doubled[1:]):
             raise DeclarationError(
-                f"{where}: a random draw of shape {list(here)} for {rows} examples has shape {list(there)} for "
+                f"{where}: a random draw of shape {list(shape)} for {rows} examples has shape {list(doubled)} for "
                 f"{2 * rows}; the batch must be its leading dim, so that each device can draw its own rows"
             )
-        if kinds.setdefault(here, by_row) != by_row:
+        if kinds.setdefault(shape, by_row) != by_row:
             raise DeclarationError(
-                f"{where}: with {rows} examples a device, shape {list(here)} is drawn once per example and once for "
+                f"{where}: with {rows} examples a device, shape {list(shape)} is drawn once per example and once for "
                 "all; use another batch size or number of microbatches so that the two shapes differ"
             )
     return frozenset(shape for shape, by_row in kinds.items() if by_row)

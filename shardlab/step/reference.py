@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from shardlab.module.model import Model, flowing
 from shardlab.plan.plan import Plan
-from shardlab.step.calls import AFTER, BEFORE, CONTEXT, Loss
+from shardlab.step.calls import AFTER, BEFORE, CONTEXT, Loss, block_function, scalars
 from shardlab.step.random import site_key
 
 Arrays = dict[str, Any]
@@ -40,26 +40,29 @@ def reference_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
     """Loss sum over the batch, its weight, and the buffers afterwards: the model as the user wrote it.
 
-    With `Model.parts` the blocks are called one after another; without, the model is called whole.
+    With `Model.parts` the blocks are called one after another, and the sums of their auxiliary losses are part of
+    the loss sum; without, the model is called whole.
     """
 
     def site(index: int) -> jax.Array | None:
         return None if key is None else site_key(key, index)
 
     written: Arrays = {}
+    auxiliary: Any = 0.0
     if model.parts is None:
         y, written = model.forward(values, batch, site(BEFORE), train)
     else:
         parts = model.parts
         x = flowing(parts.before(values, batch, site(BEFORE), train), dtype)
+        block = block_function(parts, dtype, train)
         c = None if parts.context is None else parts.context(values, batch, site(CONTEXT), train)
         for index, layer in enumerate(parts.layers):
             mine = {inner: values[path] for inner, path in layer.items()}
-            x = flowing(parts.block(mine, x, c, site(1 + index), train), dtype)
+            x, pair = block(mine, x, c, site(1 + index))
+            auxiliary += 0.0 if pair is None else pair[0]
         y = parts.after(values, x, batch, site(AFTER), train)
-    total, weight = loss(y, batch)
-    wide = jnp.promote_types(jnp.result_type(total), jnp.float32)
-    return jnp.asarray(total, wide), (jax.lax.stop_gradient(jnp.asarray(weight, wide)), written)
+    total, weight = scalars(loss(y, batch))
+    return total + auxiliary, (weight, written)
 
 
 class ReferenceStep:

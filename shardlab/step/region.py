@@ -32,7 +32,7 @@ class Region:
       shards: number of shards of the batch.
     """
 
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     batch: tuple[str, ...]
     stage: str | None
     num_stages: int
@@ -98,7 +98,7 @@ class Region:
         )(values)
 
 
-def make_region(plan: Plan, mesh: Mesh | AbstractMesh) -> Region:
+def make_region(plan: Plan, mesh: Mesh) -> Region:
     """The region that the plan asks for."""
     # An axis of size 1 is left automatic: XLA refuses collectives over manual axes that are all trivial.
     batch = tuple(axis for axis in plan.mesh.batch if plan.mesh.sizes[axis] > 1) if plan.batch_axes_manual else ()

@@ -21,8 +21,8 @@ Arrays = dict[str, Any]
 
 def whole_gradients(
     plan: Plan, region: Region, calls: Calls, specs: dict[str, PartitionSpec]
-) -> Callable[..., tuple[Arrays, jax.Array, jax.Array, Arrays]]:
-    """``(values, buffers, batch, key data) -> (gradient sums by name, loss sum, weight, buffers)``.
+) -> Callable[..., tuple[Arrays, jax.Array, Arrays]]:
+    """``(values, buffers, batch, key data) -> (gradient sums by name, (loss sum, weight), buffers)``.
 
     Gradients are sums over the whole batch, reduced once, laid out as `specs`; divide them by the weight.
     """
@@ -32,7 +32,7 @@ def whole_gradients(
 
     def in_region(
         values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, shard: jax.Array
-    ) -> tuple[Arrays, jax.Array, jax.Array, Arrays]:
+    ) -> tuple[Arrays, jax.Array, Arrays]:
         first = shard[0] * (plan.batch_size // region.shards)
 
         def loss(trained: Arrays, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
@@ -67,7 +67,7 @@ def whole_gradients(
         reduced = region.reduced(sums, dict.fromkeys(sums, region.batch), compute, specs)
         both = jnp.stack([total, weight])
         both = jax.lax.psum(both, region.batch) if region.batch else both
-        return reduced, both[0], both[1], {**buffers, **written}
+        return reduced, both, {**buffers, **written}
 
     def gradients(values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array) -> Any:
         none = PartitionSpec()
@@ -81,7 +81,6 @@ def whole_gradients(
         )
         out_specs = (
             {name: region.manual_part(spec) for name, spec in specs.items()},
-            none,
             none,
             dict.fromkeys(buffers, none),
         )

@@ -1,0 +1,28 @@
+"""FSDP, which is ZeRO 3: parameters, gradients and optimizer state are all stored in eighths.
+
+shardlab train configs/fsdp.py
+"""
+
+from shardlab.mesh.spec import MeshSpec
+from shardlab.models.decoder import DecoderConfig, decoder_rules, next_byte_loss
+from shardlab.module.pipeline import Pipeline
+from shardlab.run.config import AdamW, Config
+from shardlab.run.data import ByteText
+
+
+def config() -> Config:
+    return Config(
+        model=DecoderConfig(num_layers=4, model_dim=64, num_heads=8, num_kv_heads=8, head_dim=8, mlp_dim=192),
+        pipeline=Pipeline(before="embed", blocks="blocks", after="head", context="context"),
+        loss=next_byte_loss,
+        optimizer=AdamW(learning_rate=1e-2, warmup=8, decay=80, weight_decay=0.1),
+        data=ByteText(seq_len=64),
+        mesh=MeshSpec({"fsdp": 8}, batch="fsdp", target="cpu:8"),
+        rules=decoder_rules(None),
+        batch_size=64,
+        microbatches=2,
+        zero=3,
+        steps=80,
+        eval_every=40,
+        unit="nats per byte",
+    )
