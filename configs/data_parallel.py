@@ -13,12 +13,12 @@ def config() -> Config:
     return Config(
         model=DecoderConfig(num_layers=4, model_dim=64, num_heads=8, num_kv_heads=8, head_dim=8, mlp_dim=192),
         loss=next_byte_loss,
-        optimizer=AdamW(learning_rate=1e-2, warmup=8, decay=80, weight_decay=0.1),
+        optimizer=AdamW(learning_rate=1e-2, warmup=6, decay=60, weight_decay=0.1),
         data=ByteText(seq_len=64),
         mesh=MeshSpec({"data": 8}, batch="data", target="cpu:8"),
         rules=decoder_rules(None),
         batch_size=64,
-        steps=80,
-        eval_every=40,
+        steps=60,
+        eval_every=30,
         unit="nats per byte",
     )

@@ -17,7 +17,7 @@ def config() -> Config:
         model=DecoderConfig(num_layers=7, model_dim=64, num_heads=8, num_kv_heads=4, head_dim=8, mlp_dim=192),
         pipeline=Pipeline(before="embed", blocks="blocks", after="head", context="context"),
         loss=next_byte_loss,
-        optimizer=AdamW(learning_rate=1e-2, warmup=8, decay=80, weight_decay=0.1),
+        optimizer=AdamW(learning_rate=1e-2, warmup=6, decay=60, weight_decay=0.1),
         data=ByteText(seq_len=64),
         mesh=MeshSpec({"data": 2, "stage": 2, "tensor": 2}, batch="data", stage="stage", target="cpu:8"),
         rules=decoder_rules("tensor"),
@@ -28,7 +28,7 @@ def config() -> Config:
         schedule="1f1b",
         zero=1,
         remat="dots_saveable",
-        steps=80,
-        eval_every=40,
+        steps=60,
+        eval_every=30,
         unit="nats per byte",
     )

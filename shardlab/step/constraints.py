@@ -41,7 +41,9 @@ def made_legal(
             )
         if not any(_names(equation, manual) or is_batch_sum(equation) for equation in _equations(closed.jaxpr)):
             return function(*args)
-        rewritten = _rewrite(closed.jaxpr, manual, spread)
+        # Every equation remembers the mesh that it was traced under, and is to be run under this one.
+        here = jax.make_jaxpr(lambda x: x + 1)(0.0).eqns[0].ctx
+        rewritten = _rewrite(closed.jaxpr, manual, spread, here)
         flat = jax.core.eval_jaxpr(rewritten, closed.consts, *leaves)
         return jax.tree.unflatten(jax.tree.structure(out), flat)
 
@@ -70,27 +72,27 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
-def _rewrite(jaxpr: Any, manual: tuple[str, ...], spread: tuple[str, ...]) -> Any:
+def _rewrite(jaxpr: Any, manual: tuple[str, ...], spread: tuple[str, ...], here: Any) -> Any:
     """The same program made legal, inner programs included."""
 
     def value_of(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(value_of(one) for one in value)
         if hasattr(value, "consts") and hasattr(value, "jaxpr"):
-            return value.replace(jaxpr=_rewrite(value.jaxpr, manual, spread))
-        return _rewrite(value, manual, spread) if hasattr(value, "eqns") else value
+            return value.replace(jaxpr=_rewrite(value.jaxpr, manual, spread, here))
+        return _rewrite(value, manual, spread, here) if hasattr(value, "eqns") else value
 
     equations = []
     for equation in jaxpr.eqns:
         if is_batch_sum(equation) and spread:
             (operand,) = equation.invars
             summed = jax.make_jaxpr(lambda x: jax.lax.psum(x, spread))(operand.aval)
-            equations.append(equation.replace(params={**equation.params, "jaxpr": summed}))
+            equations.append(equation.replace(params={**equation.params, "jaxpr": summed}, ctx=here))
             continue
         params = {name: value_of(value) for name, value in equation.params.items()}
         if equation.primitive.name == "sharding_constraint" and isinstance(params["sharding"], NamedSharding):
             mesh = jax.sharding.get_abstract_mesh()
             spec: PartitionSpec = without(params["sharding"].spec, manual)
             params |= {"sharding": NamedSharding(mesh, spec), "context_mesh": mesh}
-        equations.append(equation.replace(params=params))
+        equations.append(equation.replace(params=params, ctx=here))
     return jaxpr.replace(eqns=equations)

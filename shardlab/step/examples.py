@@ -41,11 +41,22 @@ ADDITIVE = frozenset({Kind.SUM, Kind.COUNT, Kind.ZERO})
 
 # Of a sum, still that sum in another form.
 _FORM = frozenset(
-    {"neg", "convert_element_type", "reduce_precision", "real", "imag", "copy", "copy_p", "name", "device_put"}
+    {
+        "neg",
+        "convert_element_type",
+        "reduce_precision",
+        "real",
+        "imag",
+        "copy",
+        "copy_p",
+        "name",
+        "stop_gradient",
+        "device_put",
+    }
     | {"reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "rev", "slice", "dynamic_slice"}
     | {"reduce_sum", "sharding_constraint", "optimization_barrier", "psum", "psum_invariant"}
 )
-_ADDITIONS = frozenset({"add", "sub", "add_any", "concatenate", "pad", "select_n", "dynamic_update_slice"})
+_ADDITIONS = frozenset({"add", "sub", "add_any", "concatenate", "stack", "pad", "select_n", "dynamic_update_slice"})
 _PRODUCTS = frozenset({"mul", "div", "dot_general"})
 # Of rows, a sum over them.
 _SUMS = frozenset({"reduce_sum", "dot_general"})
@@ -106,6 +117,7 @@ class _Walk:
 
     def __init__(self, where: str, rows: int) -> None:
         self._where, self._rows = where, rows
+        self._line = ""  # of the innermost call: what a library function does has no line of the user's own
 
     def closed(self, here: Any, there: Any, given: Sequence[Kind] = ()) -> list[Kind]:
         """The kinds of what a closed jaxpr returns; `given` are those of its inputs that no shape tells."""
@@ -130,7 +142,9 @@ class _Walk:
 
         for mine, other in zip(here.eqns, there.eqns, strict=True):
             ins = [kind_of(a, b) for a, b in zip(mine.invars, other.invars, strict=True)]
+            outer, self._line = self._line, _line(mine) or self._line
             kinds |= dict(zip(mine.outvars, self._equation(mine, other, ins), strict=True))
+            self._line = outer
         return [kind_of(a, b) for a, b in zip(here.outvars, there.outvars, strict=True)]
 
     def _equation(self, mine: Any, other: Any, ins: list[Kind]) -> list[Kind]:
@@ -221,7 +235,7 @@ class _Walk:
 
     def _fault(self, equation: Any, what: str) -> None:
         raise DeclarationError(
-            f"{self._where}: {equation.primitive.name}{_line(equation)} {what}, and a device holds {self._rows} of the "
+            f"{self._where}: {equation.primitive.name}{self._line} {what}, and a device holds {self._rows} of the "
             f"batch's; {_WAY_OUT}"
         )
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+import shardlab
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import decoder, linen_decoder, mixer, mlp
 from shardlab.module.functions import Functions
@@ -127,6 +129,53 @@ def _pure(**more: Any) -> Subject:
     return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
 
 
+def _centred() -> Subject:
+    """Mathematics across examples: x is centred over the whole batch before the head and before the blocks."""
+
+    def centred(x: jax.Array) -> jax.Array:
+        return x - shardlab.batch_sum(x.sum(0)) / shardlab.batch_sum(jnp.ones(len(x), x.dtype).sum())
+
+    functions = Functions(
+        init=functools.partial(mlp.init, config=PURE),
+        before=lambda params, batch: centred(mlp.before(params, batch)),
+        block=mlp.block,
+        after=lambda params, x, batch: mlp.after(params, centred(x)),
+    )
+    return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
+
+
+def _constrained() -> Subject:
+    """Sharding constraints in the user's code that name every axis, inside a jit and a scan as well."""
+    spec = P(("replica", "data"), "tensor")
+
+    def block(layer: Any, x: jax.Array) -> jax.Array:
+        def twice(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return jax.jit(lambda x: jax.lax.with_sharding_constraint(mlp.block(layer, x), spec))(x), None
+
+        return jax.lax.scan(twice, jax.lax.with_sharding_constraint(x, spec), None, length=2)[0]
+
+    functions = Functions(
+        init=functools.partial(mlp.init, config=PURE), before=mlp.before, block=block, after=mlp.after
+    )
+    return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
+
+
+def _auxiliary() -> Subject:
+    """Blocks with an auxiliary loss."""
+
+    def block(layer: Any, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        y = mlp.block(layer, x)
+        return y, (1e-2 * jnp.sum(y**4), y.shape[0])
+
+    functions = Functions(
+        init=functools.partial(mlp.init, config=mlp.MLPConfig(num_layers=3)),
+        before=mlp.before,
+        block=block,
+        after=mlp.after,
+    )
+    return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
+
+
 def whole(subject: Subject) -> Subject:
     """The same model, its parts not named."""
     return Subject(subject.model, subject.loss, subject.rules, None, subject.batch, subject.batch_size)
@@ -152,6 +201,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mlp-5-layers": lambda: _mlp(num_layers=5),
     "mlp-whole": lambda: whole(_mlp()),
     "pure": _pure,
+    "pure-centred": _centred,
+    "pure-constrained": _constrained,
+    "pure-auxiliary": _auxiliary,
 }
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -246,6 +298,14 @@ CASES: dict[str, Case] = {
     "hybrid-pure": case("pure", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-replicated-rules": case("decoder", data=2, stage=2, tensor=2, microbatches=2, replicate=True),
     "hybrid-uneven-zero-3": case("decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"),
+    # Mathematics across examples; auxiliary losses of blocks.
+    "batch-sum-data": case("pure-centred", optimizer="adamw-eps", data=4, tensor=2),
+    "batch-sum-stages": case("pure-centred", optimizer="adamw-eps", data=2, stage=2, tensor=2),
+    "batch-sum-last-stage": case("pure-centred", optimizer="adamw-eps", data=2, stage=2, head="last_stage"),
+    "constraints": case("pure-constrained", data=2, stage=2, tensor=2, microbatches=2),
+    "auxiliary-one-device": case("pure-auxiliary", microbatches=2),
+    "auxiliary-uneven-stages": case("pure-auxiliary", data=2, stage=2, microbatches=2, zero=1),
+    "auxiliary-remat": case("pure-auxiliary", data=2, stage=3, microbatches=2, head="last_stage", remat="full"),
     # Remat.
     "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
