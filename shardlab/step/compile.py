@@ -46,6 +46,9 @@ class CompiledStep:
     Call it: ``(state, batch) -> (state, metrics)``; the given state is donated. Metrics are float32 scalars
     (float64 under float64): ``loss``, ``grad_norm``, ``weight``; ``auxiliary``, the mean of the blocks' auxiliary
     losses, where they have one.
+
+    Attributes:
+      jitted, lowered, compiled: the step as `jax.jit`, its lowering and its executable give it.
     """
 
     plan: Plan
@@ -55,6 +58,7 @@ class CompiledStep:
     optimizer: optax.GradientTransformation
     state_shardings: TrainState
     batch_shardings: Any
+    jitted: Any
     lowered: Any
     compiled: Any
 
@@ -152,7 +156,7 @@ def compile_train_step(
         lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
         compiled = lowered.compile()
     _same_as_declared(compiled, (state_shardings, batch_shardings))
-    return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, lowered, compiled)
+    return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, jitted, lowered, compiled)
 
 
 def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:

@@ -203,9 +203,11 @@ class _Walk:
         raise AssertionError
 
     def _scan(self, mine: Any, other: Any, ins: list[Kind]) -> list[Kind]:
-        params = mine.params
-        consts, carried = params["num_consts"], params["num_carry"]
-        body, twice = params["jaxpr"], other.params["jaxpr"]
+        params, body, twice = mine.params, mine.params["jaxpr"], other.params["jaxpr"]
+        # Inputs are constants, carry, slices; outputs are carry, slices. A slice has lost its leading dim inside.
+        sliced = sum(a.aval.ndim != b.ndim for a, b in zip(mine.invars, body.in_avals, strict=True))
+        carried = sum(a.aval.ndim == b.ndim for a, b in zip(mine.outvars, body.out_avals, strict=True))
+        consts = len(ins) - sliced - carried
         if params["length"] != other.params["length"] and carried:
             self._fault(mine, "carries something from example to example")
         kinds = list(ins)
