@@ -57,8 +57,9 @@ class AdamW:
       weight_decay: of every parameter.
       clip_norm: global norm that gradients are cut to; 0 cuts nothing.
 
-    >>> AdamW(learning_rate=1e-3).rate(0.0), AdamW(learning_rate=1e-3, warmup=10).rate(5)
-    (0.001, 0.0005)
+    >>> rate = AdamW(learning_rate=1e-3, warmup=10).rate
+    >>> float(rate(0)), round(float(rate(5)), 6)
+    (0.0, 0.0005)
     """
 
     learning_rate: float = 1e-3
