@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import optax
 
 from shardlab.mesh.faults import DeclarationError, Fault
 from shardlab.mesh.spec import MeshSpec
@@ -18,7 +19,9 @@ from shardlab.module.residuals import POLICIES, REMAT
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
+from shardlab.plan.optimizer import changed_by_padding
 from shardlab.plan.plan import Stack
+from shardlab.sharding.resolve import Placement
 
 DTYPES = ("float32", "bfloat16", "float64")
 HEADS = ("auto", "examples", "last_stage")
@@ -145,6 +148,28 @@ def layer_faults(stacks: tuple[Stack, ...], placements: Mapping[str, Any]) -> li
                 )
                 break
     return faults
+
+
+def padding_faults(
+    optimizer: optax.GradientTransformation, model: Model, placements: Mapping[str, Placement]
+) -> list[Fault]:
+    """Padded parameters whose update would be another than without padding."""
+    padded = {path: placement.padded for path, placement in placements.items() if placement.padded}
+    if not padded:
+        return []
+    extra = {
+        path: tuple(int(m != n) for m, n in zip(model.parameters[path].shape, shape, strict=True))
+        for path, shape in padded.items()
+    }
+    return [
+        Fault(
+            f"{path} ({placements[path].source})",
+            f"pad=True would change its update, by {difference:.0e} of the largest: this optimizer looks at more than "
+            "each number alone",
+            "shard another dim, or replicate it on purpose with None",
+        )
+        for path, difference in changed_by_padding(optimizer, model, extra).items()
+    ]
 
 
 def check_flow(x: Any, y: Any) -> None:

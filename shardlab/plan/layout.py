@@ -86,7 +86,9 @@ def optimizer_specs(
         if path not in inside:
             specs[path] = parameter.state
         elif update == "per-layer":
-            specs[path] = add_axes(parameter.state, parameter.shape, (stage,), mesh)[0] if stage else parameter.state
+            specs[path] = (
+                add_axes(parameter.state, parameter.stored_shape, (stage,), mesh)[0] if stage else parameter.state
+            )
     if update == "stacked":
         for stack in stacks:
             first = next(path for path in stack.members if path)
@@ -96,8 +98,8 @@ def optimizer_specs(
 
 
 def optimizer_shapes(parameters: Any, stacks: tuple[Stack, ...], update: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the parameters in the tree that the optimizer sees, by path."""
-    shapes = {p.path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for p in parameters}
+    """Shapes of the parameters, as they are stored, in the tree that the optimizer sees, by path."""
+    shapes = {p.path: jax.ShapeDtypeStruct(p.stored_shape, jnp.dtype(p.dtype)) for p in parameters}
     if update == "per-layer":
         return shapes
     for stack in stacks:

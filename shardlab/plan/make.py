@@ -11,14 +11,14 @@ import optax
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.build import abstract_mesh
-from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
+from shardlab.mesh.faults import DeclarationError, raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.pipeline.stages import assign_layers
-from shardlab.plan.check import batch_faults, check_flow, choice_faults, layer_faults, stage_faults
+from shardlab.plan.check import batch_faults, check_flow, choice_faults, layer_faults, padding_faults, stage_faults
 from shardlab.plan.layout import (
     axes_in,
     optimizer_shapes,
@@ -88,15 +88,6 @@ def make_plan(
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
     faults = list(resolution.faults)
-    faults += [
-        Fault(
-            path,
-            f"pad=True is not built yet ({placement.source})",
-            "shard another dim, or pad the model's own dim",
-        )
-        for path, placement in resolution.placements.items()
-        if placement.padded is not None
-    ]
     faults += choice_faults(zero=zero, remat=remat, dtype=dtype, head=head, batch_axes=batch_axes)
     notes: list[str] = []
     if model.buffers and model.parts is None and batch_axes == "manual":
@@ -129,17 +120,18 @@ def make_plan(
     parameters = []
     for path, leaf in model.parameters.items():
         placement = resolution.placements[path]
+        stored = placement.padded or leaf.shape
         lent = () if path in inside or stages == 1 or mesh.stage is None else (mesh.stage,)
         storage, state = storage_of(
             placement.spec,
-            leaf.shape,
+            stored,
             mesh,
             lent,
             shard=zero == 3 or (mixed and zero > 0),
             shard_state=zero > 0,
         )
         if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
-            notes.append(f"{path}: no dim of {list(leaf.shape)} divides by the batch axes; replicated over them")
+            notes.append(f"{path}: no dim of {list(stored)} divides by the batch axes; replicated over them")
         kind = wide or str(leaf.dtype)
         parameters.append(
             Parameter(
@@ -151,9 +143,11 @@ def make_plan(
                 compute=without(placement.spec, (*mesh.batch, *((mesh.stage,) if mesh.stage else ()))),
                 storage=storage,
                 state=state,
-                bytes_per_device=shard_bytes(leaf.shape, kind, storage, sizes),
+                bytes_per_device=shard_bytes(stored, kind, storage, sizes),
+                stored_shape=stored,
             )
         )
+    raise_faults(padding_faults(optimizer, model, resolution.placements))
     reason = why_per_layer(optimizer, model, stacks) if stacks else None
     if reason is not None:
         notes.append(f"the optimizer runs per layer: {reason}")

@@ -112,34 +112,70 @@ def why_per_layer(optimizer: optax.GradientTransformation, model: Model, stacks:
     Three updates of a small copy of the parameters (every dim capped; the ranks and the number of layers real) are
     computed on the user's tree and on the stacked one, and compared.
     """
-    rng = np.random.default_rng(0)
-
-    def draw() -> dict[str, Any]:
-        shapes = {path: tuple(min(size, _CAP) for size in leaf.shape) for path, leaf in model.parameters.items()}
-        return {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
-
-    def run(form: Callable[[Mapping[str, Any]], Any]) -> Any:
-        @jax.jit
-        def update(gradient: Any, state: Any, values: Any) -> Any:
-            updates, state = optimizer.update(gradient, state, values)
-            return optax.apply_updates(values, updates), state
-
-        values = form(parameters)
-        state = jax.jit(optimizer.init)(values)
-        for gradient in gradients:
-            values, state = update(form(gradient), state, values)
-        return values
-
-    parameters, gradients = draw(), [draw(), draw(), draw()]
-    per_layer = run(model.tree)
+    draws = _small_draws(model)
+    per_layer = _updated(optimizer, draws, model.tree)
     try:
-        stacked = run(lambda values: nest(stack(values, stacks)))
+        stacked = _updated(optimizer, draws, lambda values: nest(stack(values, stacks)))
     except Exception as error:  # whatever an optimizer raises when the tree is not the one it was made for
         return f"it does not accept a tree of stacked layers ({type(error).__name__})"
     expected = stack(model.flat(per_layer), stacks)
     found = unnest(stacked, expected)
     for path, value in expected.items():
-        difference = float(jnp.max(jnp.abs(found[path] - value)) / (jnp.max(jnp.abs(value)) + 1e-30))
-        if not difference <= _SAME:
+        if not (difference := _difference(found[path], value)) <= _SAME:
             return f"on stacked layers its update of {path} differs by {difference:.0e}"
     return None
+
+
+def changed_by_padding(
+    optimizer: optax.GradientTransformation, model: Model, extra: Mapping[str, tuple[int, ...]]
+) -> dict[str, float]:
+    """By path, the relative difference of an update when parameters are padded with zeros; where there is one.
+
+    Args:
+      extra: by path, how much to add to each dim.
+    """
+
+    def padded(values: Mapping[str, Any]) -> Any:
+        return model.tree(
+            {
+                path: jnp.pad(value, [(0, more) for more in extra[path]]) if path in extra else value
+                for path, value in values.items()
+            }
+        )
+
+    draws = _small_draws(model)
+    expected, found = (model.flat(_updated(optimizer, draws, form)) for form in (model.tree, padded))
+    wanted = model.flat(padded(expected))
+    differences = {path: _difference(found[path], value) for path, value in wanted.items()}
+    return {path: difference for path, difference in differences.items() if not difference <= _SAME}
+
+
+def _small_draws(model: Model) -> list[dict[str, Any]]:
+    """Parameters and three gradients, each dim capped."""
+    rng = np.random.default_rng(0)
+    shapes = {path: tuple(min(size, _CAP) for size in leaf.shape) for path, leaf in model.parameters.items()}
+    return [
+        {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()} for _ in range(4)
+    ]
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, draws: list[dict[str, Any]], form: Callable[[Mapping[str, Any]], Any]
+) -> Any:
+    """The parameters after three updates, on the tree that `form` makes."""
+
+    @jax.jit
+    def update(gradient: Any, state: Any, values: Any) -> Any:
+        updates, state = optimizer.update(gradient, state, values)
+        return optax.apply_updates(values, updates), state
+
+    parameters, *gradients = draws
+    values = form(parameters)
+    state = jax.jit(optimizer.init)(values)
+    for gradient in gradients:
+        values, state = update(form(gradient), state, values)
+    return values
+
+
+def _difference(found: Any, expected: Any) -> float:
+    return float(jnp.max(jnp.abs(found - expected)) / (jnp.max(jnp.abs(expected)) + 1e-30))

@@ -45,6 +45,8 @@ class Parameter:
       storage: how it lies between steps.
       state: how its optimizer state lies, and its gradient once reduced.
       bytes_per_device: of `storage`; for a block of a pipeline, on the devices of its stage.
+      stored_shape: `shape`, or, where its rule says ``pad=True``, that with dims rounded up to what their axes divide.
+        What is beyond `shape` is zero, and is cut off before the model sees the parameter.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Parameter:
     storage: PartitionSpec
     state: PartitionSpec
     bytes_per_device: int
+    stored_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,10 @@ class Plan:
                 copies = longest
                 pads = stack.members.count(None)
                 totals["padding"] += parameter.bytes_per_device * min(pads, 1)
+            padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)
+            totals["padding"] += round(parameter.bytes_per_device * padded) * copies
             totals["parameters"] += parameter.bytes_per_device * copies
-            totals["gradients"] += shard_bytes(parameter.shape, accumulate, parameter.compute, sizes) * copies
+            totals["gradients"] += shard_bytes(parameter.stored_shape, accumulate, parameter.compute, sizes) * copies
         totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
         peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
         totals["activations"] = self.activation_bytes * peak

@@ -107,11 +107,17 @@ def _placed(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str
     """Arrays by the user's paths as the plan stores them: blocks stacked, pad slots zero, each in its sharding."""
     members = {stack.name: stack.members for stack in plan.stacks}
     dtypes = {parameter.path: parameter.dtype for parameter in plan.parameters}
+    stored = {parameter.path: parameter.stored_shape for parameter in plan.parameters}
+
+    def padded(path: str) -> np.ndarray:
+        array = arrays[path]
+        return np.pad(array, [(0, n - m) for m, n in zip(array.shape, stored.get(path, array.shape), strict=True)])
+
     placed = {}
     for name, sharding in shardings(mesh, {**storage_specs(plan), **buffer_specs(plan)}).items():
         paths = members.get(name, (name,))
         first = next(path for path in paths if path)
-        slots = [arrays[path] if path else np.zeros_like(arrays[first]) for path in paths]
+        slots = [padded(path) if path else np.zeros_like(padded(first)) for path in paths]
         value = np.stack(slots) if name in members else slots[0]
         placed[name] = jax.device_put(value.astype(dtypes.get(first, value.dtype)), sharding)
     return placed

@@ -34,7 +34,7 @@ from shardlab.run.record import (
 )
 from shardlab.run.view import Silent, View
 from shardlab.step.compile import CompiledStep, compile_train_step
-from shardlab.step.state import TrainState, unstacked
+from shardlab.step.state import TrainState, users_own
 
 # Steps handed to the devices before the metrics of an earlier one are waited for. Enough to keep them busy; many
 # steps in flight can use up the threads of emulated devices, which ends the process.
@@ -98,7 +98,7 @@ def train(
     if board is not None:
         board.close()
     with view.phase("writing the report"):
-        write_arrays(out, unstacked(plan, {**state.parameters, **state.buffers}))
+        write_arrays(out, users_own(plan, {**state.parameters, **state.buffers}))
         report = plain(
             {
                 **(about or {}),

@@ -16,6 +16,7 @@ from shardlab.step.constraints import made_legal, uses_batch_sum
 from shardlab.step.examples import check_rows_to_rows, check_sums
 from shardlab.step.random import batched_draws, rows_key, site_key
 from shardlab.step.region import Region
+from shardlab.step.state import cut
 
 Loss = Callable[[Any, Any], tuple[Any, Any]]
 """``(y, batch) -> (sum, weight)``."""
@@ -44,6 +45,9 @@ class Calls:
         self._model, self._plan, self._region, self._batch, self._train = model, plan, region, batch, train
         self._functions = _functions(model, loss, plan, train=train)
         self._draws: dict[tuple[str, int], frozenset[tuple[int, ...]]] = {}
+        self._padded = {p.path: p.shape for p in plan.parameters if p.shape != p.stored_shape}
+        layer = model.parts.layers[0] if model.parts is not None else {}
+        self._padded_in_block = {inner: self._padded[path] for inner, path in layer.items() if path in self._padded}
         # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
         # layer that normalises.
         self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
@@ -92,6 +96,9 @@ class Calls:
 
     def _call(self, name: str, args: tuple[Any, ...], key: Any, site: Any, rows: int) -> Any:
         legal = self._legal(name)
+        arrays, *others = args
+        shapes = self._padded_in_block if name == "block" else self._padded
+        args = ({path: cut(value, shapes.get(path, value.shape)) for path, value in arrays.items()}, *others)
         if key is None:
             return legal(*args, None)
         data, first = key

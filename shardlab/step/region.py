@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.functions import path_of
 from shardlab.plan.plan import Plan
+from shardlab.sharding.rules import axes_of
 from shardlab.sharding.zero import without
 
 Arrays = dict[str, Any]
@@ -87,7 +88,10 @@ class Region:
         automatic = {name for name in self.mesh.axis_names if name not in self.manual and self.mesh.shape[name] > 1}
 
         def sums(values: Arrays) -> Arrays:
-            return {name: _sum(value, axes[name], self.manual_part(state[name])) for name, value in values.items()}
+            return {
+                name: _sum(value, axes[name], self.manual_part(state[name]), entered[name], self.mesh)
+                for name, value in values.items()
+            }
 
         if not automatic or not self.manual:
             return sums(values)
@@ -133,12 +137,18 @@ def check_rows(y: Any, rows: int) -> Any:
     return y
 
 
-def _sum(value: jax.Array, axes: tuple[str, ...], spec: PartitionSpec) -> jax.Array:
+def _sum(value: jax.Array, axes: tuple[str, ...], spec: PartitionSpec, split: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """The sum over `axes` of a shard that `split` gave, scattered as `spec` says."""
     remaining = list(axes)
     for dim, entry in enumerate(spec):
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        for name in names:
-            if name in remaining:
-                value = jax.lax.psum_scatter(value, name, scatter_dimension=dim, tiled=True)
-                remaining.remove(name)
+        scattered = [name for name in axes_of(entry) if name in remaining]
+        for name in scattered:
+            value = jax.lax.psum_scatter(value, name, scatter_dimension=dim, tiled=True)
+            remaining.remove(name)
+        others = axes_of(split[dim]) if dim < len(split) else ()
+        parts, blocks = (math.prod(mesh.shape[name] for name in names) for names in (scattered, others))
+        if parts > 1 and blocks > 1:
+            # Each block was scattered by itself; the region's axes are the outer ones of the dim that leaves it.
+            moves = [(part * blocks + block, block * parts + part) for part in range(parts) for block in range(blocks)]
+            value = jax.lax.ppermute(value, (*scattered, *others), moves)
     return jax.lax.psum(value, tuple(remaining)) if remaining else value

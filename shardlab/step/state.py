@@ -102,7 +102,7 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def unstacked(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays by the user's own paths, from stored ones; pad slots are left out."""
+    """Arrays by the user's own paths, in their stored shapes, from stored ones; pad slots are left out."""
     stacks = {stack.name: stack for stack in plan.stacks}
     out = {}
     for name, value in stored.items():
@@ -115,6 +115,17 @@ def unstacked(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def users_own(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by the user's own paths and in their own shapes, from stored ones."""
+    shapes = {parameter.path: parameter.shape for parameter in plan.parameters}
+    return {path: cut(value, shapes.get(path, value.shape)) for path, value in unstacked(plan, stored).items()}
+
+
+def cut(value: Any, shape: tuple[int, ...]) -> Any:
+    """`value` without what is beyond `shape`."""
+    return value if value.shape == shape else value[tuple(slice(size) for size in shape)]
+
+
 def initial_values(model: Model, plan: Plan, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
     """Every stored array, parameters and buffers, made in its own sharding from a seed.
 
@@ -124,12 +135,13 @@ def initial_values(model: Model, plan: Plan, mesh: Mesh, seed: int) -> dict[str,
     made = recipes(model.initialise)
     specs = {**storage_specs(plan), **buffer_specs(plan)}
     dtypes = {p.path: jnp.dtype(p.dtype) for p in plan.parameters}
+    stored = {p.path: p.stored_shape for p in plan.parameters}
     stacks = {stack.name: stack.members for stack in plan.stacks}
     kinds: dict[Any, list[_Array]] = {}
     for name, spec in specs.items():
         members = tuple(None if path is None else made[path] for path in stacks.get(name, (name,)))
         first = next(path for path in stacks.get(name, (name,)) if path)
-        array = _Array(name, members, name in stacks, dtypes.get(first), NamedSharding(mesh, spec))
+        array = _Array(name, members, name in stacks, dtypes.get(first), stored.get(first), NamedSharding(mesh, spec))
         kinds.setdefault(array.kind, []).append(array)
     key = jax.random.key(seed)
     alone = [arrays[0] for arrays in kinds.values() if len(arrays) == 1]
@@ -153,13 +165,14 @@ class _Array:
     members: tuple[Recipe | None, ...]
     stacked: bool
     dtype: Any
+    stored_shape: tuple[int, ...] | None
     sharding: NamedSharding
 
     @property
     def kind(self) -> Any:
         """Equal for arrays that one program makes."""
         signatures = tuple(None if recipe is None else recipe.signature for recipe in self.members)
-        return signatures, self.stacked, self.dtype, self.sharding
+        return signatures, self.stacked, self.dtype, self.stored_shape, self.sharding
 
     @property
     def integers(self) -> Any:
@@ -179,9 +192,17 @@ class _Array:
         recipes = [recipe for recipe in self.members if recipe]
 
         def one(recipe: Recipe, row: jax.Array, used: jax.Array) -> jax.Array:
-            value = recipe.make(key, tuple(row[i] for i in range(len(recipe.integers))))
-            value = value if self.dtype is None else value.astype(self.dtype)
-            return jnp.where(used, value, jnp.zeros_like(value))
+            def value(*_: Any) -> jax.Array:
+                made = recipe.make(key, tuple(row[i] for i in range(len(recipe.integers))))
+                return made if self.dtype is None else made.astype(self.dtype)
+
+            made = jax.eval_shape(value)
+            if self.stored_shape in (None, made.shape):
+                return jnp.where(used, value(), jnp.zeros(made.shape, made.dtype))
+            # A loop of one pass keeps the padding out of the fused computation, where it would change the last bit
+            # of some numbers.
+            alone = jax.lax.fori_loop(0, used.astype(jnp.int32), value, jnp.zeros(made.shape, made.dtype))
+            return jnp.pad(alone, [(0, n - m) for m, n in zip(made.shape, self.stored_shape, strict=True)])
 
         if not self.stacked:
             return one(recipes[0], integers[0], used[0])

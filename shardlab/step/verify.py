@@ -17,7 +17,7 @@ from shardlab.plan.plan import Plan
 from shardlab.step.calls import Loss
 from shardlab.step.compile import compile_train_step
 from shardlab.step.reference import ReferenceStep
-from shardlab.step.state import unstacked
+from shardlab.step.state import users_own
 
 
 @dataclass(frozen=True)
@@ -186,4 +186,4 @@ def verify(
 
 
 def _on_host(plan: Plan, stored: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    return unstacked(plan, {name: np.asarray(value) for name, value in stored.items()})
+    return users_own(plan, {name: np.asarray(value) for name, value in stored.items()})

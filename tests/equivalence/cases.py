@@ -129,6 +129,29 @@ def _pure(**more: Any) -> Subject:
     return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
 
 
+def _padded() -> Subject:
+    """Widths that no axis divides: 10 classes, hidden layers of 27."""
+    config = mlp.MLPConfig(hidden_dim=27, num_layers=3)
+    split = [
+        Rule("blocks/*/up/kernel", P(None, "tensor"), pad=True),
+        Rule("blocks/*/up/bias", P("tensor"), pad=True),
+        Rule("blocks/*/down/kernel", P("tensor"), pad=True),
+        Rule("outputs/kernel", P(None, ("data", "tensor")), pad=True),
+    ]
+    rules = Rules((*split, Rule("blocks/*/down/bias", P()), Rule("outputs/bias", P()), Rule("inputs/*", P())))
+    return Subject(config, mlp.label_loss, rules, PARTS, features)
+
+
+def _both_on_one_dim() -> Subject:
+    """Dims that the batch's axis and tensor split together, in either order."""
+    split = [
+        Rule("blocks/*/up/kernel", P(None, ("data", "tensor"))),
+        Rule("blocks/*/up/bias", P(("tensor", "data"))),
+        Rule("blocks/*/down/kernel", P(("tensor", "data"))),
+    ]
+    return Subject(mlp.MLPConfig(), mlp.label_loss, Rules((*split, Rule("**", P()))), PARTS, features)
+
+
 def _centred() -> Subject:
     """Mathematics across examples: x is centred over the whole batch before the head and before the blocks."""
 
@@ -201,6 +224,10 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mlp-5-layers": lambda: _mlp(num_layers=5),
     "mlp-whole": lambda: whole(_mlp()),
     "pure": _pure,
+    "mlp-both-on-one-dim": _both_on_one_dim,
+    "mlp-both-on-one-dim-whole": lambda: whole(_both_on_one_dim()),
+    "mlp-padded": _padded,
+    "mlp-padded-whole": lambda: whole(_padded()),
     "pure-centred": _centred,
     "pure-constrained": _constrained,
     "pure-auxiliary": _auxiliary,
@@ -306,6 +333,12 @@ CASES: dict[str, Case] = {
     "auxiliary-one-device": case("pure-auxiliary", microbatches=2),
     "auxiliary-uneven-stages": case("pure-auxiliary", data=2, stage=2, microbatches=2, zero=1),
     "auxiliary-remat": case("pure-auxiliary", data=2, stage=3, microbatches=2, head="last_stage", remat="full"),
+    "both-axes-on-one-dim": case("mlp-both-on-one-dim", data=2, stage=2, tensor=2, microbatches=2),
+    "both-axes-on-one-dim-whole": case("mlp-both-on-one-dim-whole", data=4, tensor=2, zero=1),
+    # Dims that the axes do not divide, padded.
+    "padded-tensor": case("mlp-padded", tensor=4),
+    "padded-whole": case("mlp-padded-whole", data=4, tensor=2, zero=1),
+    "padded-stages-zero-3": case("mlp-padded", data=2, stage=2, tensor=2, microbatches=2, zero=3, optimizer="clipped"),
     # Remat.
     "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),

@@ -17,7 +17,7 @@ from shardlab.module.model import read_model
 from shardlab.plan.make import make_plan
 from shardlab.step.compile import compile_train_step
 from shardlab.step.reference import ReferenceStep
-from shardlab.step.state import unstacked
+from shardlab.step.state import users_own
 from shardlab.step.verify import TOLERANCES, relative_error, worst
 from tests.equivalence.cases import CASES, OPTIMIZERS, Case, case, subject_of
 
@@ -68,7 +68,7 @@ def check(this: Case) -> None:
         initial, losses, gradients, last = reference(this.subject, this.optimizer, this.batch_size)
         step = compile_train_step(found.model, found.loss, optimizer, plan, batch, prove=True)
         state = step.init(0)
-        mine = unstacked(plan, state.parameters)
+        mine = users_own(plan, state.parameters)
         for path, value in initial.items():
             np.testing.assert_array_equal(np.asarray(mine[path]), value, err_msg=path)
         for index, expected in enumerate(losses):
@@ -77,9 +77,9 @@ def check(this: Case) -> None:
             assert error <= TOLERANCES["float64"].loss, f"loss of step {index}: {error:.1e}"
             if index == 0:
                 found_gradients = {name: np.asarray(value) for name, value in metrics["gradients"].items()}
-                error, path = worst(unstacked(plan, found_gradients), gradients)
+                error, path = worst(users_own(plan, found_gradients), gradients)
                 assert error <= TOLERANCES["float64"].grad, f"gradient of {path}: {error:.1e}"
-        error, path = worst(unstacked(plan, {k: np.asarray(v) for k, v in state.parameters.items()}), last)
+        error, path = worst(users_own(plan, {k: np.asarray(v) for k, v in state.parameters.items()}), last)
         assert error <= TOLERANCES["float64"].params, f"{path} after {STEPS} steps: {error:.1e}"
 
 

@@ -1,0 +1,198 @@
+"""The full message of everything wrong with a declaration beyond a parameter's spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.spec import MeshSpec
+from shardlab.models import mlp
+from shardlab.module.functions import Functions
+from shardlab.plan.make import make_plan
+from shardlab.sharding.rules import Rules
+
+EIGHT = {"x": np.zeros((8, 12), np.float32), "labels": np.zeros(8, np.int32)}
+MODEL = Functions(
+    init=mlp.init,
+    before=lambda params, batch: mlp.affine(params["inputs"], batch["x"]),
+    block=mlp.block,
+    after=mlp.after,
+)
+
+
+def rows(count: int, **more: Any) -> dict[str, Any]:
+    return {"x": np.zeros((count, 12), np.float32), **more}
+
+
+def whole(rngs: nnx.Rngs) -> nnx.Module:
+    """A model whose parts are not named."""
+
+    class Whole(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(12, 4, rngs=rngs)
+
+        def __call__(self, batch: Any) -> jax.Array:
+            return self.layer(batch["x"])
+
+    return Whole()
+
+
+def declare(model: Any = MODEL, *, batch: Any = EIGHT, mesh: dict[str, int] | None = None, **more: Any) -> None:
+    """A plan of the residual MLP over data=2 x stage=2 x tensor=2, or of what is given instead."""
+    sizes = {"data": 2, "stage": 2, "tensor": 2} | (mesh or {})
+    spec = MeshSpec(sizes, batch="data", stage="stage", target=f"cpu:{np.prod(list(sizes.values()))}")
+    given = {"rules": mlp.mlp_rules("tensor"), "optimizer": optax.sgd(0.1), **more}
+    make_plan(model, mesh=spec, batch=batch, **given)
+
+
+SPREAD = Rules((("blocks/2/up/kernel", P("tensor")), *((rule.pattern, rule.spec) for rule in mlp.mlp_rules().rules)))
+POLICIES = (
+    "none, full, dots_saveable, dots_with_no_batch_dims_saveable, everything_saveable, nothing_saveable; "
+    "did you mean 'dots_saveable'? write one of them"
+)
+
+# name: (arguments, message)
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "zero": (
+        {"zero": 4},
+        "zero=4: is not one of 0, 1, 2, 3; write one of them",
+    ),
+    "remat": (
+        {"remat": "dots_savable"},
+        f"remat='dots_savable': is not one of {POLICIES}",
+    ),
+    "dtype": (
+        {"dtype": "bfloat61"},
+        "dtype='bfloat61': is not one of float32, bfloat16, float64; did you mean 'bfloat16'? write one of them",
+    ),
+    "dtype, nothing like it": (
+        {"dtype": "int8"},
+        "dtype='int8': is not one of float32, bfloat16, float64; write one of them",
+    ),
+    "head": (
+        {"head": "example"},
+        "head='example': is not one of auto, examples, last_stage; did you mean 'examples'? write one of them",
+    ),
+    "batch axes": (
+        {"batch_axes": "manually"},
+        "2 faults in the declaration:\n"
+        "  1. batch_axes='manually': is not one of manual, automatic; did you mean 'manual'? write one of them\n"
+        "  2. mesh axis 'stage': 2 stages need manual batch axes; use one stage, or batch_axes='manual'",
+    ),
+    "float64 in 32 bits": (
+        {"dtype": "float64"},
+        "dtype='float64': JAX computes in 32 bits here; call jax.config.update('jax_enable_x64', True) first",
+    ),
+    "a batch without arrays": (
+        {"batch": {}, "model": Functions(init=mlp.init, apply=lambda params, batch: 0.0), "mesh": {"stage": 1}},
+        "batch: has no arrays; pass a pytree whose arrays have the examples as leading dim",
+    ),
+    "leading dims differ": (
+        {"batch": {"labels": np.zeros(8), "weights": {"each": np.zeros((4, 8))}, "x": EIGHT["x"]}},
+        "batch weights/each: leading dim 4 is not the 8 examples of labels; give every array the examples first",
+    ),
+    "a scalar in the batch": (
+        {"batch": rows(8, z=np.float32(1))},
+        "batch z: leading dim 0 is not the 8 examples of x; give every array the examples first",
+    ),
+    "batch does not divide": (
+        {"batch": rows(10), "microbatches": 4},
+        "batch: 10 examples do not divide by 2 shards (data=2) x 4 microbatches; use a batch of 16, or fewer "
+        "microbatches",
+    ),
+    "microbatches 0": (
+        {"microbatches": 0},
+        "microbatches=0: is not a positive number; write 1 or more",
+    ),
+    "microbatches with automatic batch axes": (
+        {"microbatches": 2, "batch_axes": "automatic", "mesh": {"stage": 1}},
+        "microbatches=2: the model computes across examples, and a microbatch is not the batch; use microbatches=1",
+    ),
+    "stages without a pipeline": (
+        {"model": whole, "rules": Rules((("**", None),))},
+        "mesh axis 'stage': has 2 stages, and the model's parts are not named; pass "
+        "pipeline=Pipeline(before=..., blocks=..., after=...)",
+    ),
+    "stages with automatic batch axes": (
+        {"batch_axes": "automatic"},
+        "mesh axis 'stage': 2 stages need manual batch axes; use one stage, or batch_axes='manual'",
+    ),
+    "fewer layers than stages": (
+        {"mesh": {"data": 1, "stage": 8, "tensor": 1}},
+        "4 layers on 8 stages: a stage holds at least 1 layer; use 4 stages or fewer, or more layers",
+    ),
+    "schedule": (
+        {"schedule": "1f1d"},
+        "schedule '1f1d': unknown, there are gpipe, 1f1b; did you mean '1f1b'?",
+    ),
+    "schedule, nothing like it": (
+        {"schedule": "dual"},
+        "schedule 'dual': unknown, there are gpipe, 1f1b; choose one of these",
+    ),
+    "blocks with different specs": (
+        {"rules": SPREAD},
+        f'blocks/2/up/kernel: spec {P("tensor")} (rule 1, "blocks/2/up/kernel") is not that of blocks/0/up/kernel, '
+        "P(None, 'tensor'); blocks are stacked; give every block the same spec",
+    ),
+    "the head's examples do not divide": (
+        {"head": "examples", "microbatches": 4},
+        "head='examples': a microbatch of 1 examples a shard does not divide by 2 stages; use head='last_stage', or "
+        "fewer microbatches",
+    ),
+    "a block that changes x's shape": (
+        {
+            "model": Functions(
+                init=mlp.init,
+                before=lambda params, batch: {"h": batch["x"], "mask": batch["x"][:, 0]},
+                block=lambda layer, x: {"h": x["h"][:, :3], "mask": x["mask"]},
+                after=lambda params, x: x["h"],
+            )
+        },
+        "block: x h enters as [4, 12] and leaves as [4, 3]; every block keeps x's shapes",
+    ),
+    "a block that changes x's structure": (
+        {"model": Functions(init=mlp.init, before=MODEL.before, block=lambda layer, x: {"x": x}, after=mlp.after)},
+        "block: returns PyTreeDef({'x': *}) for x of PyTreeDef(*); return x's structure",
+    ),
+    "many at once": (
+        {
+            "zero": 5,
+            "remat": "some",
+            "dtype": "f32",
+            "head": "first",
+            "batch": rows(9, labels=np.zeros(3)),
+            "microbatches": 2,
+            "rules": Rules((*mlp.mlp_rules(None).rules[:5], ("output/*", None))),
+        },
+        "9 faults in the declaration:\n"
+        "  1. rule 6, \"output/*\": matches no parameter; did you mean 'outputs/bias'? mend the pattern, or remove "
+        "the rule\n"
+        '  2. outputs/bias: no rule matches it, and it has no annotation; add a rule ("outputs/bias", P(...)), or '
+        '("outputs/bias", None) to replicate it on purpose\n'
+        '  3. outputs/kernel: no rule matches it, and it has no annotation; add a rule ("outputs/kernel", P(...)), or '
+        '("outputs/kernel", None) to replicate it on purpose\n'
+        "  4. zero=5: is not one of 0, 1, 2, 3; write one of them\n"
+        "  5. remat='some': is not one of none, full, dots_saveable, dots_with_no_batch_dims_saveable, "
+        "everything_saveable, nothing_saveable; write one of them\n"
+        "  6. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
+        "  7. head='first': is not one of auto, examples, last_stage; write one of them\n"
+        "  8. batch x: leading dim 9 is not the 3 examples of labels; give every array the examples first\n"
+        "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4, or fewer "
+        "microbatches",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_malformed(name: str) -> None:
+    arguments, message = BAD[name]
+    with pytest.raises(DeclarationError) as error:
+        declare(**arguments)
+    assert str(error.value) == message

@@ -1,0 +1,206 @@
+"""What `make_plan` decides by itself, and the note it leaves of each decision."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax.sharding import PartitionSpec as P
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.spec import MeshSpec
+from shardlab.models import mlp
+from shardlab.module.functions import Functions
+from shardlab.module.pipeline import Pipeline
+from shardlab.plan.make import make_plan
+from shardlab.plan.plan import Plan
+from shardlab.sharding.rules import Rule, Rules
+
+MODEL = Functions(init=mlp.init, before=mlp.before, block=mlp.block, after=mlp.after)
+REPLICATED = Rules((("**", None),))
+
+
+def planned(model: Any = MODEL, *, batch: int = 8, mesh: dict[str, int] | None = None, **more: Any) -> Plan:
+    sizes = {"data": 2, "stage": 2} if mesh is None else {"data": 1, "stage": 1} | mesh
+    spec = MeshSpec(sizes, batch="data", stage="stage", target=f"cpu:{math.prod(sizes.values())}")
+    examples = {"features": np.zeros((batch, 12), np.float32), "labels": np.zeros(batch, np.int32)}
+    given = {"rules": mlp.mlp_rules(None), "optimizer": optax.sgd(0.1), **more}
+    return make_plan(model, mesh=spec, batch=examples, **given)
+
+
+def test_nothing_is_noted_where_nothing_was_decided() -> None:
+    plan = planned(microbatches=2)
+    assert plan.notes == ()
+    assert (plan.head, plan.update, plan.layers, plan.batch_axes_manual) == ("examples", "stacked", (2, 2), True)
+    assert (plan.num_stages, plan.batch_size, plan.microbatch_rows) == (2, 8, 2)
+    assert plan.table().num_microbatches == 2
+
+
+def test_one_stage_has_no_use_for_a_schedule() -> None:
+    plan = planned(mesh={"data": 2}, microbatches=2, schedule="gpipe")
+    assert plan.notes == ("schedule gpipe is ignored: one stage only accumulates its microbatches",)
+    assert (plan.layers, plan.head) == ((4,), "last_stage")
+
+
+def test_a_parameter_that_zero_3_cannot_shard_is_said() -> None:
+    plan = planned(mesh={"data": 5}, batch=10, zero=3)
+    assert plan.notes == tuple(
+        f"{p.path}: no dim of {list(p.shape)} divides by the batch axes; replicated over them"
+        for p in plan.parameters
+        if not any(size % 5 == 0 for size in p.shape)
+    )
+    # Of the classes, 10, the rest has dims of 12, 16 and 24.
+    assert [p.path for p in plan.parameters if "data" in p.storage] == ["outputs/bias", "outputs/kernel"]
+
+
+def test_the_head_falls_back_to_the_last_stage() -> None:
+    plan = planned(microbatches=4)
+    assert plan.head == "last_stage"
+    assert plan.notes == ("head last_stage: 1 examples of a microbatch do not divide by 2 stages",)
+    assert planned(microbatches=2, head="last_stage").notes == ()
+
+
+def test_a_per_layer_optimizer_is_said() -> None:
+    plan = planned(optimizer=optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)))
+    assert plan.update == "per-layer"
+    (note,) = plan.notes
+    assert note.startswith(
+        "the optimizer runs per layer: on stacked layers its update of blocks/*/down/bias differs by "
+    )
+
+
+class Normed(nnx.Module):
+    """A model with batch statistics."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer = nnx.Linear(12, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, batch: Any) -> jax.Array:
+        return self.norm(self.layer(batch["features"]))
+
+
+class LinenNormed(linen.Module):
+    @linen.compact
+    def __call__(self, batch: Any, train: bool = True) -> jax.Array:
+        return linen.BatchNorm(use_running_average=not train)(linen.Dense(4)(batch["features"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "buffers"),
+    [
+        (Normed, "norm/mean", ("norm/mean", "norm/var")),
+        (
+            LinenNormed(),
+            "batch_stats/BatchNorm_0/mean",
+            ("batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var"),
+        ),
+    ],
+    ids=["nnx", "linen"],
+)
+def test_a_model_with_buffers_gets_automatic_axes(model: Any, first: str, buffers: tuple[str, ...]) -> None:
+    plan = planned(model, mesh={"data": 2}, rules=REPLICATED)
+    assert plan.notes == (f"{first} follows the whole batch: all axes are automatic",)
+    assert plan.buffers == buffers
+    assert not plan.batch_axes_manual
+    assert plan.microbatch_rows == plan.batch_size == 8
+    assert planned(model, mesh={"data": 2}, rules=REPLICATED, batch_axes="automatic").notes == ()
+
+
+def test_automatic_axes_take_one_microbatch() -> None:
+    with pytest.raises(DeclarationError) as error:
+        planned(Normed, mesh={"data": 2}, rules=REPLICATED, microbatches=2)
+    assert str(error.value) == (
+        "microbatches=2: the model computes across examples, and a microbatch is not the batch; use microbatches=1"
+    )
+
+
+PADDED = Rules((Rule("outputs/bias", P("tensor"), pad=True), ("**", None)))
+
+
+def test_padding_is_stored_and_never_a_parameter() -> None:
+    plan = planned(mesh={"tensor": 4}, rules=PADDED)
+    bias = {p.path: p for p in plan.parameters}["outputs/bias"]
+    assert (bias.shape, bias.stored_shape) == ((10,), (12,))
+    assert bias.bytes_per_device == 12
+    assert plan.num_parameters == planned(mesh={"tensor": 4}, rules=REPLICATED).num_parameters
+
+
+def test_padding_that_changes_the_update_is_refused() -> None:
+    rules = Rules((Rule("outputs/kernel", P(None, "tensor"), pad=True), ("**", None)))
+    assert planned(mesh={"tensor": 4}, rules=rules, optimizer=optax.adamw(0.1)).num_parameters
+    with pytest.raises(DeclarationError) as error:
+        planned(mesh={"tensor": 4}, rules=rules, optimizer=optax.adafactor(0.1, min_dim_size_to_factor=4))
+    assert re.sub(r"\d+e-\d+", "7e-03", str(error.value)) == (
+        'outputs/kernel (rule 1, "outputs/kernel"): pad=True would change its update, by 7e-03 of the largest: this '
+        "optimizer looks at more than each number alone; shard another dim, or replicate it on purpose with None"
+    )
+
+
+def test_specs_come_before_the_rules() -> None:
+    plan = planned(mesh={"tensor": 2}, rules=mlp.mlp_rules(), specs={"outputs": {"bias": P("tensor")}})
+    found = {p.path: (p.spec, p.source) for p in plan.parameters}
+    assert found["outputs/bias"] == (P("tensor"), "specs")
+    assert found["outputs/kernel"] == (P(), 'rule 6, "outputs/*"')
+
+
+def test_master_parameters_have_at_least_32_bits() -> None:
+    def halves(key: jax.Array) -> Any:
+        return {"w": jnp.zeros((12, 4), jnp.bfloat16), "scale": jnp.zeros(4)}
+
+    def apply(params: Any, batch: Any) -> jax.Array:
+        return batch["features"] @ params["w"] * params["scale"]
+
+    plan = planned(Functions(init=halves, apply=apply), mesh={}, rules=REPLICATED)
+    assert {p.path: p.dtype for p in plan.parameters}["scale"] == "float32"
+    with jax.enable_x64(True):
+        wide = planned(mesh={}, dtype="float64")
+    assert {p.dtype for p in wide.parameters} == {"float64"}
+    half = planned(mesh={}, dtype="bfloat16")
+    assert {p.dtype for p in half.parameters} == {"float32"}
+    assert half.dtype == "bfloat16"
+
+
+def test_bfloat16_shards_the_master_copy_from_level_1() -> None:
+    """With a narrower working copy the fp32 parameters are optimizer state."""
+
+    def sharded(**more: Any) -> bool:
+        return all("data" in p.storage for p in planned(mesh={"data": 2}, **more).parameters)
+
+    assert [sharded(dtype="bfloat16", zero=level) for level in range(4)] == [False, True, True, True]
+    assert [sharded(dtype="float32", zero=level) for level in range(4)] == [False, False, False, True]
+
+
+def test_a_batch_of_shapes_will_do() -> None:
+    spec = MeshSpec({"data": 2}, batch="data", target="cpu:2")
+    shapes = {"features": jax.ShapeDtypeStruct((8, 12), jnp.float32), "labels": jax.ShapeDtypeStruct((8,), jnp.int32)}
+    plan = make_plan(MODEL, mesh=spec, rules=mlp.mlp_rules(None), optimizer=optax.sgd(0.1), batch=shapes)
+    assert plan.batch == (("features", (8, 12), "float32"), ("labels", (8,), "int32"))
+
+
+def test_activation_bytes_are_those_of_the_longest_stage() -> None:
+    """A residual block x + down(tanh(up(x))) keeps x [2, 16], tanh [2, 24] and what its derivative needs."""
+    plan = planned(microbatches=2)
+    one = plan.activation_bytes // 2
+    assert plan.activation_bytes == 2 * one
+    assert one >= 4 * 2 * (16 + 24)
+    full = planned(microbatches=2, remat="full").activation_bytes
+    assert full == 2 * 4 * 2 * 16  # two blocks, fp32, two rows of x
+    assert planned(microbatches=2, remat="full", dtype="bfloat16").activation_bytes == full // 2
+
+
+def test_the_parts_of_a_whole_model_are_not_needed() -> None:
+    plan = planned(mlp.MLPConfig(), mesh={"data": 2}, microbatches=2)
+    assert (plan.pipeline, plan.layers, plan.stacks, plan.activation_bytes) == (None, (), (), 0)
+    named = planned(mlp.MLPConfig(), mesh={"data": 2}, pipeline=Pipeline("embed", "blocks", "head"))
+    assert named.layers == (4,)
+    assert {stack.name for stack in named.stacks} == {
+        f"blocks/*/{part}/{leaf}" for part in ("up", "down") for leaf in ("kernel", "bias")
+    }

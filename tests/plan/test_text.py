@@ -1,0 +1,104 @@
+"""The plan's table, exactly, and the words of its columns.
+
+`tests/golden/plan_hybrid.txt` is the plan of a tiny decoder over data=2 x stage=2 x tensor=2 with ZeRO 1. After a
+change of the text that is meant, write it anew and read the difference:
+
+    UPDATE_GOLDEN=1 python -m pytest tests/plan/test_text.py && git diff tests/golden
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shardlab.mesh.spec import MeshSpec
+from shardlab.models.decoder import DecoderConfig, decoder_rules
+from shardlab.module.functions import Functions
+from shardlab.module.pipeline import Pipeline
+from shardlab.plan.make import make_plan
+from shardlab.plan.text import columns, size_text, spec_text
+from shardlab.sharding.rules import Rules
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "plan_hybrid.txt"
+
+
+def test_the_table_of_a_hybrid_plan() -> None:
+    plan = make_plan(
+        DecoderConfig(vocab_size=16, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24),
+        mesh=MeshSpec({"data": 2, "stage": 2, "tensor": 2}, batch="data", stage="stage"),
+        rules=decoder_rules("tensor"),
+        optimizer=optax.adamw(1e-2),
+        batch={name: jax.ShapeDtypeStruct((8, 6), jnp.int32) for name in ("tokens", "targets")},
+        pipeline=Pipeline(before="embed", blocks="blocks", after="head", context="context"),
+        zero=1,
+        microbatches=4,
+        remat="full",
+    )
+    text = f"{plan}\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+def test_a_plan_without_parts_has_no_line_of_stages() -> None:
+    plan = make_plan(
+        Functions(init=lambda key: {"w": jnp.zeros((4, 2)), "scale": jnp.zeros(())}, apply=lambda p, b: b @ p["w"]),
+        mesh=MeshSpec({"data": 2}, target="cpu:2"),
+        rules=Rules((("w", P("data")), ("scale", None))),
+        optimizer=optax.sgd(0.1),
+        batch=jax.ShapeDtypeStruct((6, 4), jnp.float32),
+        microbatches=3,
+    )
+    assert str(plan).splitlines() == [
+        "mesh data=2 on cpu:2 (batch axes none; stage axis none)",
+        "9 parameters, computed in float32; ZeRO 0; remat none",
+        "batch of 6, 3 microbatches of 2 a shard",
+        "",
+        "path   shape   dtype    spec       stored       optimizer state  from             a device",
+        "-----  ------  -------  ---------  -----------  ---------------  ---------------  --------",
+        'scale  scalar  float32  P()        as declared  P()              rule 2, "scale"       4 B',
+        "w      4x2     float32  P('data')  as declared  P('data')        rule 1, \"w\"          16 B",
+        "",
+        "per device:",
+        "  parameters                20 B",
+        "  gradients                 20 B",
+        "  optimizer state            0 B",
+        "  activations                0 B",
+        "  padding                    0 B",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1024**2 - 1, "1024.0 KiB"),
+        (3 * 1024**2 // 2, "1.5 MiB"),
+        (1024**3, "1.0 GiB"),
+        (5000 * 1024**3, "5000.0 GiB"),
+    ],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size_text(count) == text
+
+
+def test_specs_are_written_as_python() -> None:
+    for spec in (P(), P(None, "data"), P(("data", "tensor"), None), P("x")):
+        assert eval(spec_text(spec), {"P": P}) == spec
+
+
+def test_columns_are_as_wide_as_their_widest_cell() -> None:
+    assert columns(("a", "long"), [("xyz", "1"), ("", "22")], right=(1,)) == [
+        "a    long",
+        "---  ----",
+        "xyz     1",
+        "       22",
+    ]
