@@ -169,7 +169,7 @@ def verify(arguments: list[str], *, restart: bool) -> int:
         "The plan against the same step on one device: initial parameters, loss, gradients, parameters after the last "
         "step. Over 5 steps in float64, unless --steps and --dtype say otherwise."
     )
-    call = _configured(_Configured, arguments, "verify", about, steps=5, dtype="float64")
+    call = _configured(_Configured, arguments, "verify", about, steps=5, dtype="float64", reduce_dtype="auto")
     _start(call.config, restart=restart)
     from itertools import islice
 

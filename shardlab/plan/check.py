@@ -34,6 +34,7 @@ def choice_faults(**given: Any) -> list[Fault]:
         "zero": (0, 1, 2, 3),
         "remat": policies,
         "dtype": DTYPES,
+        "reduce_dtype": ("auto", *DTYPES),
         "head": HEADS,
         "batch_axes": ("manual", "automatic"),
     }

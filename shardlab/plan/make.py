@@ -48,6 +48,7 @@ def make_plan(
     zero: int = 0,
     remat: str = "none",
     dtype: str = "float32",
+    reduce_dtype: str = "auto",
     head: str = "auto",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
@@ -67,6 +68,9 @@ def make_plan(
       zero: ZeRO level 0 to 3.
       remat: ``"none"``, ``"full"`` or a name of `jax.checkpoint_policies`.
       dtype: what the step computes in; master parameters stay at least float32.
+      reduce_dtype: what gradients are summed over the batch axes in, once they have accumulated over the
+        microbatches. ``"auto"``: what they accumulate in, float32 or `dtype` if that is wider. ``"bfloat16"`` halves
+        what is sent and rounds every shard's gradient.
       head: ``"examples"`` spreads `before` and `after` over the stages by example, ``"last_stage"`` runs them whole
         on every stage and uses one; ``"auto"`` takes the first that divides.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
@@ -88,7 +92,9 @@ def make_plan(
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
     faults = list(resolution.faults)
-    faults += choice_faults(zero=zero, remat=remat, dtype=dtype, head=head, batch_axes=batch_axes)
+    faults += choice_faults(
+        zero=zero, remat=remat, dtype=dtype, reduce_dtype=reduce_dtype, head=head, batch_axes=batch_axes
+    )
     notes: list[str] = []
     if model.buffers and model.parts is None and batch_axes == "manual":
         batch_axes = "automatic"
@@ -166,6 +172,7 @@ def make_plan(
         zero=zero,
         remat=remat,
         dtype=dtype,
+        reduce_dtype=_reduce_dtype(reduce_dtype, dtype, manual),
         head=head,
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
@@ -173,6 +180,23 @@ def make_plan(
         activation_spec=activation,
         notes=tuple(notes),
     )
+
+
+def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
+    accumulated = dtype if dtype == "float64" else "float32"
+    if asked == "auto":
+        return accumulated if manual else dtype
+    if not manual and asked != dtype:
+        raise DeclarationError(
+            f"reduce_dtype={asked!r}: with automatic batch axes XLA sums gradients where it computes them, in {dtype}; "
+            "use reduce_dtype='auto', or batch_axes='manual'"
+        )
+    if jnp.dtype(asked).itemsize > jnp.dtype(accumulated).itemsize:
+        raise DeclarationError(
+            f"reduce_dtype={asked!r}: gradients of a step in {dtype} accumulate in {accumulated}; use "
+            f"reduce_dtype={accumulated!r}"
+        )
+    return asked
 
 
 def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
@@ -184,7 +208,8 @@ def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
     if head == "auto":
         if rows % stages == 0:
             return "examples"
-        notes.append(f"head last_stage: {rows} examples of a microbatch do not divide by {stages} stages")
+        counted = f"{rows} example{'s' if rows != 1 else ''}"
+        notes.append(f"head last_stage: a microbatch of {counted} a shard does not divide by {stages} stages")
         return "last_stage"
     return head
 

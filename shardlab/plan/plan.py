@@ -106,6 +106,8 @@ class Plan:
       remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), or the name of a
         policy of `jax.checkpoint_policies`.
       dtype: what the step computes in.
+      reduce_dtype: what gradients are summed over the batch axes in; within a device they accumulate in at least
+        float32.
       head: ``"examples"`` or ``"last_stage"``: how `before` and `after` are spread over the stages.
       batch: path, shape and dtype of every leaf of the batch.
       batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
@@ -128,6 +130,7 @@ class Plan:
     zero: int
     remat: str
     dtype: str
+    reduce_dtype: str
     head: str
     batch: tuple[tuple[str, tuple[int, ...], str], ...]
     batch_axes_manual: bool

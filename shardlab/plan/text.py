@@ -6,19 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jax.sharding import PartitionSpec
+from shardlab.sharding.rules import canonical, spec_text
 
 if TYPE_CHECKING:
     from shardlab.plan.plan import Plan
-
-
-def spec_text(spec: PartitionSpec) -> str:
-    """A spec as it is written.
-
-    >>> spec_text(PartitionSpec(None, ("data", "tensor")))
-    "P(None, ('data', 'tensor'))"
-    """
-    return f"P({', '.join(repr(entry) for entry in spec)})"
 
 
 def size_text(count: float) -> str:
@@ -66,7 +57,7 @@ def describe(plan: Plan) -> str:
     rows = []
     for (pattern, shape, dtype, spec, source, storage, state, size), paths in groups.items():
         path = paths[0] if len(paths) == 1 else f"{pattern} x{len(paths)}"
-        stored = "as declared" if storage == spec else spec_text(storage)
+        stored = "as declared" if canonical(storage) == canonical(spec) else spec_text(canonical(storage))
         rows.append(
             (
                 path,
@@ -74,7 +65,7 @@ def describe(plan: Plan) -> str:
                 dtype,
                 spec_text(spec),
                 stored,
-                spec_text(state),
+                spec_text(canonical(state)),
                 source,
                 size_text(size),
             )
@@ -83,7 +74,8 @@ def describe(plan: Plan) -> str:
     roles = f"batch axes {', '.join(plan.mesh.batch) or 'none'}; stage axis {plan.mesh.stage or 'none'}"
     lines = [
         f"mesh {mesh} on {plan.mesh.target} ({roles})",
-        f"{plan.num_parameters:,} parameters, computed in {plan.dtype}; ZeRO {plan.zero}; remat {plan.remat}",
+        f"{plan.num_parameters:,} parameters, computed in {plan.dtype}, gradients summed in {plan.reduce_dtype}; "
+        f"ZeRO {plan.zero}; remat {plan.remat}",
         f"batch of {plan.batch_size}, {plan.num_microbatches} microbatches of {plan.microbatch_rows} a shard",
     ]
     if plan.num_stages > 1:

@@ -123,6 +123,7 @@ class Config:
       remat: what the forward pass keeps: none (everything), full (a block's input), or a policy of
         jax.checkpoint_policies.
       dtype: what the step computes in: float32, bfloat16, float64.
+      reduce_dtype: what gradients are summed over the batch axes in: auto (float32, or a wider dtype), bfloat16.
       head: how the parts before and after the blocks are spread: examples, last_stage, auto.
       batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).
       steps: train steps.
@@ -147,6 +148,7 @@ class Config:
     zero: int = 0
     remat: str = "none"
     dtype: str = "float32"
+    reduce_dtype: str = "auto"
     head: str = "auto"
     batch_axes: str = "manual"
     steps: int = 100
@@ -188,6 +190,7 @@ class Config:
             zero=self.zero,
             remat=self.remat,
             dtype=self.dtype,
+            reduce_dtype=self.reduce_dtype,
             head=self.head,
             batch_axes=self.batch_axes,
             activation=self.activation,

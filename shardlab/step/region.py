@@ -31,6 +31,7 @@ class Region:
       stage: the stage axis, where there is more than one stage.
       num_stages: 1 without a stage axis.
       shards: number of shards of the batch.
+      reduce_dtype: what gradients are summed over devices in.
     """
 
     mesh: Mesh
@@ -38,6 +39,7 @@ class Region:
     stage: str | None
     num_stages: int
     shards: int
+    reduce_dtype: str
 
     @property
     def manual(self) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ class Region:
         """Sums over manual axes, each device keeping the shard that its state spec gives it; called in the region.
 
         Axes that the state spec names are summed by a reduce-scatter on their dim, the others by an all-reduce of what
-        is left.
+        is left. Sums are taken in `reduce_dtype` and given in the dtype of the values.
 
         Args:
           values: by name, laid over the automatic axes as `compute`.
@@ -89,7 +91,9 @@ class Region:
 
         def sums(values: Arrays) -> Arrays:
             return {
-                name: _sum(value, axes[name], self.manual_part(state[name]), entered[name], self.mesh)
+                name: _sum(
+                    self._narrowed(value), axes[name], self.manual_part(state[name]), entered[name], self.mesh
+                ).astype(value.dtype)
                 for name, value in values.items()
             }
 
@@ -100,6 +104,14 @@ class Region:
         return jax.shard_map(
             sums, mesh=mesh, in_specs=(entered,), out_specs=entered, axis_names=automatic, check_vma=False
         )(values)
+
+    def _narrowed(self, value: jax.Array) -> jax.Array:
+        kind = jnp.dtype(self.reduce_dtype)
+        if kind.itemsize < value.dtype.itemsize and self.mesh.devices.flat[0].platform == "cpu":
+            # XLA's CPU backend aborts on a bfloat16 sum over manual axes: the same rounding, the wider wire.
+            info = jnp.finfo(kind)
+            return jax.lax.reduce_precision(value, info.nexp, info.nmant)
+        return value.astype(kind)
 
 
 def make_region(plan: Plan, mesh: Mesh) -> Region:
@@ -113,6 +125,7 @@ def make_region(plan: Plan, mesh: Mesh) -> Region:
         stage=plan.mesh.stage if stages > 1 else None,
         num_stages=stages,
         shards=math.prod(plan.mesh.sizes[axis] for axis in batch),
+        reduce_dtype=plan.reduce_dtype,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -144,7 +145,7 @@ def verify(
       plan: its `dtype` decides what is compared; float64 hides nothing.
       batches: one global batch a step.
       seed: of the initial parameters and of dropout.
-      tolerances: in place of those of the dtype.
+      tolerances: in place of those of the plan's `dtype`, or of its `reduce_dtype` where that is narrower.
 
     Raises:
       DeclarationError: no batches.
@@ -181,7 +182,7 @@ def verify(
         worst_grad=worst_grad,
         max_rel_err_params=params_error,
         worst_param=worst_param,
-        tolerances=tolerances or TOLERANCES[plan.dtype],
+        tolerances=tolerances or TOLERANCES[min(plan.dtype, plan.reduce_dtype, key=lambda kind: jnp.finfo(kind).bits)],
     )
 
 

@@ -76,6 +76,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"dtype": "int8"},
         "dtype='int8': is not one of float32, bfloat16, float64; write one of them",
     ),
+    "reduce dtype": (
+        {"reduce_dtype": "fp32"},
+        "reduce_dtype='fp32': is not one of auto, float32, bfloat16, float64; write one of them",
+    ),
+    "reduce dtype wider than the accumulators": (
+        {"reduce_dtype": "float64"},
+        "reduce_dtype='float64': gradients of a step in float32 accumulate in float32; use reduce_dtype='float32'",
+    ),
+    "reduce dtype that XLA decides": (
+        {"reduce_dtype": "bfloat16", "batch_axes": "automatic", "mesh": {"stage": 1}},
+        "reduce_dtype='bfloat16': with automatic batch axes XLA sums gradients where it computes them, in float32; use "
+        "reduce_dtype='auto', or batch_axes='manual'",
+    ),
     "head": (
         {"head": "example"},
         "head='example': is not one of auto, examples, last_stage; did you mean 'examples'? write one of them",

@@ -63,7 +63,7 @@ def test_a_parameter_that_zero_3_cannot_shard_is_said() -> None:
 def test_the_head_falls_back_to_the_last_stage() -> None:
     plan = planned(microbatches=4)
     assert plan.head == "last_stage"
-    assert plan.notes == ("head last_stage: 1 examples of a microbatch do not divide by 2 stages",)
+    assert plan.notes == ("head last_stage: a microbatch of 1 example a shard does not divide by 2 stages",)
     assert planned(microbatches=2, head="last_stage").notes == ()
 
 
@@ -166,6 +166,15 @@ def test_master_parameters_have_at_least_32_bits() -> None:
     half = planned(mesh={}, dtype="bfloat16")
     assert {p.dtype for p in half.parameters} == {"float32"}
     assert half.dtype == "bfloat16"
+
+
+def test_gradients_are_summed_in_what_they_accumulate_in() -> None:
+    assert [planned(dtype=dtype).reduce_dtype for dtype in ("float32", "bfloat16")] == ["float32", "float32"]
+    assert planned(reduce_dtype="bfloat16").reduce_dtype == "bfloat16"
+    whole: Any = {"mesh": {"data": 2}, "batch_axes": "automatic"}
+    assert planned(dtype="bfloat16", **whole).reduce_dtype == "bfloat16"
+    with jax.enable_x64(True):
+        assert planned(dtype="float64").reduce_dtype == "float64"
 
 
 def test_bfloat16_shards_the_master_copy_from_level_1() -> None:

@@ -57,7 +57,7 @@ def test_a_plan_without_parts_has_no_line_of_stages() -> None:
     )
     assert str(plan).splitlines() == [
         "mesh data=2 on cpu:2 (batch axes none; stage axis none)",
-        "9 parameters, computed in float32; ZeRO 0; remat none",
+        "9 parameters, computed in float32, gradients summed in float32; ZeRO 0; remat none",
         "batch of 6, 3 microbatches of 2 a shard",
         "",
         "path   shape   dtype    spec       stored       optimizer state  from             a device",
