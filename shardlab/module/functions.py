@@ -71,7 +71,8 @@ def read_functions(functions: Functions, batch: Any, pipeline: Pipeline | None) 
         raise DeclarationError("pipeline: these Functions have no blocks; give before=, block= and after=")
 
     def forward(values: Any, batch: Any, key: Any, train: bool) -> tuple[Any, dict[str, Any]]:
-        assert functions.apply is not None
+        if functions.apply is None:
+            raise DeclarationError("model: these Functions have parts and no apply=; add it to call the model whole")
         return call(functions.apply, tree(values), batch, key=key, train=train), {}
 
     def initialise(key: jax.Array) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 
-from shardlab.module.model import Model, flowing
+from shardlab.module.model import Model, Parts, flowing
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import AFTER, BEFORE, CONTEXT, Loss, block_function, scalars
 from shardlab.step.random import site_key
@@ -40,8 +41,8 @@ def reference_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, Arrays]]:
     """Loss sum over the batch, its weight, and the buffers afterwards: the model as the user wrote it.
 
-    With `Model.parts` the blocks are called one after another, and the sums of their auxiliary losses are part of
-    the loss sum; without, the model is called whole.
+    With `Model.parts` these are called one after another, and the sums of the blocks' auxiliary losses are part of the
+    loss sum; without, the model is called whole.
     """
 
     def site(index: int) -> jax.Array | None:
@@ -52,17 +53,24 @@ def reference_loss(
     if model.parts is None:
         y, written = model.forward(values, batch, site(BEFORE), train)
     else:
-        parts = model.parts
-        x = flowing(parts.before(values, batch, site(BEFORE), train), dtype)
-        block = block_function(parts, dtype, train)
-        c = None if parts.context is None else parts.context(values, batch, site(CONTEXT), train)
-        for index, layer in enumerate(parts.layers):
-            mine = {inner: values[path] for inner, path in layer.items()}
-            x, pair = block(mine, x, c, site(1 + index))
-            auxiliary += 0.0 if pair is None else pair[0]
-        y = parts.after(values, x, batch, site(AFTER), train)
+        y, auxiliary = composed(model.parts, values, batch, site, dtype, train=train)
     total, weight = scalars(loss(y, batch))
     return total + auxiliary, (weight, written)
+
+
+def composed(
+    parts: Parts, values: Arrays, batch: Any, site: Callable[[int], Any], dtype: str, *, train: bool
+) -> tuple[Any, Any]:
+    """y of the parts called one after another, and the sum of the blocks' auxiliary losses."""
+    x = flowing(parts.before(values, batch, site(BEFORE), train), dtype)
+    block = block_function(parts, dtype, train)
+    c = None if parts.context is None else parts.context(values, batch, site(CONTEXT), train)
+    auxiliary: Any = 0.0
+    for index, layer in enumerate(parts.layers):
+        mine = {inner: values[path] for inner, path in layer.items()}
+        x, pair = block(mine, x, c, site(1 + index))
+        auxiliary += 0.0 if pair is None else pair[0]
+    return parts.after(values, x, batch, site(AFTER), train), auxiliary
 
 
 class ReferenceStep:
@@ -76,7 +84,7 @@ class ReferenceStep:
     def __init__(
         self, model: Model, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, seed: int
     ) -> None:
-        self._model, self._optimizer, self._mesh = model, optimizer, one_device_mesh(plan)
+        self._model, self._dtype, self._mesh = model, plan.dtype, one_device_mesh(plan)
         kinds = {parameter.path: parameter.dtype for parameter in plan.parameters}
         with jax.set_mesh(self._mesh):
             values = jax.jit(model.initialise)(jax.random.key(seed))
@@ -103,6 +111,23 @@ class ReferenceStep:
             return model.flat(optax.apply_updates(tree, updates)), state
 
         self._gradients, self._update = jax.jit(gradients), jax.jit(update)
+
+    def outputs(self, batch: Any) -> tuple[Any, Any]:
+        """y of the model called whole, and of its parts called one after another; dropout off, present parameters.
+
+        Raises:
+          Exception: what the model raises when called with the batch.
+        """
+        model, dtype, parts = self._model, self._dtype, self._model.parts
+        assert parts is not None
+
+        def both(parameters: Arrays, buffers: Arrays, batch: Any) -> tuple[Any, Any]:
+            values = {path: value.astype(dtype) for path, value in parameters.items()} | buffers
+            whole, _ = model.forward(values, batch, None, False)
+            return whole, composed(parts, values, batch, lambda index: None, dtype, train=False)[0]
+
+        with jax.set_mesh(self._mesh):
+            return jax.jit(both)(self.parameters, self.buffers, batch)
 
     def gradients(self, batch: Any) -> tuple[jax.Array, Arrays]:
         """Loss and gradients at the present parameters."""

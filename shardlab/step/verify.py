@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.module.model import read_model
+from shardlab.module.functions import path_of
+from shardlab.module.model import Model, read_model
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Loss
 from shardlab.step.compile import compile_train_step
@@ -49,6 +50,9 @@ class Verification:
       init_identical: whether every initial parameter is equal, bit for bit.
       worst_init, worst_grad, worst_param: the path with the largest error.
       optimizer: which optimizer the parameters were compared under.
+      max_rel_err_composition, composition: of y of the model's parts called one after another, against y of the model
+        called whole, without dropout: the error and the path of the worst array; None and why, where the two were not
+        compared.
     """
 
     dtype: str
@@ -61,6 +65,8 @@ class Verification:
     worst_grad: str
     max_rel_err_params: float
     worst_param: str
+    max_rel_err_composition: float | None
+    composition: str
     tolerances: Tolerances
 
     @property
@@ -71,6 +77,7 @@ class Verification:
             and self.max_rel_err_loss <= self.tolerances.loss
             and self.max_rel_err_grad <= self.tolerances.grad
             and self.max_rel_err_params <= self.tolerances.params
+            and (self.max_rel_err_composition is None or self.max_rel_err_composition <= self.tolerances.grad)
         )
 
     def __str__(self) -> str:
@@ -80,9 +87,14 @@ class Verification:
 
         same = "identical" if self.init_identical else f"FAIL  not identical at {self.worst_init}"
         allowed = self.tolerances
+        name = "parts, against the whole"
+        parts = f"  {name:<28}{self.composition}"
+        if self.max_rel_err_composition is not None:
+            parts = line(name, self.max_rel_err_composition, allowed.grad, self.composition)
         return "\n".join(
             [
                 f"against the reference step on one device, in {self.dtype}: {'passed' if self.passed else 'FAILED'}",
+                parts,
                 f"  {'initial parameters':<28}{same}",
                 line("loss", self.max_rel_err_loss, allowed.loss, f"over {self.steps} steps"),
                 line("gradients", self.max_rel_err_grad, allowed.grad, self.worst_grad),
@@ -163,6 +175,7 @@ def verify(
     initial = _on_host(plan, state.parameters)
     different = [path for path, value in reference.parameters.items() if not np.array_equal(initial[path], value)]
 
+    composition_error, composition = _composition(model, reference, batches[0])
     losses, grad_error, worst_grad = [], 0.0, ""
     for index, batch in enumerate(batches):
         state, metrics = step(state, batch)
@@ -182,8 +195,28 @@ def verify(
         worst_grad=worst_grad,
         max_rel_err_params=params_error,
         worst_param=worst_param,
+        max_rel_err_composition=composition_error,
+        composition=composition,
         tolerances=tolerances or TOLERANCES[min(plan.dtype, plan.reduce_dtype, key=lambda kind: jnp.finfo(kind).bits)],
     )
+
+
+def _composition(model: Model, reference: ReferenceStep, batch: Any) -> tuple[float | None, str]:
+    """How far the parts are from the model called whole, and where; or None and why they were not compared."""
+    if model.parts is None:
+        return None, "not compared: the plan takes the model whole"
+    try:
+        whole, parts = reference.outputs(batch)
+    except Exception as error:  # Whatever the user's code raises: its own call need not take a batch.
+        first = str(error).strip().partition("\n")[0]
+        return None, f"not compared: {model.name} called with the batch raises {type(error).__name__}: {first}"
+    shapes = [str(jax.tree.map(jnp.shape, y)) for y in (whole, parts)]
+    if shapes[0] != shapes[1]:
+        return None, f"not compared: {model.name} called whole gives {shapes[0]}, its parts {shapes[1]}"
+    found = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]}
+    expected = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(whole)[0]}
+    largest, path = worst(found, expected)
+    return largest, f"y {path}".rstrip()
 
 
 def _on_host(plan: Plan, stored: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
