@@ -12,17 +12,22 @@ if TYPE_CHECKING:
     from shardlab.plan.plan import Plan
 
 
-def size_text(count: float) -> str:
-    """Bytes with a unit.
+def human_bytes(size: int) -> str:
+    """A number of bytes in the largest unit (powers of 1024) that leaves at least 1.
 
-    >>> size_text(1536)
-    '1.5 KiB'
+    >>> human_bytes(1023), human_bytes(1536), human_bytes(3 * 2**40)
+    ('1023 B', '1.5 KiB', '3.0 TiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    value, unit = float(size), 0
+    # 1023.95 would print as 1024.0: the next unit then.
+    while abs(value) >= 1023.95 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{size} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def bytes_label(name: str) -> str:
+    """What an entry of `Plan.bytes_per_device` is called in a table."""
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
@@ -67,7 +72,7 @@ def describe(plan: Plan) -> str:
                 stored,
                 spec_text(canonical(state)),
                 source,
-                size_text(size),
+                human_bytes(size),
             )
         )
     mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.sizes.items())
@@ -84,11 +89,14 @@ def describe(plan: Plan) -> str:
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
-    lines += [f"  {name.replace('_', ' '):<18}{size_text(size):>12}" for name, size in plan.bytes_per_device().items()]
+    held = {name: size for name, size in plan.bytes_per_device().items() if size}
+    lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in held.items()]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_LABELS = {"activations": "activations, at most", "padding": "of the parameters, padding"}
 _HEADER = ("path", "shape", "dtype", "spec", "stored", "optimizer state", "from", "a device")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from shardlab.hlo import collectives, totals
-from shardlab.report.memory import human_bytes
+from shardlab.plan.text import human_bytes
 
 
 class Row(TypedDict):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+from shardlab.plan.text import human_bytes
 
 
 class HasMemoryAnalysis(Protocol):
@@ -83,16 +83,3 @@ def memory(compiled: HasMemoryAnalysis) -> Memory:
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
     )
-
-
-def human_bytes(size: int) -> str:
-    """A number of bytes in the largest unit (powers of 1024) that leaves at least 1.
-
-    >>> human_bytes(1023), human_bytes(1536), human_bytes(3 * 2**40)
-    ('1023 B', '1.5 KiB', '3.0 TiB')
-    """
-    value, unit = float(size), 0
-    # 1023.95 would print as 1024.0: the next unit then.
-    while abs(value) >= 1023.95 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{size} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"

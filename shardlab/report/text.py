@@ -7,8 +7,8 @@ from typing import Any
 
 from shardlab.pipeline.draw import draw
 from shardlab.pipeline.schedules import make_schedule
+from shardlab.plan.text import bytes_label, human_bytes
 from shardlab.report.collectives import collectives_table
-from shardlab.report.memory import human_bytes
 
 
 def report_text(report: Mapping[str, Any]) -> str:
@@ -40,11 +40,7 @@ def bytes_table(report: Mapping[str, Any]) -> str:
         "code_bytes": "code",
         "total_bytes": "total",
     }
-    planned = {"padding": "of the parameters, padding"}
-    rows = [
-        ("planned", planned.get(name, name.replace("_", " ")), size)
-        for name, size in report["bytes_per_device"].items()
-    ]
+    rows = [("planned", bytes_label(name), size) for name, size in report["bytes_per_device"].items()]
     memory = report.get("memory", {})
     rows += [("compiled", text, memory[name]) for name, text in names.items() if name in memory]
     rows = [row for row in rows if row[2]]

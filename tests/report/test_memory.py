@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from shardlab.report.memory import Memory, human_bytes, memory
+from shardlab.report.memory import Memory, memory
 
 
 def test_of_a_compiled_function() -> None:
@@ -41,18 +41,3 @@ def test_a_backend_without_analysis() -> None:
 
     with pytest.raises(ValueError, match="the backend gives no memory analysis; compile for cpu, tpu or gpu"):
         memory(Silent())
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1024**2 - 1, "1.0 MiB"),
-        (5 * 1024**3 // 2, "2.5 GiB"),
-        (2048 * 1024**4, "2048.0 TiB"),
-    ],
-)
-def test_human_bytes(size: int, text: str) -> None:
-    assert human_bytes(size) == text
