@@ -68,6 +68,18 @@ class Graph:
         return out, written
 
 
+class _Stream(nnx.RngStream):
+    """A stream of the same keys, whose counter is set without a look at its sharding.
+
+    Under tracing that look searches everything traced so far: a model of many layers took time in their square.
+    """
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key[...], self.count[...])
+        self.count.set_value(self.count[...] + 1)
+        return key
+
+
 def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | None) -> Model:
     """The module that `factory` makes, as a `Model`; the module is traced, never built.
 
@@ -77,19 +89,25 @@ def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | Non
 
     def build(key: Any) -> nnx.Module:
         with nnx.use_eager_sharding(False):
-            module = factory(nnx.Rngs(key))
+            rngs = nnx.Rngs(key)
+            rngs.default = _Stream(key, tag="default")  # type: ignore[attr-defined]  # Rngs keeps streams as attributes
+            module = factory(rngs)
         if not isinstance(module, nnx.Module):
             raise DeclarationError(f"model: {factory!r} returned {type(module).__name__}, not an nnx.Module")
         return module
 
+    traced = nnx.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+    for _, node in nnx.iter_graph(traced):
+        # Embed fixes its dtype at creation, by default its parameter's; what follows the parameter must go on
+        # following it when the step computes in another dtype.
+        if isinstance(node, nnx.Embed) and node.dtype == node.param_dtype:
+            node.dtype = None
+    apart = nnx.split(traced)
+
     def mode(train: bool) -> nnx.Module:
-        module = nnx.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+        # A copy: tracing a model of many layers again would take seconds.
+        module = nnx.merge(*apart)
         module.train() if train else module.eval()
-        for _, node in nnx.iter_graph(module):
-            # Embed fixes its dtype at creation, by default its parameter's; what follows the parameter must go on
-            # following it when the step computes in another dtype.
-            if isinstance(node, nnx.Embed) and node.dtype == node.param_dtype:
-                node.dtype = None
         return module
 
     graphs = {train: Graph(mode(train)) for train in (True, False)}
