@@ -59,6 +59,10 @@ def parse_action(text: str) -> Action:
     return Action(int(stage), next(k for k in KINDS if k == kind), int(microbatch))
 
 
+Tick = tuple[Action | None, ...]
+"""What every device does at the same time: one action or nothing each."""
+
+
 def needs(action: Action, num_stages: int) -> tuple[tuple[Action, ...], ...]:
     """What must have run before an action may: for each need, the actions of which any one fulfils it.
 

@@ -7,13 +7,14 @@ Two clocks for the same table:
     async       every device runs its row in order and waits only for its own data. So count published
                 formulas.
 
-With P devices, M microbatches and B = I + W, both schedules of one stage a device have makespan (M+P-1)(F+B)
-on both clocks (sends free), and the bubble fraction (P-1)/(M+P-1).
+With P devices, M microbatches and B = I + W, `gpipe` and `1f1b` have makespan (M+P-1)(F+B) on both clocks (sends
+free), and the bubble fraction (P-1)/(M+P-1).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -23,38 +24,76 @@ from shardlab.pipeline.schedules import Schedule
 Mode = Literal["lockstep", "async"]
 
 
+Time = float | tuple[float, ...]
+"""One time for all stages, or one for each."""
+
+
 @dataclass(frozen=True)
 class Costs:
-    """How long each kind of action takes on one virtual stage, and a send between devices, in one unit.
+    """How long each kind of action takes on a (virtual) stage, and a send between devices, in one unit.
+
+    F, I and W may be given by stage, as a tuple; a stage with the embedding or the head takes longer.
 
     Raises:
         ScheduleError: a cost that is negative or not finite, or nothing but zeros.
 
     >>> Costs(F=1, I=1, W=1).B
     2
+    >>> Costs(F=(2, 1, 1, 3)).of(Action(3, "F", 0))
+    3
     """
 
-    F: float = 1.0
-    I: float = 1.0  # noqa: E741 - the kind's name
-    W: float = 1.0
+    F: Time = 1.0
+    I: Time = 1.0  # noqa: E741 - the kind's name
+    W: Time = 1.0
     send: float = 0.0
 
     def __post_init__(self) -> None:
         given = {"F": self.F, "I": self.I, "W": self.W, "send": self.send}
-        bad = [f"{name} is {value}" for name, value in given.items() if not (math.isfinite(value) and value >= 0)]
+        bad = [
+            f"{name} is {value}"
+            for name, value in given.items()
+            if not all(math.isfinite(time) and time >= 0 for time in _times(value))
+        ]
         if bad:
             raise ScheduleError(f"costs: {', '.join(bad)}; give every cost as a finite time of at least 0")
-        if self.F + self.I + self.W == 0:
+        if not any(sum(_times(given[name])) for name in "FIW"):
             raise ScheduleError("costs: F, I and W are all 0; give at least one of them a time")
 
     @property
-    def B(self) -> float:
+    def B(self) -> Time:
         """A whole backward, I + W."""
-        return self.I + self.W
+        if not isinstance(self.I, tuple) and not isinstance(self.W, tuple):
+            return self.I + self.W
+        count = max(len(_times(self.I)), len(_times(self.W)))
+        return tuple(_of(self.I, stage) + _of(self.W, stage) for stage in range(count))
 
     def of(self, action: Action) -> float:
         """How long an action takes."""
-        return {"F": self.F, "B": self.B, "I": self.I, "W": self.W}[action.kind]
+        if action.kind == "B":
+            return _of(self.I, action.stage) + _of(self.W, action.stage)
+        return _of({"F": self.F, "I": self.I, "W": self.W}[action.kind], action.stage)
+
+    def fit(self, num_stages: int) -> Costs:
+        """These costs, if those given by stage are of as many stages.
+
+        Raises:
+            ScheduleError: naming the cost and both numbers.
+        """
+        for name, value in (("F", self.F), ("I", self.I), ("W", self.W)):
+            if isinstance(value, tuple) and len(value) != num_stages:
+                raise ScheduleError(
+                    f"costs: {name} has {len(value)} times for {num_stages} stages; give one for each, or one for all"
+                )
+        return self
+
+
+def _times(value: Time) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _of(value: Time, stage: int) -> float:
+    return value[stage] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -63,11 +102,16 @@ class Cost:
 
     makespan: float
     ideal: float
-    """The work of one device: the makespan without a bubble."""
+    """The work of the busiest device: the makespan without a bubble."""
     idle: tuple[float, ...]
     """Per device, the time in which it computes nothing."""
+    waiting: tuple[float, ...]
+    """Per device, the part of that between its first action and its last: the bubble where devices neither start nor
+    end a step together, which papers on zero bubble count."""
     peak_in_flight: tuple[int, ...]
     """Per device, the most forwards that wait for their backward (see `peak_in_flight`)."""
+    sends: tuple[int, ...]
+    """Per device, how many activations and cotangents it sends to another."""
 
     @property
     def bubble_fraction(self) -> float:
@@ -79,17 +123,34 @@ def cost(schedule: Schedule, costs: Costs = Costs(), mode: Mode = "lockstep") ->
     """The cost of a schedule that the checker passes.
 
     Raises:
-        ScheduleError: on the async clock, a table that deadlocks.
+        ScheduleError: on the async clock, a table that deadlocks; costs given for another number of stages.
 
     >>> from shardlab.pipeline.schedules import make_schedule
     >>> c = cost(make_schedule("1f1b", stages=4, microbatches=8), Costs(F=1, I=1, W=1))
     >>> c.makespan, c.ideal, round(c.bubble_fraction, 4), c.peak_in_flight
     (33.0, 24.0, 0.2727, (7, 5, 3, 1))
     """
-    makespan = _lockstep(schedule, costs) if mode == "lockstep" else _async(schedule, costs)
-    ideal = schedule.num_virtual * schedule.num_microbatches * float(costs.F + costs.B)
-    busy = (sum(map(costs.of, schedule.row(device))) for device in range(schedule.num_devices))
-    return Cost(makespan, ideal, tuple(makespan - time for time in busy), peak_in_flight(schedule))
+    costs.fit(schedule.num_stages)
+    spans = _lockstep(schedule, costs) if mode == "lockstep" else _async(schedule, costs)
+    rows = [schedule.row(device) for device in range(schedule.num_devices)]
+    busy = [float(sum(map(costs.of, row))) for row in rows]
+    makespan = spans.makespan
+    return Cost(
+        makespan=makespan,
+        ideal=max(busy),
+        idle=tuple(makespan - time for time in busy),
+        waiting=tuple(end - start - time for start, end, time in zip(spans.starts, spans.ends, busy, strict=True)),
+        peak_in_flight=peak_in_flight(schedule),
+        sends=tuple(sum(sends(schedule, action) for action in row) for row in rows),
+    )
+
+
+def sends(schedule: Schedule, action: Action) -> bool:
+    """Whether an action's result goes to another device."""
+    if action.kind == "W":
+        return False
+    to = action.stage + (1 if action.kind == "F" else -1)
+    return 0 <= to < schedule.num_stages and schedule.device_of(to) != schedule.device_of(action.stage)
 
 
 def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
@@ -147,25 +208,34 @@ def schedule_facts(schedule: Schedule, costs: Costs = Costs()) -> dict[str, obje
     }
 
 
-def _lockstep(schedule: Schedule, costs: Costs) -> float:
-    def sends(action: Action) -> bool:
-        if action.kind == "W":
-            return False
-        to = action.stage + (1 if action.kind == "F" else -1)
-        return 0 <= to < schedule.num_stages and schedule.device_of(to) != schedule.device_of(action.stage)
+@dataclass(frozen=True)
+class _Spans:
+    """When each device starts its first action and ends its last, and when the step ends."""
 
-    makespan = 0.0
+    makespan: float
+    starts: Sequence[float]
+    ends: Sequence[float]
+
+
+def _lockstep(schedule: Schedule, costs: Costs) -> _Spans:
+    now = 0.0
+    starts: list[float | None] = [None] * schedule.num_devices
+    ends = [0.0] * schedule.num_devices
     for tick in schedule.ticks:
-        actions = [action for action in tick if action is not None]
-        makespan += max(map(costs.of, actions), default=0)
-        makespan += costs.send if any(map(sends, actions)) else 0
-    return makespan
+        for device, action in enumerate(tick):
+            if action is not None:
+                starts[device] = now if starts[device] is None else starts[device]
+                ends[device] = now + costs.of(action)
+        now += max((costs.of(action) for action in tick if action), default=0)
+        now += costs.send if any(action and sends(schedule, action) for action in tick) else 0
+    return _Spans(now, [start or 0.0 for start in starts], ends)
 
 
-def _async(schedule: Schedule, costs: Costs) -> float:
+def _async(schedule: Schedule, costs: Costs) -> _Spans:
     rows = [schedule.row(device) for device in range(schedule.num_devices)]
     fronts = [0] * schedule.num_devices
     clocks = [0.0] * schedule.num_devices
+    starts: dict[int, float] = {}
     ended: dict[Action, float] = {}
 
     def arrival(alternatives: tuple[Action, ...], device: int) -> float | None:
@@ -185,9 +255,10 @@ def _async(schedule: Schedule, costs: Costs) -> float:
                 if any(time is None for time in arrivals):
                     break
                 start = max([clocks[device], *(time for time in arrivals if time is not None)])
+                starts.setdefault(device, start)
                 ended[action] = clocks[device] = start + costs.of(action)
                 fronts[device] += 1
                 moved = True
         if not moved:
             raise ScheduleError(f"schedule '{schedule.name}': deadlock; run the checker to see where")
-    return max(clocks)
+    return _Spans(max(clocks), [starts.get(device, 0.0) for device in range(schedule.num_devices)], clocks)

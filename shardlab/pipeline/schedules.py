@@ -3,10 +3,12 @@
 A schedule is data, made by a pure function of the number of stages and microbatches. Legend, used throughout:
 
     P   devices on the stage axis          V   virtual stages a device holds (1: a stage per device)
-    M   microbatches of a step             stage s of the P x V stages sits on device s % P
+    M   microbatches of a step             r   a device, 0 to P-1
 
-Both schedules here are *uniform*: in one tick every device does the same kind of action, or idles. One
-program then serves all devices without a branch, and any collective is legal inside a stage.
+    placement   loop   stage s of the P x V stages sits on device s % P
+                v      back and forth: 0 to P-1, then P-1 to 0; the turns need no send
+
+`uniform` has the schedules in which all devices do the same kind of action in a tick, `zero_bubble` the others.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from shardlab.pipeline.actions import Action, Kind, ScheduleError, parse_action
+from shardlab.pipeline import uniform, zero_bubble
+from shardlab.pipeline.actions import Action, ScheduleError, Tick, parse_action
 
-Tick = tuple[Action | None, ...]
+Placement = Literal["loop", "v"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,11 @@ class Schedule:
     num_virtual: int
     num_microbatches: int
     ticks: tuple[Tick, ...]
+    placement: Placement = "loop"
 
     def __post_init__(self) -> None:
+        if self.placement not in get_args(Placement):
+            raise ScheduleError(f"schedule '{self.name}': placement {self.placement!r} is not 'loop' or 'v'")
         _at_least_one(devices=self.num_devices, virtual=self.num_virtual, microbatches=self.num_microbatches)
         for index, tick in enumerate(self.ticks):
             if len(tick) != self.num_devices:
@@ -53,7 +60,13 @@ class Schedule:
 
     def device_of(self, stage: int) -> int:
         """The device that holds a stage."""
-        return stage % self.num_devices
+        turn, place = divmod(stage, self.num_devices)
+        return self.num_devices - 1 - place if self.placement == "v" and turn % 2 else place
+
+    def stage_of(self, device: int, virtual: int) -> int:
+        """The stage that a device holds as its `virtual`-th."""
+        place = self.num_devices - 1 - device if self.placement == "v" and virtual % 2 else device
+        return virtual * self.num_devices + place
 
     def row(self, device: int) -> tuple[Action, ...]:
         """The actions of one device, in order."""
@@ -65,7 +78,12 @@ class Schedule:
 
 
 def from_table(
-    table: Sequence[Sequence[str | None]], *, microbatches: int, virtual: int = 1, name: str = "table"
+    table: Sequence[Sequence[str | None]],
+    *,
+    microbatches: int,
+    virtual: int = 1,
+    placement: Placement = "loop",
+    name: str = "table",
 ) -> Schedule:
     """The schedule that a table of texts describes; the inverse of `Schedule.table`.
 
@@ -79,67 +97,51 @@ def from_table(
     ticks = tuple(tuple(None if text is None else parse_action(text) for text in tick) for tick in table)
     if not ticks:
         raise ScheduleError(f"schedule '{name}': the table has no ticks; give it at least an F and a B")
-    return Schedule(name, len(ticks[0]), virtual, microbatches, ticks)
+    return Schedule(name, len(ticks[0]), virtual, microbatches, ticks, placement)
 
 
-def gpipe(stages: int, microbatches: int) -> tuple[Tick, ...]:
-    """All forwards, then all backwards (GPipe: Huang et al., 2019, arXiv 1811.06965).
+@dataclass(frozen=True)
+class Published:
+    """A schedule by its name.
 
-    2 (M+P-1) ticks; every device holds all M microbatches' activations at the turn. P=3, M=3:
-
-        device 0   F0 F1 F2 .  .  .  .  B0 B1 B2
-        device 1   .  F0 F1 F2 .  .  B0 B1 B2 .
-        device 2   .  .  F0 F1 F2 B0 B1 B2 .  .
-
-    Backwards run in the order of the forwards, so that gradients add up in the same order as in every other
-    schedule.
+    Attributes:
+        ticks: of (devices, microbatches, virtual stages).
+        virtual: how many virtual stages a device holds if nothing is said.
+        any_virtual: whether it may be another number.
+        placement: of the stages on the devices.
     """
-    length = microbatches + stages - 1
-    return tuple(_tick("F", cell, stages, microbatches) for cell in range(length)) + tuple(
-        _tick("B", cell, stages, microbatches) for cell in range(length)
-    )
+
+    ticks: Callable[[int, int, int], tuple[Tick, ...]]
+    virtual: int = 1
+    any_virtual: bool = False
+    placement: Placement = "loop"
 
 
-def one_f_one_b(stages: int, microbatches: int) -> tuple[Tick, ...]:
-    """Backwards as soon as they can run, in step: an F tick, then a B tick.
-
-    Its idea is PipeDream-flush's (Narayanan et al., 2021, arXiv 2006.09503): few microbatches in flight.
-    Where all devices keep step, as under a scan, one action a tick in that paper's order is 54 % over ideal
-    (P=8, M=32, B=2F); an F tick and then a B tick is 22 % over, a bubble of (P-1)(F+B), and stage s holds
-    min(M, 2(P-1-s)+1) microbatches. A *cell* is an F tick and a B tick; the first P-1 cells have no B tick,
-    the last P-1 no F tick. P=3, M=3:
-
-        cell       0    1    2     3     4     5    6
-        device 0   F0   F1   F2 .  .  .  .  B0 B1   B2
-        device 1   .    F0   F1 .  F2 B0 .  B1 B2   .
-        device 2   .    .    F0 B0 F1 B1 F2 B2 .    .
-
-    F comes first in a cell: the last stage runs the backward of the forward it has just run.
-    """
-    ticks: list[Tick] = []
-    for cell in range(microbatches + 2 * (stages - 1)):
-        if cell < microbatches + stages - 1:
-            ticks.append(_tick("F", cell, stages, microbatches))
-        if cell >= stages - 1:
-            ticks.append(_tick("B", cell - (stages - 1), stages, microbatches))
-    return tuple(ticks)
+SCHEDULES: Mapping[str, Published] = {
+    "gpipe": Published(uniform.gpipe),
+    "1f1b": Published(uniform.one_f_one_b),
+    "interleaved_1f1b": Published(uniform.interleaved_1f1b, virtual=2, any_virtual=True),
+    "looped_bfs": Published(uniform.looped_bfs, virtual=2, any_virtual=True),
+    "1f1b_split": Published(uniform.one_f_one_b_split, any_virtual=True),
+    "zb_h1": Published(zero_bubble.zb_h1),
+    "zb_h2": Published(zero_bubble.zb_h2),
+    "zb_v": Published(zero_bubble.zb_v, virtual=2, placement="v"),
+    "dualpipe_v": Published(zero_bubble.dualpipe_v, virtual=2, placement="v"),
+}
+"""The schedules by name."""
 
 
-SCHEDULES: Mapping[str, Callable[[int, int], tuple[Tick, ...]]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
-"""The schedules by name: functions of (devices, microbatches) that return the ticks."""
-
-
-def make_schedule(name: str, *, stages: int, microbatches: int, virtual: int = 1) -> Schedule:
+def make_schedule(name: str, *, stages: int, microbatches: int, virtual: int | None = None) -> Schedule:
     """The schedule of that name for P = `stages` devices and M = `microbatches`.
 
     Args:
         name: one of `SCHEDULES`.
         stages: devices on the stage axis; each holds `virtual` stages.
         microbatches: slices of a step's batch.
-        virtual: stages a device holds.
+        virtual: stages a device holds; None takes the schedule's own number, 1 or 2.
 
     Raises:
-        ScheduleError: an unknown name, a count below 1, or virtual stages where the schedule has none.
+        ScheduleError: an unknown name, a count below 1, or a number of virtual stages that the schedule cannot have.
 
     >>> for tick in make_schedule("1f1b", stages=2, microbatches=2).table():
     ...     print(tick)
@@ -154,21 +156,16 @@ def make_schedule(name: str, *, stages: int, microbatches: int, virtual: int = 1
         near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else "choose one of these"
         raise ScheduleError(f"schedule '{name}': unknown, there are {', '.join(SCHEDULES)}; {hint}")
+    made = SCHEDULES[name]
+    virtual = made.virtual if virtual is None else virtual
     _at_least_one(stages=stages, microbatches=microbatches, virtual=virtual)
-    if virtual != 1:
+    if virtual != made.virtual and not made.any_virtual:
+        others = ", ".join(other for other, each in SCHEDULES.items() if each.any_virtual)
         raise ScheduleError(
-            f"schedule '{name}': holds 1 stage per device, not {virtual} ({stages * virtual} stages on "
-            f"{stages} devices); write virtual=1, so that each device holds its layers as one stage"
+            f"schedule '{name}': a device holds {made.virtual} of its stages, not {virtual} ({stages * virtual} stages "
+            f"on {stages} devices); write virtual={made.virtual}, or take one that holds any number: {others}"
         )
-    return Schedule(name, stages, virtual, microbatches, SCHEDULES[name](stages, microbatches))
-
-
-def _tick(kind: Kind, index: int, stages: int, microbatches: int) -> Tick:
-    """The index-th tick of a wave: forwards run down the stages, one stage a tick, and backwards up."""
-    lags = (stage if kind == "F" else stages - 1 - stage for stage in range(stages))
-    return tuple(
-        Action(stage, kind, index - lag) if 0 <= index - lag < microbatches else None for stage, lag in enumerate(lags)
-    )
+    return Schedule(name, stages, virtual, microbatches, made.ticks(stages, microbatches, virtual), made.placement)
 
 
 def _at_least_one(**counts: int) -> None:
