@@ -49,14 +49,14 @@ def recipes(initialise: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Reci
             inputs = [_value(var, known) for var in equation.invars]
             small = all(math.prod(getattr(out.aval, "shape", (2,))) <= 1 for out in equation.outvars)
             if small and not equation.effects and all(value is not None for value in inputs):
-                known.update(zip(equation.outvars, _apply(equation, inputs), strict=True))
+                known.update(zip(equation.outvars, apply_equation(equation, inputs), strict=True))
             else:
                 producer.update(dict.fromkeys(equation.outvars, equation))
     key_var = jaxpr.invars[0]
     return {path: _slice(out, key_var, known, producer) for path, out in zip(paths, jaxpr.outvars, strict=True)}
 
 
-def _apply(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     """The outputs of one equation."""
     outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
     return outputs if equation.primitive.multiple_results else [outputs]
@@ -116,7 +116,7 @@ def _slice(out: Any, key_var: Any, known: dict[Any, Any], producer: dict[Any, An
 
         for row, equation in enumerate(equations):
             inputs = [read(var, (row, column)) for column, var in enumerate(equation.invars)]
-            env.update(zip(equation.outvars, _apply(equation, inputs), strict=True))
+            env.update(zip(equation.outvars, apply_equation(equation, inputs), strict=True))
         return read(out, (-1, 0))
 
     return Recipe("\n".join(lines), tuple(integers), make)

@@ -1,35 +1,47 @@
-"""The program of a uniform schedule: scans over phases, every value in a slot that lifetime analysis gave it.
+"""The program of a schedule: scans over phases, every value in a slot that lifetime analysis gave it.
 
-Consecutive F and B ticks make one *iteration*, iterations of the same kinds make one *phase*, a phase is one
-scan. In an iteration every device does, masked where its index is -1:
+Consecutive ticks of a uniform schedule make one *iteration* (an F tick, the B or I tick after it, the W tick after
+that), of a divergent one each tick is an iteration. Iterations of the same kinds make one *phase*, a phase is one scan.
+In an iteration every device does, masked where its index is -1:
 
-    F part      x = the microbatch from `before` on stage 0, else input_buffer[f_input_slot]
+    F part      x = the microbatch from `before` for stage 0, else mail[f_mail_slot]
                 y, residuals = stage(x);  residual_buffer[f_residual_slot] = residuals
-                y goes one device on, round the ring;  input_buffer[f_arrival_slot] = what arrived
-    head        where phase.head, on the last device:  cotangent_buffer[head_slot] = d loss / d y
-    B part      dx = backward(cotangent_buffer[b_cotangent_slot], residual_buffer[b_residual_slot])
-                dx goes one device back, round the ring;  cotangent_buffer[b_arrival_slot] = what arrived
+                y goes one device on, round the ring;  mail[onward_slot] = what arrived
+    head        mail[head_slot] = d loss / d y, on the last stage's device
+    B part      dx = backward(mail[b_mail_slot], residual_buffer[b_residual_slot])
+                dx goes one device back, round the ring;  mail[back_slot] = what arrived
+      or I      the same without the gradients of weights;  cut_buffer[b_cut_slot] = what they need beside residuals
+    W part      gradients of weights, from residual_buffer[w_residual_slot] and cut_buffer[w_cut_slot]
 
-An arrival is stored in the iteration that sent it and read in a later one; nothing is stored that no action
-reads. A value is live from the write of its slot to its last read, and no slot is written while live, so that
-buffers are as small as the schedule allows, whatever the number of microbatches.
+In a divergent iteration a device does at most one of F, B, I and W. The head and all sends come after it, since they
+concern every device: on a V what goes to the next stage may travel back round the ring, and what turns round at its
+ends stays on the device, mail[local_slot].
+
+Mail is what a stage receives: x from the stage before or a cotangent from the one after. An arrival is stored in the
+iteration that sent it and read in a later one; nothing is stored that no action reads. A value is live from the write
+of its slot to its last read, and no slot is written while live, so that buffers are as small as the schedule allows,
+whatever the number of microbatches.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from shardlab.pipeline.actions import Action, Kind, ScheduleError
-from shardlab.pipeline.schedules import Schedule, Tick
+from shardlab.pipeline.actions import KINDS, Action, Kind, ScheduleError, Tick
+from shardlab.pipeline.schedules import Schedule
+from shardlab.pipeline.zero_bubble import in_ticks
 
-Cell = tuple[str, ...]
+Cell = tuple[Kind, ...]
 PerDevice = tuple[tuple[int, ...], ...]
+When = Literal["never", "sometimes", "always"]
 NOTHING = -1
 
-# When things happen within an iteration: the order of the reads and writes above.
-_READ_INPUT, _WRITE_FORWARD, _WRITE_HEAD, _READ_BACKWARD, _WRITE_BACKWARD, _MOMENTS = range(6)
+# When things happen within an iteration: the order of the reads and writes above. For a divergent iteration, in which
+# all reads come first, it asks for more than is needed.
+_READ_INPUT, _WRITE_FORWARD, _WRITE_HEAD, _READ_BACKWARD, _WRITE_BACKWARD, _READ_WEIGHTS, _MOMENTS = range(7)
 
 
 @dataclass(frozen=True)
@@ -40,94 +52,373 @@ class Phase:
     """
 
     cell: Cell
-    """Kinds of an iteration, in order: ("F",), ("F", "B") or ("B",)."""
-    head: bool
-    """Whether the last stage runs a forward in every iteration of this phase; else it does in none."""
+    """Kinds of an iteration, in order; of a divergent phase, those of which a device does one."""
+    divergent: bool
+    """Whether devices do different kinds of action in one iteration."""
     length: int
+    before: When
+    """In which iterations stage 0 runs a forward."""
+    head: When
+    """In which iterations the last stage runs a forward."""
+    finish: When
+    """In which iterations stage 0 runs a B or I."""
+    kind: PerDevice
+    """Of a divergent phase: which of `cell` a device does."""
     f_microbatch: PerDevice
     f_virtual: PerDevice
     """Which of the device's virtual stages runs."""
-    f_input_slot: PerDevice
+    f_mail_slot: PerDevice
     """-1 for stage 0, which takes its microbatch from `before`."""
     f_residual_slot: PerDevice
-    f_arrival_slot: PerDevice
     b_microbatch: PerDevice
+    """Of a B or an I."""
     b_virtual: PerDevice
-    b_cotangent_slot: PerDevice
+    b_mail_slot: PerDevice
     b_residual_slot: PerDevice
-    b_arrival_slot: PerDevice
+    b_cut_slot: PerDevice
+    w_microbatch: PerDevice
+    w_virtual: PerDevice
+    w_residual_slot: PerDevice
+    w_cut_slot: PerDevice
+    onward_slot: PerDevice
+    """Where a device puts what comes to it round the ring from the device before it."""
+    back_slot: PerDevice
+    """Where it puts what comes from the device after it."""
+    local_slot: PerDevice
+    """Where it puts what it made itself for its next stage, at the turn of a V."""
     before_microbatch: tuple[int, ...]
     """The microbatch whose forward stage 0 runs."""
     head_microbatch: tuple[int, ...]
     """The microbatch whose forward the last stage runs."""
     head_slot: tuple[int, ...]
-    """The slot of the last device's cotangent buffer where the head puts that microbatch's cotangent."""
+    """The mail slot of the last stage's device where the head puts that microbatch's cotangent."""
     finish_microbatch: tuple[int, ...]
-    """The microbatch whose backward stage 0 runs."""
+    """The microbatch whose B or I stage 0 runs."""
 
 
 @dataclass(frozen=True)
 class Program:
     """The phases of a schedule, in order, and how many slots a device needs of each buffer."""
 
-    num_devices: int
-    num_virtual: int
-    num_microbatches: int
+    schedule: Schedule
     phases: tuple[Phase, ...]
-    num_input_slots: int
-    num_cotangent_slots: int
+    num_mail_slots: int
     num_residual_slots: int
+    num_cut_slots: int
+    """0 where no backward is split."""
 
     @property
-    def num_stages(self) -> int:
-        """The number of stages on all devices."""
-        return self.num_devices * self.num_virtual
+    def split(self) -> bool:
+        """Whether some backward is split in I and W."""
+        return self.num_cut_slots > 0
 
 
 @dataclass(frozen=True)
 class _Iteration:
     f: Tick
     b: Tick
+    w: Tick
     cell: Cell
-    head: bool
+    divergent: bool
 
     @property
-    def group(self) -> tuple[Cell, bool]:
-        return self.cell, self.head
+    def actions(self) -> tuple[Action, ...]:
+        return tuple(action for tick in dict.fromkeys((self.f, self.b, self.w)) for action in tick if action)
 
 
 def program(schedule: Schedule) -> Program:
-    """The program of a uniform schedule of forwards and whole backwards that the checker passes.
+    """The program of a schedule that the checker passes.
 
     Raises:
-        ScheduleError: a tick in which two kinds of action stand, a split backward (I, W), or an action that
-            would run before its data is there.
+        ScheduleError: an action that would run before its data is there, or is missing.
 
     >>> from shardlab.pipeline.schedules import make_schedule
     >>> p = program(make_schedule("1f1b", stages=4, microbatches=32))
     >>> [(phase.cell, phase.head, phase.length) for phase in p.phases]
-    [(('F',), False, 3), (('F', 'B'), True, 32), (('B',), False, 3)]
-    >>> p.num_input_slots, p.num_cotangent_slots, p.num_residual_slots
-    (1, 1, 7)
+    [(('F',), 'never', 3), (('F', 'B'), 'always', 32), (('B',), 'never', 3)]
+    >>> p.num_mail_slots, p.num_residual_slots, p.num_cut_slots
+    (2, 7, 0)
     """
     iterations = _iterations(schedule)
-    inputs, cotangents, residuals = _allocate(schedule, iterations)
-    groups = itertools.groupby(enumerate(iterations), key=lambda pair: pair[1].group)
-    phases = tuple(_phase(schedule, list(group), inputs, cotangents, residuals) for _, group in groups)
+    slots = _allocate(schedule, iterations)
     return Program(
-        num_devices=schedule.num_devices,
-        num_virtual=schedule.num_virtual,
-        num_microbatches=schedule.num_microbatches,
-        phases=phases,
-        num_input_slots=_num_slots(inputs),
-        num_cotangent_slots=_num_slots(cotangents),
-        num_residual_slots=_num_slots(residuals),
+        schedule=schedule,
+        phases=_phases(schedule, iterations, slots),
+        # At least 1: an array of no slots cannot be indexed.
+        num_mail_slots=max(_num_slots(slots.mail), 1),
+        num_residual_slots=_num_slots(slots.residuals),
+        num_cut_slots=_num_slots(slots.cuts),
     )
+
+
+def forward_program(schedule: Schedule) -> Program:
+    """The program of a schedule's forwards alone, in its own order, to evaluate: mail, and nothing kept."""
+    rows = [[action for action in schedule.row(device) if action.kind == "F"] for device in range(schedule.num_devices)]
+    ticks = in_ticks(rows, num_stages=schedule.num_stages)
+    iterations = [
+        _Iteration(tick, (None,) * len(tick), (None,) * len(tick), ("F",), divergent=schedule.placement == "v")
+        for tick in ticks
+    ]
+    when = {action: index for index, iteration in enumerate(iterations) for action in iteration.actions}
+    lives = {
+        ("x", action.stage, action.microbatch): (
+            when[Action(action.stage - 1, "F", action.microbatch)] * _MOMENTS + _WRITE_FORWARD,
+            index * _MOMENTS + _READ_INPUT,
+        )
+        for action, index in when.items()
+        if action.stage > 0
+    }
+    slots = _Slots(_slots(schedule, lives), {}, {})
+    return Program(schedule, _phases(schedule, iterations, slots), max(_num_slots(slots.mail), 1), 0, 0)
 
 
 def is_uniform(schedule: Schedule) -> bool:
     """Whether in every tick all devices that work do the same kind of action."""
     return all(len({action.kind for action in tick if action}) <= 1 for tick in schedule.ticks)
+
+
+# --- from ticks to iterations -------------------------------------------------------------------------------
+
+
+def _iterations(schedule: Schedule) -> list[_Iteration]:
+    """The ticks as iterations: of a uniform schedule an F tick, a B or I tick and a W tick in this order are one."""
+    ticks = [tick for tick in schedule.ticks if any(tick)]
+    if schedule.placement == "v" or not is_uniform(schedule):
+        kinds = {action.kind for tick in ticks for action in tick if action}
+        cell: Cell = tuple(kind for kind in KINDS if kind in kinds)
+        return [_Iteration(tick, tick, tick, cell, divergent=True) for tick in ticks]
+    merged: list[list[tuple[Kind, Tick]]] = []
+    for tick in ticks:
+        kind = next(action.kind for action in tick if action)
+        if merged and _place(kind) > _place(merged[-1][-1][0]):
+            merged[-1].append((kind, tick))
+        else:
+            merged.append([(kind, tick)])
+    # Where all forwards precede all backwards, an F tick and a B tick meet at the turn: merged, they would be a scan
+    # of their own, compiled apart. They stay apart wherever that makes fewer scans.
+    for at in range(len(merged) - 1, -1, -1):
+        if len(merged[at]) > 1:
+            apart = [*merged[:at], *([part] for part in merged[at]), *merged[at + 1 :]]
+            if _num_groups(apart) < _num_groups(merged):
+                merged = apart
+    return [_uniform(parts, schedule.num_devices) for parts in merged]
+
+
+def _uniform(parts: Sequence[tuple[Kind, Tick]], num_devices: int) -> _Iteration:
+    idle: Tick = (None,) * num_devices
+    by_place = {_place(kind): tick for kind, tick in parts}
+    f, b, w = (by_place.get(place, idle) for place in range(3))
+    return _Iteration(f, b, w, tuple(kind for kind, _ in parts), divergent=False)
+
+
+def _place(kind: Kind) -> int:
+    return {"F": 0, "B": 1, "I": 1, "W": 2}[kind]
+
+
+def _num_groups(merged: Sequence[Sequence[tuple[Kind, Tick]]]) -> int:
+    return sum(1 for _ in itertools.groupby(merged, key=lambda parts: [kind for kind, _ in parts]))
+
+
+def _headless(schedule: Schedule, iterations: Sequence[_Iteration]) -> list[bool]:
+    """Whether an iteration comes before the head's first: a scan of its own, which need not hold the head."""
+    last = schedule.num_stages - 1
+    first = next(
+        (at for at, it in enumerate(iterations) if any(a.stage == last and a.kind == "F" for a in it.actions)),
+        len(iterations),
+    )
+    return [at < first and not it.divergent for at, it in enumerate(iterations)]
+
+
+def _group(pair: tuple[_Iteration, bool]) -> tuple[Cell, bool]:
+    return pair[0].cell, pair[1]
+
+
+# --- lifetimes ----------------------------------------------------------------------------------------------
+
+_Key = tuple[str, int, int]  # what, the stage that reads it, microbatch
+_Life = tuple[int, int]  # moments of the write and of the last read
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Slots on the device of the stage that reads them."""
+
+    mail: Mapping[_Key, int]
+    residuals: Mapping[_Key, int]
+    cuts: Mapping[_Key, int]
+
+
+def _allocate(schedule: Schedule, iterations: Sequence[_Iteration]) -> _Slots:
+    when = {action: index for index, iteration in enumerate(iterations) for action in iteration.actions}
+
+    def moment(action: Action, offset: int) -> int:
+        if action not in when:
+            raise ScheduleError(f"schedule '{schedule.name}': {action} is missing; run the checker to see every fault")
+        return when[action] * _MOMENTS + offset
+
+    def backward(stage: int, microbatch: int) -> Action:
+        half = Action(stage, "I", microbatch)
+        return half if half in when else Action(stage, "B", microbatch)
+
+    mail: dict[_Key, _Life] = {}
+    residuals: dict[_Key, _Life] = {}
+    cuts: dict[_Key, _Life] = {}
+    last = schedule.num_stages - 1
+    for stage in range(schedule.num_stages):
+        for microbatch in range(schedule.num_microbatches):
+            f, b = Action(stage, "F", microbatch), backward(stage, microbatch)
+            if stage > 0:
+                sent = moment(Action(stage - 1, "F", microbatch), _WRITE_FORWARD)
+                mail["x", stage, microbatch] = sent, moment(f, _READ_INPUT)
+            if stage == last:
+                written = moment(f, _WRITE_HEAD)
+            else:
+                written = moment(backward(stage + 1, microbatch), _WRITE_BACKWARD)
+            mail["cotangent", stage, microbatch] = written, moment(b, _READ_BACKWARD)
+            end = moment(b, _READ_BACKWARD)
+            if b.kind == "I":
+                end = moment(Action(stage, "W", microbatch), _READ_WEIGHTS)
+                cuts["cut", stage, microbatch] = moment(b, _WRITE_BACKWARD), end
+            residuals["residuals", stage, microbatch] = moment(f, _WRITE_FORWARD), end
+    return _Slots(*(_slots(schedule, lives) for lives in (mail, residuals, cuts)))
+
+
+def _slots(schedule: Schedule, lives: Mapping[_Key, _Life]) -> dict[_Key, int]:
+    """A slot for every life (write, last read) on its device: in order of writing, the lowest free one.
+
+    That uses as many slots as there are lives at once, the fewest possible (the lives are intervals).
+    """
+    slots: dict[_Key, int] = {}
+    last_read: list[list[int]] = [[] for _ in range(schedule.num_devices)]
+    for (what, stage, microbatch), (write, read) in sorted(lives.items(), key=lambda item: item[1]):
+        if read < write:
+            raise ScheduleError(
+                f"schedule '{schedule.name}': stage {stage} reads what it needs of microbatch {microbatch} "
+                "before it is there; run the checker to see every fault"
+            )
+        busy = last_read[schedule.device_of(stage)]
+        slot = next((slot for slot, until in enumerate(busy) if until < write), len(busy))
+        busy[slot : slot + 1] = [read]
+        slots[what, stage, microbatch] = slot
+    return slots
+
+
+def _num_slots(slots: Mapping[_Key, int]) -> int:
+    return max(slots.values(), default=NOTHING) + 1
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def _phases(schedule: Schedule, iterations: Sequence[_Iteration], slots: _Slots) -> tuple[Phase, ...]:
+    groups = itertools.groupby(zip(iterations, _headless(schedule, iterations), strict=True), key=_group)
+    return tuple(_phase(schedule, [iteration for iteration, _ in group], slots) for _, group in groups)
+
+
+def _phase(schedule: Schedule, iterations: Sequence[_Iteration], slots: _Slots) -> Phase:
+    last, count = schedule.num_stages - 1, schedule.num_devices
+    cell, divergent = iterations[0].cell, iterations[0].divergent
+
+    def of_kinds(tick: Tick, kinds: str) -> Tick:
+        return tuple(action if action and action.kind in kinds else None for action in tick)
+
+    forwards = [of_kinds(it.f, "F") for it in iterations]
+    backwards = [of_kinds(it.b, "BI") for it in iterations]
+    weights = [of_kinds(it.w, "W") for it in iterations]
+
+    def microbatches(ticks: Sequence[Tick]) -> PerDevice:
+        return tuple(tuple(NOTHING if a is None else a.microbatch for a in tick) for tick in ticks)
+
+    def virtual(ticks: Sequence[Tick]) -> PerDevice:
+        return tuple(tuple(NOTHING if a is None else a.stage // count for a in tick) for tick in ticks)
+
+    def slot(ticks: Sequence[Tick], held: Mapping[_Key, int], what: str) -> PerDevice:
+        def of(action: Action | None) -> int:
+            return NOTHING if action is None else held.get((what, action.stage, action.microbatch), NOTHING)
+
+        return tuple(tuple(of(a) for a in tick) for tick in ticks)
+
+    def at_stage(ticks: Sequence[Tick], stage: int) -> tuple[int, ...]:
+        return tuple(next((a.microbatch for a in tick if a and a.stage == stage), NOTHING) for tick in ticks)
+
+    def arrivals(shift: int) -> PerDevice:
+        """Per device, the slot for what the device `shift` before it on the ring sends; 0: what it makes itself."""
+        return tuple(
+            tuple(_arrival(schedule, f + b, device, shift, slots.mail) for device in range(count))
+            for f, b in zip(forwards, backwards, strict=True)
+        )
+
+    before, head, finish = at_stage(forwards, 0), at_stage(forwards, last), at_stage(backwards, 0)
+    return Phase(
+        cell=cell,
+        divergent=divergent,
+        length=len(iterations),
+        before=_when(before),
+        head=_when(head),
+        finish=_when(finish),
+        kind=tuple(
+            tuple(cell.index(a.kind) if a and divergent else NOTHING for a in iteration.f) for iteration in iterations
+        ),
+        f_microbatch=microbatches(forwards),
+        f_virtual=virtual(forwards),
+        f_mail_slot=slot(forwards, slots.mail, "x"),
+        f_residual_slot=slot(forwards, slots.residuals, "residuals"),
+        b_microbatch=microbatches(backwards),
+        b_virtual=virtual(backwards),
+        b_mail_slot=slot(backwards, slots.mail, "cotangent"),
+        b_residual_slot=slot(backwards, slots.residuals, "residuals"),
+        b_cut_slot=slot(backwards, slots.cuts, "cut"),
+        w_microbatch=microbatches(weights),
+        w_virtual=virtual(weights),
+        w_residual_slot=slot(weights, slots.residuals, "residuals"),
+        w_cut_slot=slot(weights, slots.cuts, "cut"),
+        onward_slot=arrivals(1),
+        back_slot=arrivals(-1),
+        local_slot=arrivals(0),
+        before_microbatch=before,
+        head_microbatch=head,
+        head_slot=tuple(slots.mail.get(("cotangent", last, microbatch), NOTHING) for microbatch in head),
+        finish_microbatch=finish,
+    )
+
+
+def _arrival(schedule: Schedule, actions: Tick, device: int, shift: int, mail: Mapping[_Key, int]) -> int:
+    """The slot on `device` for what the device `shift` before it on the ring makes for one of its stages."""
+    count = schedule.num_devices
+    for place, action in enumerate(actions):
+        sender = place % count
+        if action is None:
+            continue
+        to = action.stage + (1 if action.kind == "F" else -1)
+        if not 0 <= to < schedule.num_stages or schedule.device_of(to) != device:
+            continue
+        if _shift(schedule, sender, device, forward=action.kind == "F") == shift:
+            return mail["x" if action.kind == "F" else "cotangent", to, action.microbatch]
+    return NOTHING
+
+
+def _shift(schedule: Schedule, sender: int, receiver: int, *, forward: bool) -> int:
+    """Which way round the ring a value goes: 1 onwards, -1 back, 0 nowhere, at the turn of a V.
+
+    A ring of one or two devices goes either way: then x goes onwards and a cotangent back.
+    """
+    count = schedule.num_devices
+    if sender == receiver and schedule.placement == "v":
+        return 0
+    onwards, backwards = (sender + 1) % count == receiver, (sender - 1) % count == receiver
+    if onwards and backwards:
+        return 1 if forward else -1
+    return 1 if onwards else -1
+
+
+def _when(microbatches: Sequence[int]) -> When:
+    there = [microbatch >= 0 for microbatch in microbatches]
+    return "always" if all(there) else "sometimes" if any(there) else "never"
+
+
+# --- the program on symbols ---------------------------------------------------------------------------------
+
+_Symbol = tuple[str, int, int]  # (what, the stage that reads it, microbatch)
 
 
 def simulate(program: Program) -> tuple[tuple[Action, ...], ...]:
@@ -137,7 +428,7 @@ def simulate(program: Program) -> tuple[tuple[Action, ...], ...]:
     is -1, and buffers start as garbage.
 
     Raises:
-        ScheduleError: an action that reads anything but its own input, residuals or cotangent.
+        ScheduleError: an action that reads anything but its own input, residuals, cotangent or cut.
 
     >>> from shardlab.pipeline.schedules import make_schedule
     >>> p = program(make_schedule("1f1b", stages=2, microbatches=2))
@@ -151,263 +442,102 @@ class _Simulation:
     """The devices' buffers, filled with symbols; None is garbage."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
-        self.last = program.num_stages - 1
-        self.ran: list[list[Action]] = [[] for _ in range(program.num_devices)]
-        self.inputs = self._buffer(program.num_input_slots)
-        self.cotangents = self._buffer(program.num_cotangent_slots)
+        self.program, self.schedule = program, program.schedule
+        self.count, self.last = self.schedule.num_devices, self.schedule.num_stages - 1
+        self.ran: list[list[Action]] = [[] for _ in range(self.count)]
+        self.mail = self._buffer(program.num_mail_slots)
         self.residuals = self._buffer(program.num_residual_slots)
+        self.cuts = self._buffer(program.num_cut_slots)
 
     def _buffer(self, num_slots: int) -> list[list[_Symbol | None]]:
-        return [[None] * num_slots for _ in range(self.program.num_devices)]
+        return [[None] * num_slots for _ in range(self.count)]
 
     def run(self) -> tuple[tuple[Action, ...], ...]:
         for phase in self.program.phases:
             for index in range(phase.length):
-                if "F" in phase.cell:
-                    self._forward(phase, index)
-                if phase.head:
+                if phase.divergent:
+                    sent = [self._one(phase, index, device) for device in range(self.count)]
                     self._head(phase, index)
-                if "B" in phase.cell:
-                    self._backward(phase, index)
+                    for step in (1, -1, 0):
+                        self._receive(sent, step, phase, index)
+                    continue
+                if "F" in phase.cell:
+                    self._receive([self._forward(phase, index, d) for d in range(self.count)], 1, phase, index)
+                    self._head(phase, index)
+                if "B" in phase.cell or "I" in phase.cell:
+                    self._receive([self._backward(phase, index, d) for d in range(self.count)], -1, phase, index)
+                if "W" in phase.cell:
+                    for device in range(self.count):
+                        self._weights(phase, index, device)
         return tuple(map(tuple, self.ran))
 
-    def _stage(self, device: int, virtual: int) -> int:
-        return virtual * self.program.num_devices + device
+    def _one(self, phase: Phase, index: int, device: int) -> _Symbol | None:
+        kind = phase.kind[index][device]
+        if kind == NOTHING:
+            return None
+        if phase.cell[kind] == "F":
+            return self._forward(phase, index, device)
+        if phase.cell[kind] == "W":
+            return self._weights(phase, index, device)
+        return self._backward(phase, index, device)
 
-    def _forward(self, phase: Phase, index: int) -> None:
-        sent: list[_Symbol | None] = []
-        for device, microbatch in enumerate(phase.f_microbatch[index]):
-            if microbatch == NOTHING:
-                sent.append(None)
-                continue
-            stage = self._stage(device, phase.f_virtual[index][device])
-            slot = phase.f_input_slot[index][device]
-            x: _Symbol | None
-            if stage == 0:
-                x = ("x", 0, phase.before_microbatch[index])
-            else:
-                x = None if slot == NOTHING else self.inputs[device][slot]
-            action = Action(stage, "F", microbatch)
-            self._expect(action, x, ("x", stage, microbatch))
-            self.ran[device].append(action)
-            self.residuals[device][phase.f_residual_slot[index][device]] = ("residuals", stage, microbatch)
-            sent.append(("x", stage + 1, microbatch))
-        self._receive(sent[-1:] + sent[:-1], phase.f_arrival_slot[index], self.inputs)
+    def _forward(self, phase: Phase, index: int, device: int) -> _Symbol | None:
+        microbatch, slot = phase.f_microbatch[index][device], phase.f_mail_slot[index][device]
+        if microbatch == NOTHING:
+            return None
+        stage = self.schedule.stage_of(device, phase.f_virtual[index][device])
+        x = ("x", 0, phase.before_microbatch[index]) if slot == NOTHING else self.mail[device][slot]
+        self._ran(device, Action(stage, "F", microbatch), (x, "x"))
+        self.residuals[device][phase.f_residual_slot[index][device]] = ("residuals", stage, microbatch)
+        return "x", stage + 1, microbatch
 
     def _head(self, phase: Phase, index: int) -> None:
         microbatch = phase.head_microbatch[index]
-        virtual = phase.f_virtual[index][-1]
-        if (virtual, phase.f_microbatch[index][-1]) != (self.program.num_virtual - 1, microbatch):
-            forward = Action(self.last, "F", microbatch)
+        if microbatch == NOTHING:
+            return
+        device = self.schedule.device_of(self.last)
+        forward = Action(self.last, "F", microbatch)
+        if self.ran[device][-1:] != [forward]:
             raise ScheduleError(f"the head of microbatch {microbatch} runs in an iteration without {forward}")
-        self.cotangents[-1][phase.head_slot[index]] = ("cotangent", self.last, microbatch)
+        self.mail[device][phase.head_slot[index]] = ("cotangent", self.last, microbatch)
 
-    def _backward(self, phase: Phase, index: int) -> None:
-        sent: list[_Symbol | None] = []
-        for device, microbatch in enumerate(phase.b_microbatch[index]):
-            if microbatch == NOTHING:
-                sent.append(None)
-                continue
-            stage = self._stage(device, phase.b_virtual[index][device])
-            action = Action(stage, "B", microbatch)
-            cotangent = self.cotangents[device][phase.b_cotangent_slot[index][device]]
-            residuals = self.residuals[device][phase.b_residual_slot[index][device]]
-            self._expect(action, cotangent, ("cotangent", stage, microbatch))
-            self._expect(action, residuals, ("residuals", stage, microbatch))
-            self.ran[device].append(action)
-            if stage == 0 and phase.finish_microbatch[index] != microbatch:
-                raise ScheduleError(f"{action} finishes microbatch {phase.finish_microbatch[index]}")
-            sent.append(("cotangent", stage - 1, microbatch))
-        self._receive(sent[1:] + sent[:1], phase.b_arrival_slot[index], self.cotangents)
+    def _backward(self, phase: Phase, index: int, device: int) -> _Symbol | None:
+        microbatch, cut = phase.b_microbatch[index][device], phase.b_cut_slot[index][device]
+        if microbatch == NOTHING:
+            return None
+        stage = self.schedule.stage_of(device, phase.b_virtual[index][device])
+        action = Action(stage, "B" if cut == NOTHING else "I", microbatch)
+        cotangent = self.mail[device][phase.b_mail_slot[index][device]]
+        residuals = self.residuals[device][phase.b_residual_slot[index][device]]
+        self._ran(device, action, (cotangent, "cotangent"), (residuals, "residuals"))
+        if stage == 0 and phase.finish_microbatch[index] != microbatch:
+            raise ScheduleError(f"{action} finishes microbatch {phase.finish_microbatch[index]}")
+        if cut != NOTHING:
+            self.cuts[device][cut] = ("cut", stage, microbatch)
+        return "cotangent", stage - 1, microbatch
 
-    def _expect(self, action: Action, value: _Symbol | None, expected: _Symbol) -> None:
-        if value != expected:
-            raise ScheduleError(f"{action} reads {_text(value)}, not {_text(expected)}")
+    def _weights(self, phase: Phase, index: int, device: int) -> None:
+        microbatch = phase.w_microbatch[index][device]
+        if microbatch == NOTHING:
+            return
+        stage = self.schedule.stage_of(device, phase.w_virtual[index][device])
+        residuals = self.residuals[device][phase.w_residual_slot[index][device]]
+        cut = self.cuts[device][phase.w_cut_slot[index][device]]
+        self._ran(device, Action(stage, "W", microbatch), (residuals, "residuals"), (cut, "cut"))
 
-    def _receive(
-        self, arrived: list[_Symbol | None], slots: tuple[int, ...], buffers: list[list[_Symbol | None]]
-    ) -> None:
+    def _ran(self, device: int, action: Action, *read: tuple[_Symbol | None, str]) -> None:
+        for value, what in read:
+            expected = (what, action.stage, action.microbatch)
+            if value != expected:
+                raise ScheduleError(f"{action} reads {_text(value)}, not {_text(expected)}")
+        self.ran[device].append(action)
+
+    def _receive(self, sent: Sequence[_Symbol | None], step: int, phase: Phase, index: int) -> None:
+        slots = {1: phase.onward_slot, -1: phase.back_slot, 0: phase.local_slot}[step][index]
         for device, slot in enumerate(slots):
             if slot != NOTHING:
-                buffers[device][slot] = arrived[device]
-
-
-_Symbol = tuple[str, int, int]  # (what, the stage that reads it, microbatch)
+                self.mail[device][slot] = sent[(device - step) % self.count]
 
 
 def _text(value: _Symbol | None) -> str:
     return "garbage" if value is None else f"{value[0]} of microbatch {value[2]} for stage {value[1]}"
-
-
-# --- from ticks to iterations -------------------------------------------------------------------------------
-
-
-def _iterations(schedule: Schedule) -> list[_Iteration]:
-    """The ticks as iterations: an F tick and the B tick right after it are one."""
-    kinds = [_kind_of(schedule, index) for index in range(len(schedule.ticks))]
-    ticks = [(kind, tick) for kind, tick in zip(kinds, schedule.ticks, strict=True) if kind is not None]
-    idle: Tick = (None,) * schedule.num_devices
-
-    def iteration(f: Tick | None, b: Tick | None) -> _Iteration:
-        cell: Cell = ("F",) * (f is not None) + ("B",) * (b is not None)
-        head = any(action is not None and action.stage == schedule.num_stages - 1 for action in f or ())
-        return _Iteration(f or idle, b or idle, cell, head)
-
-    merged: list[_Iteration] = []
-    index = 0
-    while index < len(ticks):
-        kind, tick = ticks[index]
-        pair = kind == "F" and index + 1 < len(ticks) and ticks[index + 1][0] == "B"
-        if pair:
-            merged.append(iteration(tick, ticks[index + 1][1]))
-        else:
-            merged.append(iteration(tick, None) if kind == "F" else iteration(None, tick))
-        index += 2 if pair else 1
-    # Where all forwards precede all backwards, one F tick and one B tick meet at the turn: merged, they would
-    # be a scan of their own, compiled apart. They stay apart wherever that makes fewer scans.
-    for at in range(len(merged) - 1, -1, -1):
-        one = merged[at]
-        if one.cell == ("F", "B"):
-            apart = [*merged[:at], iteration(one.f, None), iteration(None, one.b), *merged[at + 1 :]]
-            if _num_groups(apart) < _num_groups(merged):
-                merged = apart
-    return merged
-
-
-def _num_groups(iterations: Sequence[_Iteration]) -> int:
-    return sum(1 for _ in itertools.groupby(iterations, key=lambda iteration: iteration.group))
-
-
-def _kind_of(schedule: Schedule, index: int) -> Kind | None:
-    kinds = sorted({action.kind for action in schedule.ticks[index] if action is not None})
-    if len(kinds) > 1:
-        raise ScheduleError(
-            f"schedule '{schedule.name}': tick {index} has kinds {' and '.join(kinds)}; one program for all "
-            "devices needs one kind in a tick, so put each in a tick of its own"
-        )
-    if kinds and kinds[0] not in ("F", "B"):
-        raise ScheduleError(
-            f"schedule '{schedule.name}': tick {index} has kind {kinds[0]}; a program has forwards F and "
-            "whole backwards B, so join each I and W into a B"
-        )
-    return kinds[0] if kinds else None
-
-
-# --- lifetimes ----------------------------------------------------------------------------------------------
-
-_Slots = Mapping[tuple[int, int], int]  # (stage that reads, microbatch) -> slot on that stage's device
-
-
-def _allocate(schedule: Schedule, iterations: Sequence[_Iteration]) -> tuple[_Slots, _Slots, _Slots]:
-    """The slots of inputs, cotangents and residuals, each by the stage that reads it and the microbatch."""
-    when = {
-        action: index
-        for index, iteration in enumerate(iterations)
-        for action in iteration.f + iteration.b
-        if action is not None
-    }
-
-    def moment(action: Action, offset: int) -> int:
-        if action not in when:
-            raise ScheduleError(f"schedule '{schedule.name}': {action} is missing; run the checker to see every fault")
-        return when[action] * _MOMENTS + offset
-
-    inputs: dict[tuple[int, int], tuple[int, int]] = {}
-    cotangents, residuals = dict(inputs), dict(inputs)
-    last = schedule.num_stages - 1
-    for stage in range(schedule.num_stages):
-        for microbatch in range(schedule.num_microbatches):
-            key = (stage, microbatch)
-            forward, backward = Action(stage, "F", microbatch), Action(stage, "B", microbatch)
-            if stage > 0:
-                sent = moment(Action(stage - 1, "F", microbatch), _WRITE_FORWARD)
-                inputs[key] = sent, moment(forward, _READ_INPUT)
-            residuals[key] = moment(forward, _WRITE_FORWARD), moment(backward, _READ_BACKWARD)
-            if stage == last:
-                written = moment(forward, _WRITE_HEAD)
-            else:
-                written = moment(Action(stage + 1, "B", microbatch), _WRITE_BACKWARD)
-            cotangents[key] = written, moment(backward, _READ_BACKWARD)
-    return _slots(schedule, inputs), _slots(schedule, cotangents), _slots(schedule, residuals)
-
-
-def _slots(schedule: Schedule, lives: Mapping[tuple[int, int], tuple[int, int]]) -> _Slots:
-    """A slot for every life (write, last read) on its device: in order of writing, the lowest free one.
-
-    That uses as many slots as there are lives at once, the fewest possible (the lives are intervals).
-    """
-    slots: dict[tuple[int, int], int] = {}
-    last_read: list[list[int]] = [[] for _ in range(schedule.num_devices)]
-    for (stage, microbatch), (write, read) in sorted(lives.items(), key=lambda item: item[1]):
-        if read < write:
-            raise ScheduleError(
-                f"schedule '{schedule.name}': stage {stage} reads what it needs of microbatch {microbatch} "
-                "before it is there; run the checker to see every fault"
-            )
-        busy = last_read[schedule.device_of(stage)]
-        slot = next((slot for slot, until in enumerate(busy) if until < write), len(busy))
-        busy[slot : slot + 1] = [read]
-        slots[stage, microbatch] = slot
-    return slots
-
-
-def _num_slots(slots: _Slots) -> int:
-    """At least 1, even for the inputs of a single stage: an array of no slots cannot be indexed."""
-    return max(slots.values(), default=0) + 1
-
-
-# --- tables -------------------------------------------------------------------------------------------------
-
-
-def _phase(
-    schedule: Schedule,
-    numbered: Sequence[tuple[int, _Iteration]],
-    inputs: _Slots,
-    cotangents: _Slots,
-    residuals: _Slots,
-) -> Phase:
-    iterations = [iteration for _, iteration in numbered]
-    last = schedule.num_stages - 1
-
-    def microbatch_of(tick: Tick, stage: int) -> int:
-        return next((a.microbatch for a in tick if a is not None and a.stage == stage), NOTHING)
-
-    def column(action: Action | None, slots: _Slots | None = None) -> int:
-        if action is None:
-            return NOTHING
-        return action.microbatch if slots is None else slots.get((action.stage, action.microbatch), NOTHING)
-
-    def virtual(action: Action | None) -> int:
-        return NOTHING if action is None else action.stage // schedule.num_devices
-
-    def arrivals(tick: Tick, step: int, slots: _Slots) -> Iterator[int]:
-        """Per device, the slot for what its neighbour sends: step 1 round the ring onwards, -1 back."""
-        for device in range(schedule.num_devices):
-            sender = tick[(device - step) % schedule.num_devices]
-            if sender is None or not 0 <= sender.stage + step <= last:
-                yield NOTHING
-            else:
-                yield slots[sender.stage + step, sender.microbatch]
-
-    return Phase(
-        cell=iterations[0].cell,
-        head=iterations[0].head,
-        length=len(iterations),
-        f_microbatch=tuple(tuple(column(a) for a in it.f) for it in iterations),
-        f_virtual=tuple(tuple(virtual(a) for a in it.f) for it in iterations),
-        f_input_slot=tuple(tuple(column(a, inputs) for a in it.f) for it in iterations),
-        f_residual_slot=tuple(tuple(column(a, residuals) for a in it.f) for it in iterations),
-        f_arrival_slot=tuple(tuple(arrivals(it.f, 1, inputs)) for it in iterations),
-        b_microbatch=tuple(tuple(column(a) for a in it.b) for it in iterations),
-        b_virtual=tuple(tuple(virtual(a) for a in it.b) for it in iterations),
-        b_cotangent_slot=tuple(tuple(column(a, cotangents) for a in it.b) for it in iterations),
-        b_residual_slot=tuple(tuple(column(a, residuals) for a in it.b) for it in iterations),
-        b_arrival_slot=tuple(tuple(arrivals(it.b, -1, cotangents)) for it in iterations),
-        before_microbatch=tuple(microbatch_of(it.f, 0) for it in iterations),
-        head_microbatch=tuple(microbatch_of(it.f, last) for it in iterations),
-        head_slot=tuple(
-            NOTHING if (mb := microbatch_of(it.f, last)) < 0 else cotangents[last, mb] for it in iterations
-        ),
-        finish_microbatch=tuple(microbatch_of(it.b, 0) for it in iterations),
-    )

@@ -14,7 +14,6 @@ from shardlab.mesh.faults import DeclarationError, Fault
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model
-from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import POLICIES, REMAT
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.schedules import make_schedule
@@ -102,7 +101,7 @@ def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: in
 
 
 def stage_faults(
-    model: Model, mesh: MeshSpec, schedule: str, microbatches: int, manual: bool, pipeline: Pipeline | None
+    model: Model, mesh: MeshSpec, schedule: str, virtual: int | None, microbatches: int, manual: bool
 ) -> list[Fault]:
     """What is wrong with the stages: parts, schedule, layers."""
     stages = mesh.sizes[mesh.stage] if mesh.stage else 1
@@ -124,9 +123,9 @@ def stage_faults(
             )
         )
     try:
-        make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1))
+        made = make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1), virtual=virtual)
         if model.parts is not None:
-            assign_layers(len(model.parts.layers), stages)
+            assign_layers(len(model.parts.layers), made.num_stages if stages > 1 else 1)
     except ScheduleError as error:
         raise DeclarationError(str(error)) from None
     return faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.model import Model
+from shardlab.pipeline.schedules import Schedule
 from shardlab.plan.optimizer import nest
 from shardlab.plan.plan import Stack
 from shardlab.sharding.zero import add_axes, without
@@ -50,21 +52,35 @@ def storage_of(
     return (most if shard else least), (most if shard_state else least)
 
 
-def stacks_of(model: Model, layers: tuple[int, ...]) -> tuple[Stack, ...]:
-    """One stack for every array of a block; stage s holds slots s*K to s*K + K - 1, K the longest stage."""
+def stacks_of(model: Model, layers: tuple[int, ...], schedule: Schedule) -> tuple[Stack, ...]:
+    """One stack for every array of a block: by device, by its virtual stages, K slots each, K the longest stage."""
     assert model.parts is not None
-    longest = max(layers)
-    slots: list[int | None] = []
-    start = 0
-    for count in layers:
-        slots += [*range(start, start + count), *[None] * (longest - count)]
-        start += count
+    slots = [slot for device in slots_of(layers, schedule) for stage in device for slot in stage]
     stacks = []
     for inner, path in model.parts.layers[0].items():
         name = path.removesuffix(inner).replace("0", "*") + inner
         members = tuple(None if slot is None else model.parts.layers[slot][inner] for slot in slots)
         stacks.append(Stack(name, members))
     return tuple(stacks)
+
+
+def slots_of(layers: tuple[int, ...], schedule: Schedule) -> list[list[list[int | None]]]:
+    """By device and its virtual stages: the block in each of K slots, None in those that only fill a shorter stage.
+
+    >>> from shardlab.pipeline.schedules import make_schedule
+    >>> slots_of((2, 1, 1, 1), make_schedule("zb_v", stages=2, microbatches=4))
+    [[[0, 1], [4, None]], [[2, None], [3, None]]]
+    """
+    starts = list(accumulate(layers, initial=0))
+    longest = max(layers)
+
+    def stage(index: int) -> list[int | None]:
+        return [*range(starts[index], starts[index + 1]), *[None] * (longest - layers[index])]
+
+    return [
+        [stage(schedule.stage_of(device, virtual)) for virtual in range(schedule.num_virtual)]
+        for device in range(schedule.num_devices)
+    ]
 
 
 def optimizer_tree(model: Model, values: Mapping[str, Any], stacks: tuple[Stack, ...], update: str) -> Any:

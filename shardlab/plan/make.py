@@ -17,6 +17,7 @@ from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
+from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
 from shardlab.plan.check import batch_faults, check_flow, choice_faults, layer_faults, padding_faults, stage_faults
 from shardlab.plan.layout import (
@@ -44,6 +45,7 @@ def make_plan(
     pipeline: Pipeline | None = None,
     specs: Mapping[str, PartitionSpec] | None = None,
     schedule: str = "1f1b",
+    virtual: int | None = None,
     microbatches: int = 1,
     zero: int = 0,
     remat: str = "none",
@@ -63,7 +65,8 @@ def make_plan(
       batch: a batch of the global size, or its shapes.
       pipeline: the names of the module's parts.
       specs: specs by path, before the rules.
-      schedule: ``"1f1b"`` or ``"gpipe"``.
+      schedule: a name of `shardlab.pipeline.schedules.SCHEDULES`.
+      virtual: stages that a device of the stage axis holds; None leaves it to the schedule.
       microbatches: microbatches a step; without a pipeline, gradient accumulation.
       zero: ZeRO level 0 to 3.
       remat: ``"none"``, ``"full"`` or a name of `jax.checkpoint_policies`.
@@ -102,18 +105,21 @@ def make_plan(
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
-    faults += stage_faults(model, mesh, schedule, microbatches, manual, pipeline)
+    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual)
     raise_faults(faults)
 
     stages = sizes.get(mesh.stage, 1) if mesh.stage else 1
     layers: tuple[int, ...] = ()
     stacks: tuple[Stack, ...] = ()
-    if model.parts is not None:
-        layers = assign_layers(len(model.parts.layers), stages)
-        stacks = stacks_of(model, layers)
-        raise_faults(layer_faults(stacks, resolution.placements))
-        if stages == 1 and schedule != "1f1b":
+    if stages == 1:
+        if schedule != "1f1b":
             notes.append(f"schedule {schedule} is ignored: one stage only accumulates its microbatches")
+        schedule, virtual = "1f1b", 1
+    table = make_schedule(schedule, stages=stages, microbatches=microbatches, virtual=virtual)
+    if model.parts is not None:
+        layers = assign_layers(len(model.parts.layers), table.num_stages)
+        stacks = stacks_of(model, layers, table)
+        raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
     if stages > 1:
         head = _head(head, rows, stages, notes)
@@ -165,6 +171,7 @@ def make_plan(
         buffers=tuple(model.buffers),
         stacks=stacks,
         layers=layers,
+        virtual=table.num_virtual,
         optimizer_state=_optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
         update=update,
         schedule=schedule,

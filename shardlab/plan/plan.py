@@ -98,6 +98,7 @@ class Plan:
       buffers: paths of arrays that the model holds and that are not trained; replicated.
       stacks: how the arrays of the blocks are stored together.
       layers: number of blocks in each stage; empty without parts.
+      virtual: stages that a device of the stage axis holds.
       optimizer_state: every array of the optimizer's state.
       update: ``"stacked"`` or ``"per-layer"``: on which tree the optimizer runs.
       schedule: name of the pipeline schedule.
@@ -123,6 +124,7 @@ class Plan:
     buffers: tuple[str, ...]
     stacks: tuple[Stack, ...]
     layers: tuple[int, ...]
+    virtual: int
     optimizer_state: tuple[StateLeaf, ...]
     update: str
     schedule: str
@@ -140,8 +142,13 @@ class Plan:
 
     @property
     def num_stages(self) -> int:
-        """Number of pipeline stages; 1 without a pipeline."""
+        """Number of pipeline stages, virtual ones too; 1 without a pipeline."""
         return max(len(self.layers), 1)
+
+    @property
+    def num_stage_devices(self) -> int:
+        """Number of devices on the stage axis; 1 without a pipeline."""
+        return self.num_stages // self.virtual
 
     @property
     def batch_size(self) -> int:
@@ -161,7 +168,9 @@ class Plan:
 
     def table(self) -> Schedule:
         """The schedule, as a table of ticks x devices."""
-        return make_schedule(self.schedule, stages=self.num_stages, microbatches=self.num_microbatches)
+        return make_schedule(
+            self.schedule, stages=self.num_stage_devices, microbatches=self.num_microbatches, virtual=self.virtual
+        )
 
     def bytes_per_device(self) -> dict[str, int]:
         """Bytes on the fullest device: parameters, gradients, optimizer_state, activations (in flight), padding."""
@@ -180,7 +189,7 @@ class Plan:
                 if stack.name in seen:
                     continue
                 seen.add(stack.name)
-                copies = longest
+                copies = longest * self.virtual
                 pads = stack.members.count(None)
                 totals["padding"] += parameter.bytes_per_device * min(pads, 1)
             padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)

@@ -118,7 +118,8 @@ class Config:
       activation: spec of what flows between blocks.
       batch_size: global examples a step.
       microbatches: microbatches a step; with one stage, gradient accumulation.
-      schedule: pipeline schedule, 1f1b or gpipe.
+      schedule: pipeline schedule; shardlab schedule --help lists them.
+      virtual: stages that a device of the stage axis holds; 0 leaves it to the schedule.
       zero: ZeRO level, 0 to 3.
       remat: what the forward pass keeps: none (everything), full (a block's input), or a policy of
         jax.checkpoint_policies.
@@ -145,6 +146,7 @@ class Config:
     batch_size: int = 8
     microbatches: int = 1
     schedule: str = "1f1b"
+    virtual: int = 0
     zero: int = 0
     remat: str = "none"
     dtype: str = "float32"
@@ -158,7 +160,7 @@ class Config:
     unit: str = "nats"
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "steps": 1, "eval_every": 0, "eval_batches": 1, "seed": 0}
+        least = {"batch_size": 1, "steps": 1, "virtual": 0, "eval_every": 0, "eval_batches": 1, "seed": 0}
         raise_faults(
             Fault(name, f"is {getattr(self, name)!r}", f"give a whole number, {low} or more")
             for name, low in least.items()
@@ -186,6 +188,7 @@ class Config:
             pipeline=self.pipeline,
             specs=self.specs,
             schedule=self.schedule,
+            virtual=self.virtual or None,
             microbatches=self.microbatches,
             zero=self.zero,
             remat=self.remat,

@@ -54,7 +54,7 @@ class Calls:
         self.shared = region.stage is not None and plan.head == "examples"
         self.has_auxiliary = self._has_auxiliary()
         if region.manual or plan.num_microbatches > 1:
-            for rows in {plan.microbatch_rows, plan.microbatch_rows // (plan.num_stages if self.shared else 1)}:
+            for rows in {plan.microbatch_rows, plan.microbatch_rows // (plan.num_stage_devices if self.shared else 1)}:
                 self._check(rows)
 
     @property

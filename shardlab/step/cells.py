@@ -1,13 +1,17 @@
-"""What a device does in one tick of a pipeline: the F cell, the head, the B cell, and what passes between them.
+"""What a device does in one tick of a pipeline: the F, B, I and W cells, the head, and what passes between them.
 
-Every device runs every cell; where the table has nothing for it the result is masked, never branched on, so any
-collective is legal inside a block. Garbage is masked with `where`, not multiplied: it may be NaN.
+In a uniform phase every device runs every cell; where the table has nothing for it the result is masked, never
+branched on, so any collective is legal inside a block. In a divergent phase every device takes the branch of its own
+cell, and what concerns all of them (before, head, sends) stands outside. Garbage is masked with `where`, not
+multiplied: it may be NaN.
 
-Legend: M microbatches, P stages, K blocks of the longest stage, b examples of a microbatch on a shard.
+Legend: M microbatches, P devices of the stage axis, V virtual stages of each, K blocks of the longest stage, b examples
+of a microbatch on a shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +22,12 @@ from jax.sharding import PartitionSpec
 
 from shardlab.module.model import Model
 from shardlab.module.residuals import BlockVjp
-from shardlab.pipeline.buffers import Phase, Program
+from shardlab.pipeline.buffers import Phase, Program, When
+from shardlab.plan.layout import slots_of
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.region import Region, check_rows, rows_of, tree_where
+from shardlab.step.split import Split
 from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
@@ -34,12 +40,11 @@ class StageArrays:
         assert model.parts is not None
         first = {path: inner for inner, path in model.parts.layers[0].items()}
         self.inner = {stack.name: first[next(p for p in stack.members if p)] for stack in plan.stacks}
-        longest = max(plan.layers)
-        starts = np.cumsum((0, *plan.layers[:-1]))
-        slots = np.arange(longest)
-        # [P, K]: the block in each slot, and whether there is one
-        self.block_of_slot = (starts[:, None] + slots).astype(np.int32)
-        self.used = slots < np.asarray(plan.layers)[:, None]
+        slots = slots_of(plan.layers, plan.table())
+        # [P, V K]: the block in each slot, and whether there is one
+        blocks = [[block for stage in device for block in stage] for device in slots]
+        self.used = np.asarray([[block is not None for block in device] for device in blocks])
+        self.block_of_slot = np.asarray([[block or 0 for block in device] for device in blocks], np.int32)
 
 
 class Cells:
@@ -50,7 +55,7 @@ class Cells:
       buffers: the others.
       batch: this shard's examples.
       key_data: of the step's key; None to evaluate, without dropout.
-      where: this device's place: ``shard`` [1], ``stage`` [1], ``block`` and ``used`` [1, K].
+      where: this device's place: ``shard`` [1], ``stage`` [1], ``block`` and ``used`` [1, V K].
       fill: what buffers hold at first.
     """
 
@@ -60,6 +65,7 @@ class Cells:
         region: Region,
         calls: Calls,
         arrays: StageArrays,
+        program: Program,
         values: Arrays,
         buffers: Arrays,
         batch: Any,
@@ -78,8 +84,12 @@ class Cells:
         self.rows = plan.microbatch_rows
         self.first_row = where["shard"][0] * (plan.batch_size // region.shards)
         self.stage_index = where["stage"][0]
-        self.is_first, self.is_last = self.stage_index == 0, self.stage_index == region.num_stages - 1
-        self.slots = (jnp.arange(arrays.used.shape[1], dtype=jnp.int32), where["block"][0], where["used"][0])
+        schedule = program.schedule
+        self.program, self.virtual = program, schedule.num_virtual
+        self.last_device = schedule.device_of(schedule.num_stages - 1)
+        self.is_first, self.is_last = self.stage_index == 0, self.stage_index == self.last_device
+        self.blocks, self.used = where["block"][0], where["used"][0]
+        self.per_stage = max(plan.layers)
         self.even = bool(arrays.used.all())
         self.shared = calls.shared
         self.share_rows = self.rows // region.num_stages if self.shared else self.rows
@@ -115,53 +125,56 @@ class Cells:
                 used |= {var for var in equation.invars if not isinstance(var, Literal)}
         return bool(used & set(closed.jaxpr.invars))
 
+    def slots_of(self, virtual: jax.Array) -> tuple[jax.Array, ...]:
+        """Of a stage's K slots: the place in its buffers, the place in the stored arrays, the block, and if it is one."""
+        places = jnp.arange(self.per_stage, dtype=jnp.int32)
+        if self.virtual == 1:
+            return places, places, self.blocks, self.used
+        first = jnp.maximum(virtual, 0) * self.per_stage
+        mine = (jax.lax.dynamic_slice_in_dim(values, first, self.per_stage) for values in (self.blocks, self.used))
+        return (places, first + places, *mine)
+
     def layer_of(self, slot: jax.Array) -> tuple[Arrays, Arrays]:
         take = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False)  # noqa: E731
         return jax.tree.map(take, self.layer), jax.tree.map(take, self.frozen)
 
     # Buffers.
 
-    def allocate(self, table: Program) -> dict[str, Any]:
-        """The carry at first: buffers of the table's slots, accumulators, sums. To evaluate: no residuals."""
-        zero = jnp.int32(0)
-        x = jax.eval_shape(lambda: self._before(self.rest, zero, share=False))
-
-        def empty(leaf: Any, *leading: int) -> jax.Array:
-            return jnp.full((*leading, *leaf.shape), self.fill, leaf.dtype)
+    def allocate(self) -> dict[str, Any]:
+        """The carry at first: buffers of the program's slots, accumulators, sums. To evaluate: mail and sums only."""
+        table, zero = self.program, jnp.int32(0)
+        self.x = jax.eval_shape(lambda: self._before(self.rest, zero, share=False))
 
         def laid(value: jax.Array, spec: PartitionSpec) -> jax.Array:
             # What a scan carries keeps the layout it starts with.
             return jax.lax.with_sharding_constraint(value, spec)
 
-        def buffer(slots: int) -> Any:
-            spec = PartitionSpec(None, *self.calls.flow_spec)
-            return jax.tree.map(lambda leaf: laid(empty(leaf, slots), spec), x)
-
+        flow = PartitionSpec(None, *self.calls.flow_spec)
         carry: dict[str, Any] = {
-            "inputs": buffer(table.num_input_slots),
-            "residuals": (),
+            "mail": jax.tree.map(lambda leaf: laid(self._empty(leaf, table.num_mail_slots), flow), self.x),
             "sum": jnp.zeros((), self.wide),
             "weight": jnp.zeros((), self.wide),
             "auxiliary": (jnp.zeros((), self.wide), jnp.zeros((), self.wide)),
+            "residuals": (),
         }
         if self.key_data is None:
             return carry
 
-        def stored() -> Any:
-            layer, frozen = self.layer_of(zero)
-            c = self.context(self.rest, zero)
-            return self.block.forward(layer, jax.tree.map(jnp.zeros_like, x), c, (frozen, zero, self.key_data, zero))[1]
+        layer, frozen = jax.eval_shape(lambda: self.layer_of(zero))
+        c = jax.eval_shape(lambda: self.context(self.rest, zero))
+        extra = frozen, zero, self.key_data, zero
+        residuals = jax.eval_shape(lambda *args: self.block.forward(*args)[1], layer, self.x, c, extra)
+        cuts: Any = ()
+        if table.split:
+            self.split = Split(self._block_backward, (residuals, layer, c, extra), self.x)
+            cuts = jax.eval_shape(lambda *args: self.split.first(*args)[1], (residuals, layer, c, extra), self.x)
 
-        per_stage = self.slots[0].shape[0]
-        residuals = jax.eval_shape(stored)
+        def buffers(leaves: Any, slots: int) -> Any:
+            return jax.tree.map(lambda leaf: self._empty(leaf, slots, self.per_stage), leaves)
+
         return carry | {
-            "residuals": tuple(
-                empty(leaf, table.num_residual_slots, per_stage)
-                if jnp.issubdtype(leaf.dtype, jnp.inexact)
-                else jnp.zeros((table.num_residual_slots, per_stage, *leaf.shape), leaf.dtype)
-                for leaf in residuals
-            ),
-            "cotangents": buffer(table.num_cotangent_slots),
+            "residuals": buffers(residuals, table.num_residual_slots),
+            "cuts": buffers(cuts, table.num_cut_slots),
             "layer": {
                 self.inner[name]: laid(jnp.zeros(self.layer[self.inner[name]].shape, self.wide), spec)
                 for name, spec in self.specs.items()
@@ -174,41 +187,91 @@ class Cells:
             },
         }
 
+    def _empty(self, leaf: Any, *leading: int) -> jax.Array:
+        fill = self.fill if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
+        return jnp.full((*leading, *leaf.shape), fill, leaf.dtype)
+
+    def _block_backward(self, kept: Any, dy: Any) -> tuple[Any, Any]:
+        """What the stage before waits for, then the gradients of the weights."""
+        stored, layer, c, extra = kept
+        dlayer, dx, dc = self.block.backward(stored, layer, c, extra, dy)
+        return (dx, dc), dlayer
+
     # Phases.
 
     def train(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> dict[str, Any]:
         """One scan over the iterations of a phase."""
 
         def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], None]:
-            mine = {name: value[0] if value.ndim else value for name, value in row.items()}
-            if "F" in phase.cell:
-                carry, y = self.forward(carry, mine)
-                if phase.head:
-                    carry = self.head(carry, mine, y)
-                carry = carry | {"inputs": self.arrive(carry["inputs"], y, mine["f_arrival_slot"], step=1)}
-            if "B" in phase.cell:
-                carry, dx = self.backward(carry, mine)
-                carry = carry | {"cotangents": self.arrive(carry["cotangents"], dx, mine["b_arrival_slot"], step=-1)}
-            return carry, None
+            return self._iteration(phase, carry, _own(row)), None
 
         return jax.lax.scan(body, carry, rows, length=phase.length)[0]
 
+    def _iteration(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
+        if phase.divergent:
+            return self._divergent(phase, carry, row)
+        if "F" in phase.cell:
+            carry, y = self.forward(carry, row, self.entering(phase, row))
+            carry = self.head(phase, carry, row, y)
+            carry = carry | {"mail": self.arrive(carry["mail"], y, row["onward_slot"], step=1)}
+        if "B" in phase.cell or "I" in phase.cell:
+            carry, dx = self.backward(carry, row, split="I" in phase.cell)
+            carry = self.finish(phase, carry, row, dx)
+            carry = carry | {"mail": self.arrive(carry["mail"], dx, row["back_slot"], step=-1)}
+        return self.weights(carry, row) if "W" in phase.cell else carry
+
+    def _divergent(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
+        """Each device its own cell, in a branch; what spans devices before and after it."""
+        x = self.entering(phase, row)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
+        branches: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]] = {
+            "F": lambda carry: self.forward(carry, row, x),
+            "B": lambda carry: self.backward(carry, row, split=False),
+            "I": lambda carry: self.backward(carry, row, split=True),
+            "W": lambda carry: (self.weights(carry, row), nothing),
+        }
+        choices = [lambda carry: (carry, nothing), *(branches[kind] for kind in phase.cell)]
+        carry, out = jax.lax.switch(row["kind"] + 1, choices, carry)
+        carry = self.head(phase, carry, row, out)
+        carry = self.finish(phase, carry, row, out)
+        mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
+        mail = self.arrive(mail, out, row["back_slot"], step=-1)
+        return carry | {"mail": self.put(mail, out, row["local_slot"], row["local_slot"] >= 0)}
+
+    def where_due(
+        self, phase: Phase, when: When, due: jax.Array, do: Callable[[], Any], skip: Callable[[], Any]
+    ) -> Any:
+        """What `do` gives in the iterations that it is due in, `skip` in the others: the same ones on all devices.
+
+        A device of one stage has it due in nearly every iteration; then it is done in all, and masked.
+        """
+        if when == "never":
+            return skip()
+        if when == "always" or not (self.virtual > 1 or phase.divergent):
+            return do()
+        return jax.lax.cond(due, do, skip)
+
     def evaluate(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
-        """The forwards of a phase; of a phase with a head, y of every microbatch [length, r, ...] or its loss."""
+        """The forwards of a phase; of a phase with a head, y of every iteration [length, r, ...] or its loss."""
 
         def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
-            mine = {name: value[0] if value.ndim else value for name, value in row.items()}
-            carry, y = self.forward(carry, mine)
+            mine = _own(row)
+            carry, y = self.forward(carry, mine, self.entering(phase, mine))
             out = None
-            if phase.head:
+            if phase.head != "never":
                 examples, _, count = self.microbatch(mine["head_microbatch"], share=True)
-                dealt = self.deal(y, self.region.num_stages - 1)
+                dealt = self.deal(y, self.last_device)
                 out = self.calls.after({**self.rest, **self.fixed}, dealt, examples, None, count)
                 if self.calls.has_loss:
-                    carry, out = self.count(carry, *self.calls.loss(out, examples)), None
+                    total, weight = self.calls.loss(out, examples)
+                    carry, out = self.count(carry, total, weight, mine["head_microbatch"] >= 0), None
                 else:
                     check_rows(out, count)
-            return carry | {"inputs": self.arrive(carry["inputs"], y, mine["f_arrival_slot"], step=1)}, out
+            mail = self.arrive(carry["mail"], y, mine["onward_slot"], step=1)
+            if phase.divergent:
+                mail = self.arrive(mail, y, mine["back_slot"], step=-1)
+                mail = self.put(mail, y, mine["local_slot"], mine["local_slot"] >= 0)
+            return carry | {"mail": mail}, out
 
         return jax.lax.scan(body, carry, rows, length=phase.length)
 
@@ -242,21 +305,32 @@ class Cells:
         examples, key, rows = self.microbatch(index, share)
         return self.calls.before({**rest, **self.fixed}, examples, key, rows)
 
-    def forward(self, carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
-        """The F cell: y of this stage's blocks, residuals put into their slot."""
-        x = self._before(self.rest, row["before_microbatch"], share=True)
-        if self.shared:
-            x = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), x)
+    def entering(self, phase: Phase, row: dict[str, jax.Array]) -> Any:
+        """x of the microbatch that stage 0 runs, which every stage has computed its share of."""
+
+        def do() -> Any:
+            x = self._before(self.rest, row["before_microbatch"], share=True)
+            if not self.shared:
+                return x
+            return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), x)
+
+        def skip() -> Any:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
+
+        return self.where_due(phase, phase.before, row["before_microbatch"] >= 0, do, skip)
+
+    def forward(self, carry: dict[str, Any], row: dict[str, jax.Array], x: Any) -> tuple[dict[str, Any], Any]:
+        """The F cell: y of a stage's blocks, residuals put into their slot; x is what enters stage 0."""
         if self.region.stage is not None:
-            x = tree_where(self.is_first, x, self.take(carry["inputs"], row["f_input_slot"]))
+            x = tree_where(row["f_mail_slot"] < 0, x, self.take(carry["mail"], row["f_mail_slot"]))
         c = self.context(self.rest, row["f_microbatch"])
         _, key, _ = self.microbatch(row["f_microbatch"], share=False)
         valid, slot = row["f_microbatch"] >= 0, jnp.maximum(row["f_residual_slot"], 0)
 
         def body(state: Any, at: Any) -> tuple[Any, None]:
             x, held, auxiliary = state
-            place, index, used = at
-            layer, frozen = self.layer_of(place)
+            place, where, index, used = at
+            layer, frozen = self.layer_of(where)
             (y, pair), stored = self._block(layer, x, c, (frozen, index, *(key or (None, None))))
             if pair is not None:
                 more = (jnp.where(valid & used, new, 0).astype(self.wide) for new in pair)
@@ -267,7 +341,7 @@ class Cells:
             return (y, held, auxiliary), None
 
         start = x, carry["residuals"], carry["auxiliary"]
-        (y, held, auxiliary), _ = jax.lax.scan(body, start, self.slots)
+        (y, held, auxiliary), _ = jax.lax.scan(body, start, self.slots_of(row["f_virtual"]))
         return carry | {"residuals": held, "auxiliary": auxiliary}, y
 
     def _block(self, layer: Arrays, x: Any, c: Any, extra: Any) -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
@@ -275,59 +349,104 @@ class Cells:
             return self.calls.block(layer, x, c, extra, self.rows), ()
         return self.block.forward(layer, x, c, extra)
 
-    def backward(self, carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
-        """The B cell: dx of this stage's blocks, their gradients added to the accumulators."""
+    def backward(self, carry: dict[str, Any], row: dict[str, jax.Array], *, split: bool) -> tuple[dict[str, Any], Any]:
+        """The B cell: dx of a stage's blocks, their gradients added to the accumulators.
+
+        The I cell, if `split`: what the gradients need beside the residuals is put into its slot instead.
+        """
         c = self.context(self.rest, row["b_microbatch"])
         _, key, _ = self.microbatch(row["b_microbatch"], share=False)
         valid, slot = row["b_microbatch"] >= 0, jnp.maximum(row["b_residual_slot"], 0)
-        dy = self.take(carry["cotangents"], row["b_cotangent_slot"])
+        cut_slot = jnp.maximum(row["b_cut_slot"], 0)
+        dy = self.take(carry["mail"], row["b_mail_slot"])
         dc = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), c) if self.has_context_gradient else None
 
         def body(state: Any, at: Any) -> tuple[Any, None]:
-            dy, dc, total = state
-            place, index, used = at
-            layer, frozen = self.layer_of(place)
+            dy, dc, total, cuts = state
+            place, where, index, used = at
+            layer, frozen = self.layer_of(where)
             stored = tuple(_read(buffer, (slot, place)) for buffer in carry["residuals"])
-            dlayer, dx, more = self.block.backward(stored, layer, c, (frozen, index, *key), dy)
+            kept = stored, layer, c, (frozen, index, *key)
             keep = valid if self.even else valid & used
+            if split:
+                (dx, more), cut = self.split.first(kept, dy)
+                cuts = jax.tree.map(lambda buffer, leaf: _write(buffer, leaf, (cut_slot, place), valid), cuts, cut)
+            else:
+                (dx, more), dlayer = self._block_backward(kept, dy)
+                total = {name: _add(held, dlayer[name], where, keep) for name, held in total.items()}
             if not self.even:
                 dx = tree_where(used, dx, dy)
             if dc is not None:
                 dc = jax.tree.map(lambda held, new: jnp.where(keep, held + new, held), dc, more)
-            total = {name: _add(held, dlayer[name], place, keep) for name, held in total.items()}
-            return (dx, dc, total), None
+            return (dx, dc, total, cuts), None
 
-        (dx, dc, layer), _ = jax.lax.scan(body, (dy, dc, carry["layer"]), self.slots, reverse=True)
+        start = dy, dc, carry["layer"], carry["cuts"]
+        (dx, dc, layer, cuts), _ = jax.lax.scan(body, start, self.slots_of(row["b_virtual"]), reverse=True)
         rest = carry["rest"]
         if dc is not None:
             _, pull = jax.vjp(lambda rest: self.context(rest, row["b_microbatch"]), self.rest)
             rest = self.add(rest, pull(dc)[0], valid)
-        dealt = self.deal(dx, source=0)
-        _, pull = jax.vjp(lambda rest: self._before(rest, row["finish_microbatch"], share=True), self.rest)
-        used = row["finish_microbatch"] >= 0
-        rest = self.add(rest, pull(dealt)[0], used if self.shared else used & self.is_first)
-        return carry | {"layer": layer, "rest": rest}, dx
+        return carry | {"layer": layer, "rest": rest, "cuts": cuts}, dx
 
-    def head(self, carry: dict[str, Any], row: dict[str, jax.Array], y: Any) -> dict[str, Any]:
+    def weights(self, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
+        """The W cell: the gradients of a stage's blocks, from residuals and cuts."""
+        c = self.context(self.rest, row["w_microbatch"])
+        _, key, _ = self.microbatch(row["w_microbatch"], share=False)
+        valid, slot = row["w_microbatch"] >= 0, jnp.maximum(row["w_residual_slot"], 0)
+        cut_slot = jnp.maximum(row["w_cut_slot"], 0)
+
+        def body(total: Any, at: Any) -> tuple[Any, None]:
+            place, where, index, used = at
+            layer, frozen = self.layer_of(where)
+            stored = tuple(_read(buffer, (slot, place)) for buffer in carry["residuals"])
+            cut = jax.tree.map(lambda buffer: _read(buffer, (cut_slot, place)), carry["cuts"])
+            dlayer = self.split.second((stored, layer, c, (frozen, index, *key)), cut)
+            keep = valid if self.even else valid & used
+            return {name: _add(held, dlayer[name], where, keep) for name, held in total.items()}, None
+
+        return carry | {"layer": jax.lax.scan(body, carry["layer"], self.slots_of(row["w_virtual"]), reverse=True)[0]}
+
+    def finish(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array], dx: Any) -> dict[str, Any]:
+        """The gradients of `before`, of the microbatch whose dx stage 0 has just computed."""
+
+        def do() -> Arrays:
+            _, pull = jax.vjp(lambda rest: self._before(rest, row["finish_microbatch"], share=True), self.rest)
+            used = row["finish_microbatch"] >= 0
+            (new,) = pull(self.deal(dx, source=0))
+            return self.add(carry["rest"], new, used if self.shared else used & self.is_first)
+
+        due = row["finish_microbatch"] >= 0
+        return carry | {"rest": self.where_due(phase, phase.finish, due, do, lambda: carry["rest"])}
+
+    def head(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array], y: Any) -> dict[str, Any]:
         """after, loss and their vjp; the cotangent of the last stage's y put into its slot."""
-        examples, key, rows = self.microbatch(row["head_microbatch"], share=True)
+        due = row["head_microbatch"] >= 0
 
-        def loss(rest: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
-            return self.calls.loss(self.calls.after({**rest, **self.fixed}, y, examples, key, rows), examples)
+        def do() -> tuple[dict[str, Any], Any]:
+            examples, key, rows = self.microbatch(row["head_microbatch"], share=True)
 
-        total, pull, weight = jax.vjp(loss, self.rest, self.deal(y, self.region.num_stages - 1), has_aux=True)
-        drest, dy = pull(jnp.ones_like(total))
-        keep = jnp.bool_(True) if self.shared else self.is_last
-        if self.shared:
-            dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
-        return self.count(carry, total, weight) | {
-            "rest": self.add(carry["rest"], drest, keep),
-            "cotangents": self.put(carry["cotangents"], dy, row["head_slot"], self.is_last),
-        }
+            def loss(rest: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
+                return self.calls.loss(self.calls.after({**rest, **self.fixed}, y, examples, key, rows), examples)
 
-    def count(self, carry: dict[str, Any], total: jax.Array, weight: jax.Array) -> dict[str, Any]:
+            total, pull, weight = jax.vjp(loss, self.rest, self.deal(y, self.last_device), has_aux=True)
+            drest, dy = pull(jnp.ones_like(total))
+            if self.shared:
+                dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
+            keep = due if self.shared else due & self.is_last
+            new = self.count({name: carry[name] for name in ("sum", "weight")}, total, weight, due)
+            return new | {"rest": self.add(carry["rest"], drest, keep)}, dy
+
+        def skip() -> tuple[dict[str, Any], Any]:
+            return {name: carry[name] for name in ("sum", "weight", "rest")}, jax.tree.map(jnp.zeros_like, y)
+
+        if phase.head == "never":
+            return carry
+        new, dy = self.where_due(phase, phase.head, due, do, skip)
+        return carry | new | {"mail": self.put(carry["mail"], dy, row["head_slot"], due & self.is_last)}
+
+    def count(self, carry: dict[str, Any], total: jax.Array, weight: jax.Array, due: jax.Array) -> dict[str, Any]:
         """`carry` with a microbatch's loss, from the stages that computed it on true examples."""
-        keep = jnp.bool_(True) if self.shared else self.is_last
+        keep = due if self.shared else due & self.is_last
         return carry | {
             "sum": carry["sum"] + jnp.where(keep, total, 0).astype(self.wide),
             "weight": carry["weight"] + jnp.where(keep, weight, 0).astype(self.wide),
@@ -362,6 +481,11 @@ class Cells:
         axes = dict.fromkeys(layer, region.batch) | dict.fromkeys(carry["rest"], region.manual)
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
+
+
+def _own(row: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """This device's part of a row of a phase's tables."""
+    return {name: value[0] if value.ndim else value for name, value in row.items()}
 
 
 def _write(buffer: jax.Array, value: jax.Array, at: tuple[jax.Array, jax.Array], valid: jax.Array) -> jax.Array:

@@ -84,8 +84,8 @@ def _for_batch(plan: Plan, shapes: Any) -> Plan:
         )
     each = size // (shards if plan.batch_axes_manual else 1)
     count = next(m for m in range(min(plan.num_microbatches, each), 0, -1) if each % m == 0)
-    head = plan.head if each // count % plan.num_stages == 0 else "last_stage"
-    return dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head, schedule="gpipe")
+    head = plan.head if each // count % plan.num_stage_devices == 0 else "last_stage"
+    return dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head)
 
 
 def _whole(plan: Plan, region: Region, calls: Calls) -> Any:

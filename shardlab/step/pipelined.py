@@ -1,12 +1,13 @@
 """A model cut at its blocks, on a mesh with or without a stage axis: one SPMD program that follows a table.
 
-tick scan     for each phase of the table: F cell, head, B cell, whichever the phase has
+tick scan     for each phase of the table: F cell, head, B or I cell, W cell, whichever the phase has
   F cell      x = before(share of the microbatch), gathered to stage 0;  else what the last tick brought
               scan over this stage's blocks, residuals written into the table's slot
               y -> next stage
   head        last stage's y is dealt out by example; each stage runs after + loss + their vjp on its share
   B cell      reverse scan over this stage's blocks: vjp of one block, its gradient added to its slice
               dx -> previous stage;  stage 0's dx is dealt out by example for before's vjp
+  I, W cells  the same in two: what the previous stage waits for, and later the gradients
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from shardlab.module.model import Model
-from shardlab.pipeline.buffers import Phase, program
+from shardlab.pipeline.buffers import Phase, forward_program, program
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.cells import Cells, StageArrays
@@ -42,8 +43,8 @@ def pipelined_gradients(
     table = program(plan.table())
 
     def in_region(values: Arrays, buffers: Arrays, batch: Any, key_data: jax.Array, where: Any, rows: Any) -> Any:
-        cells = Cells(plan, region, calls, arrays, values, buffers, batch, key_data, where, fill)
-        carry = cells.allocate(table)
+        cells = Cells(plan, region, calls, arrays, table, values, buffers, batch, key_data, where, fill)
+        carry = cells.allocate()
         for phase, phase_rows in zip(table.phases, rows, strict=True):
             carry = cells.train(carry, phase, phase_rows)
         return cells.reduced(carry, specs)
@@ -60,31 +61,34 @@ def pipelined_forward(model: Model, plan: Plan, region: Region, calls: Calls) ->
       DeclarationError: when tracing, if a leaf of y does not have the examples as its leading dim.
     """
     arrays = StageArrays(model, plan)
-    table = program(plan.table())
-    phases = tuple(phase for phase in table.phases if "F" in phase.cell)
+    table = forward_program(plan.table())
 
     def in_region(values: Arrays, buffers: Arrays, batch: Any, key_data: None, where: Any, rows: Any) -> Any:
-        cells = Cells(plan, region, calls, arrays, values, buffers, batch, None, where, 0.0)
-        carry = cells.allocate(table)
+        cells = Cells(plan, region, calls, arrays, table, values, buffers, batch, None, where, 0.0)
+        carry = cells.allocate()
         found = []
-        for phase, phase_rows in zip(phases, rows, strict=True):
+        for phase, phase_rows in zip(table.phases, rows, strict=True):
             carry, out = cells.evaluate(carry, phase, phase_rows)
-            found += [out] if phase.head else []
+            found += [out] if phase.head != "never" else []
         if calls.has_loss:
             total, weight, *_ = cells.sums(carry)
             return total, weight
         (y,) = found
-        # [M, r, ...] here is [D, M, P, r, ...] of all shards and stages.
-        return jax.tree.map(lambda leaf: leaf[None, :, None], y)
+        # [length, r, ...] here is [D, M, P, r, ...] of all shards and stages.
+        return jax.tree.map(lambda leaf: leaf[ended][None, :, None], y)
+
+    last_device = table.schedule.device_of(table.schedule.num_stages - 1)
+    (heads,) = (phase.head_microbatch for phase in table.phases if phase.head != "never")
+    ended = np.argsort([at if at >= 0 else len(heads) for at in heads], kind="stable")[: plan.num_microbatches]
 
     def joined(leaf: jax.Array) -> jax.Array:
         if plan.head != "examples":
-            leaf = leaf[:, :, -1:]
+            leaf = leaf[:, :, last_device : last_device + 1]
         return leaf.reshape(plan.batch_size, *leaf.shape[4:])
 
     none = PartitionSpec()
     out_specs: Any = (none, none) if calls.has_loss else PartitionSpec(region.batch or None, None, region.stage)
-    entered = _entered(plan, region, arrays, in_region, out_specs, phases)
+    entered = _entered(plan, region, arrays, in_region, out_specs, table.phases)
 
     def forward(values: Arrays, buffers: Arrays, batch: Any) -> Any:
         out = entered(values, buffers, batch, None)
@@ -134,8 +138,8 @@ def _entered(
 
 def _rows(phase: Phase) -> dict[str, np.ndarray]:
     """The tables of a phase: [length, P] where devices differ, [length] where they do not."""
-    names = ["before_microbatch", "head_microbatch", "head_slot", "finish_microbatch"]
-    for kind in ("f", "b"):
-        names += [f"{kind}_{field}" for field in ("microbatch", "residual_slot", "arrival_slot")]
-    names += ["f_input_slot", "b_cotangent_slot"]
+    names = ["before_microbatch", "head_microbatch", "head_slot", "finish_microbatch", "kind"]
+    for kind, slots in (("f", ("mail", "residual")), ("b", ("mail", "residual", "cut")), ("w", ("residual", "cut"))):
+        names += [f"{kind}_microbatch", f"{kind}_virtual", *(f"{kind}_{slot}_slot" for slot in slots)]
+    names += ["onward_slot", "back_slot", "local_slot"]
     return {name: np.asarray(getattr(phase, name), np.int32) for name in names}

@@ -29,7 +29,7 @@ class Region:
       mesh: the whole mesh.
       batch: the batch axes of more than one device, where they are manual.
       stage: the stage axis, where there is more than one stage.
-      num_stages: 1 without a stage axis.
+      num_stages: devices on the stage axis; 1 without one.
       shards: number of shards of the batch.
       reduce_dtype: what gradients are summed over devices in.
     """
@@ -118,7 +118,7 @@ def make_region(plan: Plan, mesh: Mesh) -> Region:
     """The region that the plan asks for."""
     # An axis of size 1 is left automatic: XLA refuses collectives over manual axes that are all trivial.
     batch = tuple(axis for axis in plan.mesh.batch if plan.mesh.sizes[axis] > 1) if plan.batch_axes_manual else ()
-    stages = plan.num_stages
+    stages = plan.num_stage_devices
     return Region(
         mesh=mesh,
         batch=batch,

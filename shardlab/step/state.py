@@ -41,7 +41,7 @@ class TrainState:
 
 def stage_axis(plan: Plan) -> str | None:
     """The stage axis where there is more than one stage."""
-    return plan.mesh.stage if plan.num_stages > 1 else None
+    return plan.mesh.stage if plan.num_stage_devices > 1 else None
 
 
 def storage_specs(plan: Plan, which: str = "storage") -> dict[str, PartitionSpec]:
