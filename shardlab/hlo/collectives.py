@@ -133,14 +133,7 @@ def collectives(text: str, axes: Mapping[str, int], *, every_branch: bool = Fals
     [('all-reduce', ('data',), 1, 24, 24)]
     """
     module = parse(text)
-    devices = math.prod(axes.values())
-    if module.num_partitions is not None and module.num_partitions * module.replica_count != devices:
-        sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
-        raise ValueError(
-            f"the program is compiled for {module.num_partitions * module.replica_count} devices, "
-            f"the mesh ({sizes}) has {devices}; give the axes of the mesh it was compiled with"
-        )
-    found = _scan(module, tuple(axes.items()))
+    found = each_once(module, axes)
     step = visits(module, lambda name, i: _wire(found[name, i.name]) if (name, i.name) in found else 0.0)
     listed = []
     for (name, _), one in found.items():
@@ -188,8 +181,20 @@ def totals(found: Iterable[Collective], *, sliced_as_reduce_scatter: bool = Fals
     return tuple(sorted(rows.values(), key=lambda row: (-row.wire_bytes, row.kind, row.axes)))
 
 
-def _scan(module: HloModule, mesh: tuple[tuple[str, int], ...]) -> dict[tuple[str, str], Collective]:
-    """One execution of each collective, by the names of its computation and its instruction."""
+def each_once(module: HloModule, axes: Mapping[str, int]) -> dict[tuple[str, str], Collective]:
+    """One execution of each collective, by the names of its computation and its instruction.
+
+    Raises:
+      ValueError: the program is for another number of devices than the mesh has.
+    """
+    devices = math.prod(axes.values())
+    if module.num_partitions is not None and module.num_partitions * module.replica_count != devices:
+        sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
+        raise ValueError(
+            f"the program is compiled for {module.num_partitions * module.replica_count} devices, "
+            f"the mesh ({sizes}) has {devices}; give the axes of the mesh it was compiled with"
+        )
+    mesh = tuple(axes.items())
     found = {}
     chains = set()
     for name, computation in module.computations.items():

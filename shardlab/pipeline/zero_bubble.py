@@ -47,7 +47,7 @@ def zb_h2(stages: int, microbatches: int, virtual: int) -> tuple[Tick, ...]:
 
 
 def zb_v(stages: int, microbatches: int, virtual: int) -> tuple[Tick, ...]:
-    """Two stages a device, down and up again, so that the last stage is on device 0 (Qi et al., 2024, arXiv 2405.15362).
+    """Two stages a device, down and up again: the last stage is on device 0 (Qi et al., 2024, arXiv 2405.15362).
 
     A device idles (P-1) max(0, 2 (tI - tW), tI - tF) between its first action and its last, for tW <= tI, tF <= tI;
     it holds at most 2P activations of half a stage, 1F1B's memory.

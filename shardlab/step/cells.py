@@ -126,7 +126,7 @@ class Cells:
         return bool(used & set(closed.jaxpr.invars))
 
     def slots_of(self, virtual: jax.Array) -> tuple[jax.Array, ...]:
-        """Of a stage's K slots: the place in its buffers, the place in the stored arrays, the block, and if it is one."""
+        """Of a stage's K slots: the place in its buffers, that in the stored arrays, the block, and if it is one."""
         places = jnp.arange(self.per_stage, dtype=jnp.int32)
         if self.virtual == 1:
             return places, places, self.blocks, self.used

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shardlab.hlo.hang import could_hang
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, read_model
+from shardlab.pipeline.buffers import program
 from shardlab.plan.layout import optimizer_shapes, optimizer_tree
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
@@ -156,6 +158,7 @@ def compile_train_step(
         lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
         compiled = lowered.compile()
     _same_as_declared(compiled, (state_shardings, batch_shardings))
+    _cannot_hang(compiled, plan)
     return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, jitted, lowered, compiled)
 
 
@@ -257,3 +260,19 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
                 problem = f"declared {mine.spec}, compiled as {other}"
                 faults.append(Fault(path_of(keys), problem, "report it: XLA changed a sharding"))
     raise_faults(faults)
+
+
+def _cannot_hang(compiled: Any, plan: Plan) -> None:
+    """In a divergent schedule, where each stage takes its own branch, no collective in a branch waits for others."""
+    table = plan.table()
+    if plan.mesh.stage is None or not any(phase.divergent for phase in program(table).phases):
+        return
+    raise_faults(
+        Fault(
+            f"schedule {plan.schedule!r}",
+            f"{one.kind} {one.name} over {' x '.join(one.axes)} is in a branch that not all of its devices take "
+            f"({one.op_name}{' at ' + one.source if one.source else ''}), and would wait for ever",
+            "use a schedule that needs no branch: 1f1b_split, interleaved_1f1b or 1f1b",
+        )
+        for one in could_hang(compiled.as_text(), plan.mesh.sizes, plan.mesh.stage)
+    )
