@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardlab.models import mlp
 from shardlab.module.functions import Functions, path_of, read_functions
+from shardlab.pipeline.schedules import make_schedule
 from shardlab.plan.layout import stacks_of
 from shardlab.plan.optimizer import nest, stack, state_specs, unnest, why_per_layer
 from shardlab.plan.plan import Stack
@@ -113,6 +114,7 @@ MODEL = read_functions(
     {"features": jax.ShapeDtypeStruct((4, 12), "float32")},
     None,
 )
+STACKS = stacks_of(MODEL, (2, 1), make_schedule("1f1b", stages=2, microbatches=2))
 
 PER_LAYER: dict[str, tuple[optax.GradientTransformation, str]] = {
     "muon": (optax.contrib.muon(0.1), "on stacked layers its update of blocks/*/"),
@@ -142,12 +144,12 @@ STACKED: dict[str, optax.GradientTransformation] = {
 @pytest.mark.parametrize("name", PER_LAYER)
 def test_an_optimizer_that_tells_stacked_layers_apart_runs_per_layer(name: str) -> None:
     optimizer, reason = PER_LAYER[name]
-    assert (why_per_layer(optimizer, MODEL, stacks_of(MODEL, (2, 1))) or "").startswith(reason)
+    assert (why_per_layer(optimizer, MODEL, STACKS) or "").startswith(reason)
 
 
 @pytest.mark.parametrize("name", STACKED)
 def test_an_elementwise_optimizer_runs_stacked(name: str) -> None:
-    assert why_per_layer(STACKED[name], MODEL, stacks_of(MODEL, (2, 1))) is None
+    assert why_per_layer(STACKED[name], MODEL, STACKS) is None
 
 
 def test_nest_and_unnest() -> None:
