@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.models.mlp import MLPConfig, label_loss
+from shardlab.models.mlp import MLP, MLPConfig, label_loss
 from shardlab.run.config import Config, override
 from shardlab.run.evaluate import evaluate
 from shardlab.run.loop import train
@@ -97,6 +98,28 @@ def test_without_a_run_the_seeds_parameters_are_evaluated_aloud(run: RunRecord) 
     assert found["eval_loss"] == pytest.approx(run.report["initial_eval_loss"], rel=1e-6)
     assert found["parameters"] == "initial"
     assert view.texts[0] == "no run is named: these are the parameters that seed 0 gives, before any step"
+
+
+def test_parameters_that_are_narrow_themselves(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Narrow(MLPConfig):
+        def __call__(self, rngs: nnx.Rngs) -> MLP:
+            made = super().__call__(rngs)
+            nnx.update(made, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(made, nnx.Param)))
+            return made
+
+    model = Narrow(num_layers=1, model_dim=4, hidden_dim=4)
+    config = tiny("data=1", model=model, dtype="bfloat16", steps=1, eval_every=1)
+    assert {parameter.dtype for parameter in config.plan().parameters} == {"bfloat16"}
+    made = train(config, tmp_path)
+    assert evaluate(config, tmp_path)["eval_loss"] == made.report["eval_loss"]
+
+
+def test_a_loss_over_nothing_is_no_number() -> None:
+    config = tiny("data=1", loss=lambda y, batch: (0 * jnp.sum(y), jnp.zeros(())), eval_batches=1)
+    found = evaluate(config)
+    assert np.isnan(found["eval_loss"])
+    assert found["tokens"] == 0
 
 
 def test_a_run_of_another_model_is_refused_with_every_difference(run: RunRecord) -> None:

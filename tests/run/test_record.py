@@ -91,6 +91,15 @@ def test_arrays_are_read_back_bit_for_bit_by_the_users_paths(tmp_path: Path) -> 
         np.testing.assert_array_equal(found[path], array)
 
 
+def test_a_path_may_be_any_name_and_a_dtype_that_numpy_lacks_is_widened(tmp_path: Path) -> None:
+    narrow = jnp.array([1.0, -2.5, 3e38], jnp.bfloat16)
+    write_arrays(tmp_path, {"file": np.arange(3), "allow_pickle": np.ones(2), "narrow": narrow})
+    found = read_arrays(tmp_path)
+    assert set(found) == {"file", "allow_pickle", "narrow"}
+    assert found["narrow"].dtype == np.float32
+    np.testing.assert_array_equal(found["narrow"].astype(jnp.bfloat16), narrow)
+
+
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     run = tmp_path / "first"
     run.mkdir()
