@@ -145,6 +145,7 @@ def test_a_schedule_as_json(call: Call) -> None:
 def test_a_schedules_costs_and_defaults(call: Call) -> None:
     found = facts(call, "schedule", "gpipe", "--costs", "2,1,0.5", "--virtual", 1)
     assert (found["name"], found["stages"], found["microbatches"], found["virtual"]) == ("gpipe", 4, 8, 1)
+    assert found["costs"] == {"F": 2.0, "I": 1.0, "W": 0.5, "send": 0.0}
     assert found["async"]["makespan"] == (8 + 4 - 1) * (2 + 1.5)
     assert found["peak_in_flight"] == [8, 8, 8, 8]
 
@@ -359,7 +360,7 @@ def config():
 def test_a_proof_and_its_exit_status(tmp_path: Path, call: Call, passes: bool) -> None:
     file = tmp_path / "differ.py"
     file.write_text(PARTS_DIFFER)
-    status, out, err = call("verify", CONFIG if passes else file, "--steps", 2, "--json")
+    status, out, err = call("verify", CONFIG if passes else file, "--steps", 2, "--schedule", "1f1b", "--json")
     found = json.loads(out)
     assert status == (0 if passes else 1)
     assert found["passed"] is passes
@@ -369,6 +370,7 @@ def test_a_proof_and_its_exit_status(tmp_path: Path, call: Call, passes: bool) -
     assert found["dtype"] == "float64"
     assert out.count("\n") == 1
     assert err.startswith("planning ... ")
+    assert "\nnote: schedule 1f1b is ignored: one stage only accumulates its microbatches\n" in err
 
 
 # --- what is refused
@@ -487,7 +489,7 @@ from tests.run import tiny
 print(f"started with {jax.device_count()} devices", file=sys.stderr)
 
 def config():
-    return tiny.tiny("data=3", batch_size=6)
+    return tiny.tiny("data=3", batch_size=6, pipeline=None)
 """
 
 
@@ -520,7 +522,7 @@ class Slow(tiny.Points):
             yield batch
 
 def config():
-    return tiny.tiny("data=1", steps=100_000, data=Slow())
+    return tiny.tiny("data=1", steps=100_000, data=Slow(), pipeline=None)
 """
 
 

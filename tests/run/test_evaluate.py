@@ -109,14 +109,14 @@ def test_parameters_that_are_narrow_themselves(tmp_path: Path) -> None:
             return made
 
     model = Narrow(num_layers=1, model_dim=4, hidden_dim=4)
-    config = tiny("data=1", model=model, dtype="bfloat16", steps=1, eval_every=1)
+    config = tiny("data=1", model=model, dtype="bfloat16", steps=1, eval_every=1, pipeline=None)
     assert {parameter.dtype for parameter in config.plan().parameters} == {"bfloat16"}
     made = train(config, tmp_path)
     assert evaluate(config, tmp_path)["eval_loss"] == made.report["eval_loss"]
 
 
 def test_a_loss_over_nothing_is_no_number() -> None:
-    config = tiny("data=1", loss=lambda y, batch: (0 * jnp.sum(y), jnp.zeros(())), eval_batches=1)
+    config = tiny("data=1", loss=lambda y, batch: (0 * jnp.sum(y), jnp.zeros(())), eval_batches=1, pipeline=None)
     found = evaluate(config)
     assert np.isnan(found["eval_loss"])
     assert found["tokens"] == 0

@@ -179,20 +179,23 @@ def test_other_meshes_give_the_same_losses(first: RunRecord, tmp_path: Path, siz
         np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6)
 
 
-def test_another_seed_is_another_run_and_a_loss_that_is_not_finite_is_said(first: RunRecord, tmp_path: Path) -> None:
+def test_a_seed_is_the_datas_too_and_a_loss_that_is_not_finite_is_said(first: RunRecord, tmp_path: Path) -> None:
     """Features grow until they overflow: fine for two steps, and no number afterwards."""
+    seeds = []
 
     @dataclass(frozen=True)
     class Growing(Points):
         def train(self, batch_size: int, *, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+            seeds.append(seed)
             for step, batch in enumerate(super().train(batch_size, seed=seed), start=1):
                 yield batch if step < 3 else {**batch, "features": batch["features"] * np.float32(np.inf)}
 
     view = Heard()
-    record = train(tiny(steps=4, seed=1, eval_every=9, data=Growing()), tmp_path, view=view)
+    record = train(tiny(steps=4, seed=1, eval_every=9, data=Growing(), pipeline=None), tmp_path, view=view)
     losses = [row["loss"] for row in record.rows]
     assert losses[2:] == [None, None]
     assert all(loss is not None and math.isfinite(loss) for loss in losses[:2])
+    assert seeds == [1]
     assert losses[0] != first.rows[0]["loss"]
     said = [text for text in view.texts if "finite" in text]
     assert said == ["step 3: the loss is not finite; a lower learning rate may help"]
@@ -230,7 +233,7 @@ def test_few_steps_are_in_flight_and_never_none(monkeypatch: pytest.MonkeyPatch,
 
     made = shardlab.run.loop.compile_train_step
     monkeypatch.setattr(shardlab.run.loop, "compile_train_step", lambda *given: Counted(made(*given)))
-    record = train(tiny(steps=6), tmp_path)
+    record = train(tiny(steps=6, pipeline=None), tmp_path)
     assert RUN_AHEAD == 2
     assert ahead == [0, 1, 2, 2, 2, 2]
     assert [row["step"] for row in record.rows] == [1, 2, 3, 4, 5, 6]
@@ -267,7 +270,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_leaves_no_report(tmp_path: Path) ->
     (tmp_path / "report.json").write_text("an earlier run's")
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(steps=STEPS, data=Interrupting(times=2)), tmp_path)
+        train(tiny(steps=STEPS, data=Interrupting(times=2), pipeline=None), tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "plan.json"]
 
