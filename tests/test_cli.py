@@ -400,7 +400,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no parameters": (("eval", CONFIG, "--run", "nowhere"), "run 'nowhere': holds no parameters.npz; "),
     "no schedule": (("schedule", "1f1c"), "schedule '1f1c'"),
     "no stages": (("schedule", "1f1b", "--stages", "0"), "stages is 0; a schedule needs at least 1 "),
-    "virtual stages": (("schedule", "1f1b", "--virtual", "0"), "virtual is 0; a schedule needs at least 1 "),
+    "virtual stages": (("schedule", "1f1b", "--virtual", "-1"), "virtual is -1; a schedule needs at least 1 "),
     "costs": (("schedule", "1f1b", "--costs", "1,2"), "costs '1,2': is not three times F,I,W; write them as 1,1,1"),
     "negative costs": (("schedule", "1f1b", "--costs=-1,1,1"), "costs: F is -1.0; give every cost as a finite time"),
 }

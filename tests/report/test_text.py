@@ -28,6 +28,7 @@ REPORT: dict[str, Any] = {
     "stages": 2,
     "microbatches": 3,
     "schedule": "1f1b",
+    "virtual": 1,
     "peak_in_flight": [3, 1],
     "bubble_fraction": 0.25,
     "steps_done": 4,

@@ -35,7 +35,18 @@ def test_the_scalars_are_the_configs_own_and_those_of_its_dataclasses() -> None:
     found = {scalar.name: scalar for scalar in scalars(tiny.config())}
     own = {field.name for field in dataclasses.fields(Config) if isinstance(field.default, str | int | float)}
     assert own == {
-        *("batch_size", "microbatches", "schedule", "zero", "remat", "dtype", "reduce_dtype", "head", "batch_axes"),
+        *(
+            "batch_size",
+            "microbatches",
+            "schedule",
+            "virtual",
+            "zero",
+            "remat",
+            "dtype",
+            "reduce_dtype",
+            "head",
+            "batch_axes",
+        ),
         *("steps", "seed", "eval_every", "eval_batches", "unit"),
     }
     model = ("num_features", "num_layers", "model_dim", "hidden_dim", "num_classes", "dropout")
