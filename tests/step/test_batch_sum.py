@@ -19,7 +19,8 @@ X = jnp.arange(6.0).reshape(3, 2)
 def test_a_tree_is_itself() -> None:
     tree = {"a": X, "b": (jnp.int32(3), None)}
     found = batch_sum(tree)
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    assert set(found) == {"a", "b"}
+    assert found["b"][1] is None
     np.testing.assert_array_equal(found["a"], X)
     assert found["b"][0].dtype == jnp.int32
 

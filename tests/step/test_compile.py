@@ -171,9 +171,7 @@ def test_a_sharding_that_xla_changed_is_refused() -> None:
     moved = StandIn((({"w": laid(None, "tensor"), "b": laid()}, {"x": laid()}), {}), [declared[0], None])
     with pytest.raises(DeclarationError) as error:
         _same_as_declared(moved, declared)
-    assert str(error.value) == (
-        f"1/x: declared {P('data')}, compiled as {laid()}; report it: XLA changed a sharding"
-    )
+    assert str(error.value) == (f"1/x: declared {P('data')}, compiled as {laid()}; report it: XLA changed a sharding")
     lost = StandIn((declared, {}), [{"w": laid(), "b": laid("data")}, None])
     with pytest.raises(DeclarationError) as error:
         _same_as_declared(lost, declared)

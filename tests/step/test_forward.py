@@ -15,7 +15,7 @@ import pytest
 from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
-from shardlab.module.functions import Functions
+from shardlab.module.functions import Functions, path_of
 from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import Rules
@@ -41,6 +41,11 @@ IN_PARTS = Functions(init=INIT, before=mlp.before, block=BLOCK, after=mlp.after)
 WHOLE = Functions(init=INIT, apply=apply)
 
 
+@functools.cache
+def parameters() -> Any:
+    return jax.jit(INIT)(jax.random.key(0))
+
+
 def planned(model: Functions, **more: Any) -> Plan:
     sizes = {axis: more.pop(axis, 1) for axis in ("data", "stage", "tensor")}
     spec = MeshSpec(sizes, batch="data", stage="stage", target=f"cpu:{math.prod(sizes.values())}")
@@ -50,20 +55,13 @@ def planned(model: Functions, **more: Any) -> Plan:
 
 def stored(plan: Plan, forward: CompiledForward) -> dict[str, Any]:
     """The parameters of seed 0 as the plan stores them."""
-    flat = {"/".join(map(str, path)): value for path, value in paths(INIT(jax.random.key(0)))}
+    flat = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(parameters())[0]}
     values = {p.path: flat[p.path] for p in plan.parameters}
     for stack in plan.stacks:
         first = next(path for path in stack.members if path)
         parts = [np.zeros_like(flat[first]) if path is None else values.pop(path) for path in stack.members]
         values[stack.name] = np.stack(parts)
     return jax.device_put(values, shardings(forward.mesh, storage_specs(plan)))
-
-
-def paths(tree: Any) -> Any:
-    return [
-        (tuple(getattr(key, "key", getattr(key, "idx", None)) for key in keys), leaf)
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
 
 
 CASES: dict[str, tuple[Functions, dict[str, Any]]] = {
@@ -73,19 +71,22 @@ CASES: dict[str, tuple[Functions, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "size"), [("whole", 6), *((name, size) for name in list(CASES)[1:] for size in (16, 6))])
+@pytest.mark.parametrize(
+    ("name", "size"), [("whole", 6), *((name, size) for name in list(CASES)[1:] for size in (16, 6))]
+)
 def test_y_and_loss_of_any_batch(name: str, size: int) -> None:
     """Dropout is off: the model has it, and y is the same without a key."""
     model, options = CASES[name]
-    plan, batch = planned(model, **options), features(size)
-    expected = apply(INIT(jax.random.key(0)), batch, None, False)
+    plan = planned(model, **options)
+    batch: Any = features(size)
+    expected = jax.jit(lambda params: apply(params, batch, None, False))(parameters())
     forward = compile_forward(model, plan, batch)
-    parameters = stored(plan, forward)
-    y = forward(parameters, {}, batch)
+    values = stored(plan, forward)
+    y = forward(values, {}, batch)
     assert y.shape == (size, 10)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     if size != 16:
-        total, weight = compile_forward(model, plan, batch, mlp.label_loss)(parameters, {}, batch)
+        total, weight = compile_forward(model, plan, batch, mlp.label_loss)(values, {}, batch)
         np.testing.assert_allclose(total, mlp.label_loss(expected, batch)[0], rtol=1e-6)
         assert weight == size
 

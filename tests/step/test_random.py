@@ -29,10 +29,8 @@ def draws_of(draw: Draw, rows: int = ROWS) -> Any:
 def by_rows(draw: Draw, key: jax.Array) -> Any:
     """The draw made by every shard of the batch with its rows key."""
     batched = draws_of(draw)
-    shards = [
-        jax.jit(lambda first: draw(rows_key(key, first, ROWS, batched), ROWS))(jnp.int32(first))
-        for first in range(0, BATCH, ROWS)
-    ]
+    shard = jax.jit(lambda first: draw(rows_key(key, first, ROWS, batched), ROWS))
+    shards = [shard(jnp.int32(first)) for first in range(0, BATCH, ROWS)]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *shards)
 
 
@@ -41,7 +39,7 @@ def by_rows(draw: Draw, key: jax.Array) -> Any:
 def test_bits_of_every_width(width: int) -> None:
     with jax.enable_x64(True):
         key = jax.random.key(3)
-        for inner in ((), (5,), (2, 1, 7)):
+        for inner in ((), (2, 1, 7)):
 
             def draw(key: jax.Array, rows: int, inner: tuple[int, ...] = inner) -> jax.Array:
                 return jax.random.bits(key, (rows, *inner), f"uint{width}")

@@ -53,10 +53,15 @@ def test_three_steps_as_flax_users_write_them() -> None:
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
         steps = [step_of(CONFIG), step_of(CONFIG, PARTS)]
-        for batch in batches:
-            expected, gradient = jax.value_and_grad(loss)(params, batch)
+
+        @jax.jit
+        def plain(params: Any, state: Any, batch: Any) -> Any:
+            value, gradient = jax.value_and_grad(loss)(params, batch)
             updates, state = ADAM.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
+            return value, gradient, optax.apply_updates(params, updates), state
+
+        for batch in batches:
+            expected, gradient, params, state = plain(params, state, batch)
             for step in steps:
                 found, gradients = step(batch)
                 np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -105,7 +110,8 @@ def test_auxiliary_losses_are_added_to_the_sum() -> None:
         return Functions(init=mlp.init, before=mlp.before, block=block, after=mlp.after)
 
     with jax.enable_x64(True):
-        batch, with_auxiliary = features(64), step_of(make(block))
+        batch: Any = features(64)
+        with_auxiliary = step_of(make(block))
         params = mlp.init(jax.random.key(4))
         x, extra = mlp.before(params, batch), 0.0
         for layer in params["blocks"]:

@@ -25,7 +25,7 @@ MODEL = Functions(init=mlp.init, before=mlp.before, block=mlp.block, after=mlp.a
 SIZES = {"replica": 2, "data": 2, "stage": 2, "tensor": 1}
 
 
-def region(*, reduce_dtype: str = "float32", **sizes: int) -> Region:
+def region(sizes: dict[str, int], reduce_dtype: str = "float32") -> Region:
     mesh = build_mesh(MeshSpec(sizes, batch=("data",), stage="stage", target=f"cpu:{np.prod(list(sizes.values()))}"))
     batch, stages = ("data",) if sizes["data"] > 1 else (), sizes["stage"]
     return Region(mesh, batch, "stage" if stages > 1 else None, stages, sizes["data"], reduce_dtype)
@@ -101,13 +101,13 @@ REDUCED: dict[str, tuple[dict[str, int], tuple[str, ...], P, P]] = {
 @pytest.mark.parametrize("name", REDUCED)
 def test_sums_over_manual_axes(name: str) -> None:
     sizes, axes, compute, state = REDUCED[name]
-    found, expected = summed(region(**sizes), axes, compute, state, (8, 12))
+    found, expected = summed(region(sizes), axes, compute, state, (8, 12))
     np.testing.assert_array_equal(found, expected)
 
 
 def test_sums_in_the_reduce_dtype() -> None:
     """Both parts are rounded to 8 bits before they are added, their sum is given in float32."""
-    at = region(reduce_dtype="bfloat16", data=2, stage=1, tensor=1)
+    at = region({"data": 2, "stage": 1, "tensor": 1}, "bfloat16")
 
     def inside(x: Any) -> Any:
         return at.reduced({"w": x[0]}, {"w": ("data",)}, {"w": P()}, {"w": P()})["w"]

@@ -65,15 +65,12 @@ def held(tree: Any) -> set[int]:
 
 PADDED = Rules((Rule("blocks/*/up/kernel", P(None, "tensor"), pad=True), ("**", None)))
 BYTES: dict[str, dict[str, Any]] = {
-    "one device": {"mesh": {}},
     "data 4, ZeRO 0": {"mesh": {"data": 4}, "zero": 0, "microbatches": 1},
-    "data 4, ZeRO 1": {"mesh": {"data": 4}, "zero": 1, "microbatches": 1},
     "data 4, ZeRO 3": {"mesh": {"data": 4}, "zero": 3, "microbatches": 1},
     "hybrid, ZeRO 1": {"mesh": {"data": 2, "stage": 2, "tensor": 2}, "zero": 1},
-    "hybrid, ZeRO 3": {"mesh": {"data": 2, "stage": 2, "tensor": 2}, "zero": 3},
     "bfloat16, ZeRO 1": {"mesh": {"data": 2, "stage": 2}, "zero": 1, "dtype": "bfloat16"},
-    "per layer": {"mesh": {"data": 2, "stage": 2}, "zero": 2, "optimizer": "muon"},
-    "factored": {"mesh": {"data": 2, "stage": 2}, "zero": 1, "optimizer": "adafactor"},
+    "per layer, ZeRO 2": {"mesh": {"data": 2, "stage": 2}, "zero": 2, "optimizer": "muon"},
+    "factored, ZeRO 1": {"mesh": {"data": 2, "tensor": 2}, "zero": 1, "optimizer": "adafactor"},
     "padded": {"mesh": {"tensor": 5}, "rules": PADDED},
 }
 
@@ -92,10 +89,11 @@ def test_bytes_are_those_of_the_plan(name: str) -> None:
 
 
 def test_zero_1_shards_the_master_copy_of_a_bfloat16_step() -> None:
-    plan, state = begun(MLP, mesh={"data": 4}, zero=1, dtype="bfloat16", microbatches=1, rules=REPLICATED)
-    kernel = state.parameters["blocks/*/up/kernel"]  # [3, 16, 24]
+    _, state = cached("bfloat16, ZeRO 1")
+    # [4, 16, 24], one slot a pad: by stages, and by data where the rules name no axis
+    kernel = state.parameters["blocks/*/up/kernel"]
     assert kernel.dtype == jnp.float32
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 16, 6)}
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 24)}
     moment = state.optimizer[0].mu["blocks"]["*"]["up"]["kernel"]
     assert (moment.dtype, moment.sharding) == (kernel.dtype, kernel.sharding)
 
@@ -110,9 +108,10 @@ def test_nnx_parameters_are_flaxs_own(name: str) -> None:
         np.testing.assert_array_equal(mine["/".join(map(str, path))], value[...], err_msg=str(path))
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"stage": 2}], ids=["data x tensor", "stages"])
-def test_linen_parameters_are_flaxs_own(mesh: dict[str, int]) -> None:
-    model = LinenDecoder(**LM, num_layers=3)
+def test_linen_parameters_are_flaxs_own() -> None:
+    mesh = {"data": 2, "stage": 2, "tensor": 2}
+    sizes: dict[str, Any] = {**LM, "num_layers": 3}
+    model = LinenDecoder(**sizes)
     rules, parts = linen_decoder_rules("tensor"), Pipeline("embed", "blocks", "head", context="context")
     plan, state = begun(model, "sgd", mesh=mesh, zero=3, rules=rules, batch=tokens(8), pipeline=parts)
     # Compiled: XLA makes one product of a normal's two constant factors, which changes the last bit of eager numbers.
@@ -126,7 +125,7 @@ def test_linen_parameters_are_flaxs_own(mesh: dict[str, int]) -> None:
 
 
 def test_another_seed_gives_other_parameters() -> None:
-    plan, state = begun(MLP, "sgd", mesh={"data": 2})
+    _, state = cached("data 4, ZeRO 0")
     other = MLP(nnx.Rngs(6)).inputs.kernel[...]
     assert not np.array_equal(state.parameters["inputs/kernel"], other)
     np.testing.assert_array_equal(state.key, jax.random.key_data(jax.random.key(5)))
@@ -160,7 +159,7 @@ WIDE = mlp.MLPConfig(num_layers=2, model_dim=1024, hidden_dim=512)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "zero"), [({"tensor": 8}, 0), ({"data": 8}, 3), ({"stage": 2, "tensor": 4}, 0)], ids=str
+    ("mesh", "zero"), [({"data": 8}, 3), ({"stage": 2, "tensor": 4}, 0)], ids=["ZeRO 3", "stages x tensor"]
 )
 def test_no_array_is_larger_than_its_shard(mesh: dict[str, int], zero: int, made: list[Made]) -> None:
     rules = Rules((Rule("blocks/*/*/kernel", P(None, "tensor")), ("**", None)))
@@ -178,15 +177,14 @@ def test_no_array_is_larger_than_its_shard(mesh: dict[str, int], zero: int, made
 
 
 def test_no_more_programs_for_more_layers(made: list[Made]) -> None:
-    """Whole models too, whose layers are arrays of their own."""
+    """In whole models too, whose layers are arrays of their own."""
     counts = []
-    for layers in (3, 6):
-        for pipeline in (PARTS, None):
-            made.clear()
-            config = mlp.MLPConfig(num_layers=layers)
-            begun(config, "sgd", mesh={"data": 2}, rules=REPLICATED, pipeline=pipeline)
-            counts.append(len(made))
-    assert counts[:2] == counts[2:]
+    for layers in (2, 4):
+        made.clear()
+        config = mlp.MLPConfig(num_layers=layers)
+        begun(config, "sgd", mesh={"data": 2}, rules=REPLICATED, pipeline=None)
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 1
 
 
 class Normed(nnx.Module):
@@ -221,7 +219,7 @@ def test_specs_of_what_is_stored() -> None:
 
 
 def test_pad_slots_and_padding_are_left_out() -> None:
-    plan, state = begun(MLP, "sgd", mesh={"stage": 2}, rules=REPLICATED)
+    plan, state = cached("per layer, ZeRO 2")
     stack = next(stack for stack in plan.stacks if stack.name == "blocks/*/up/kernel")
     assert stack.members == ("blocks/0/up/kernel", "blocks/1/up/kernel", "blocks/2/up/kernel", None)
     stored = {stack.name: np.arange(4 * 16 * 24).reshape(4, 16, 24), "inputs/bias": np.arange(16)}
@@ -230,7 +228,7 @@ def test_pad_slots_and_padding_are_left_out() -> None:
     np.testing.assert_array_equal(found["blocks/2/up/kernel"], stored[stack.name][2])
     assert not np.any(state.parameters[stack.name][3])
 
-    padded, state = begun(MLP, "sgd", mesh={"tensor": 5}, rules=PADDED)
+    padded, state = cached("padded")
     assert state.parameters["blocks/*/up/kernel"].shape == (3, 16, 25)
     assert not np.any(state.parameters["blocks/*/up/kernel"][..., 24:])
     assert users_own(padded, state.parameters)["blocks/0/up/kernel"].shape == (16, 24)

@@ -24,9 +24,7 @@ from shardlab.step.update import make_update
 from tests.equivalence.cases import OPTIMIZERS, features
 
 CONFIG = mlp.MLPConfig(num_layers=3)
-MODEL = Functions(
-    init=functools.partial(mlp.init, config=CONFIG), before=mlp.before, block=mlp.block, after=mlp.after
-)
+MODEL = Functions(init=functools.partial(mlp.init, config=CONFIG), before=mlp.before, block=mlp.block, after=mlp.after)
 
 
 def planned(optimizer: Any, **more: Any) -> tuple[Plan, Model]:
@@ -56,9 +54,7 @@ def watched(optimizer: optax.GradientTransformation, seen: list[Any]) -> optax.G
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stacked": ("adamw", {"data": 2, "stage": 2, "zero": 1}),
-    "stacked, ZeRO 3": ("adamw", {"data": 2, "tensor": 2, "zero": 3}),
-    "per layer": ("muon", {"data": 2, "stage": 2, "zero": 1}),
-    "per layer, ZeRO 3": ("block-clipped", {"data": 2, "stage": 2, "tensor": 2, "zero": 3}),
+    "per layer": ("muon", {"data": 2, "stage": 2, "tensor": 2, "zero": 3}),
 }
 
 
@@ -69,7 +65,7 @@ def test_as_on_the_users_own_tree(name: str) -> None:
         kind, options = CASES[name]
         optimizer = OPTIMIZERS[kind]()
         plan, model = planned(optimizer, **options)
-        assert plan.update == name.partition(",")[0].replace(" ", "-")
+        assert plan.update == name.replace(" ", "-")
         mesh, seen = build_mesh(plan.mesh), list[Any]()
         wanted = shardings(mesh, storage_specs(plan))
         update = jax.jit(make_update(model, plan, mesh, watched(optimizer, seen)))
@@ -77,10 +73,7 @@ def test_as_on_the_users_own_tree(name: str) -> None:
         first, *gradients = draws(model, 3)
         tree, state = model.tree(first), optimizer.init(model.tree(first))
         mine = jax.device_put(stack(first, plan.stacks), wanted)
-        if plan.update == "stacked":
-            my_state = optimizer.init(nest(mine))
-        else:
-            my_state = state
+        my_state = optimizer.init(nest(mine)) if plan.update == "stacked" else state
         for gradient in gradients:
             updates, state = jax.jit(optimizer.update)(model.tree(gradient), state, tree)
             tree = optax.apply_updates(tree, updates)
@@ -93,17 +86,15 @@ def test_as_on_the_users_own_tree(name: str) -> None:
             np.testing.assert_allclose(found[path], value, rtol=1e-10, atol=1e-12, err_msg=path)
         for each in plan.stacks:
             assert mine[each.name].sharding.is_equivalent_to(wanted[each.name], mine[each.name].ndim)
-            for slot, path in enumerate(each.members):
-                assert path is not None or not np.any(mine[each.name][slot])
+            for slot, member in enumerate(each.members):
+                assert member is not None or not np.any(mine[each.name][slot])
 
         shapes, _ = seen[0]
         assert all(given == shapes for given in seen[0])
-        slots = len(plan.stacks[0].members)
         if plan.update == "per-layer":
             assert [layer["up"]["kernel"] for layer in shapes["blocks"]] == [(16, 24)] * 3
         else:
-            assert shapes["blocks"]["*"]["up"]["kernel"] == (slots, 16, 24)
-            assert slots == (4 if "stage" in options else 3)
+            assert shapes["blocks"]["*"]["up"]["kernel"] == (4, 16, 24)
 
 
 def test_every_device_updates_the_share_whose_state_it_holds() -> None:
@@ -115,12 +106,12 @@ def test_every_device_updates_the_share_whose_state_it_holds() -> None:
         first, gradient = draws(model, 2)
         laid = shardings(mesh, storage_specs(plan, "state"))
         mine = jax.device_put(stack(first, plan.stacks), shardings(mesh, storage_specs(plan)))
-        state = jax.device_put(optimizer.init(nest(mine)), None)
+        state = optimizer.init(nest(mine))
         given = jax.device_put(stack(gradient, plan.stacks), laid)
         moments = nest(laid)
-        state = (state[0]._replace(mu=jax.device_put(state[0].mu, moments), nu=jax.device_put(state[0].nu, moments)),)
-        state = (*state, optimizer.init(nest(mine))[1])
-        text = jax.jit(make_update(model, plan, mesh, optimizer)).lower(given, state, mine).compile().as_text()
+        placed = {name: jax.device_put(getattr(state[0], name), moments) for name in ("mu", "nu")}
+        state = (state[0]._replace(**placed), *state[1:])
+        text = str(jax.jit(make_update(model, plan, mesh, optimizer)).lower(given, state, mine).compile().as_text())
         gathers = text.count(" all-gather(") + text.count(" all-gather-start(")
         assert gathers == sum(value.ndim > 0 for value in mine.values()) - sum(
             laid[name].is_fully_replicated for name in mine

@@ -113,8 +113,16 @@ def leaking(patch: pytest.MonkeyPatch) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, int], str]] = {
-    "a missing psum": (missing_psum, {"data": 2}, r"gradients +\d\.\de[+-]\d\d  \(at most 1e-05\)  FAIL  (blocks/\d/w|out)"),
-    "scaled by microbatches": (scaled, {"data": 2}, r"gradients +1\.0e\+00  \(at most 1e-05\)  FAIL  (blocks/\d/w|out)"),
+    "a missing psum": (
+        missing_psum,
+        {"data": 2},
+        r"gradients +\d\.\de[+-]\d\d  \(at most 1e-05\)  FAIL  (blocks/\d/w|out)",
+    ),
+    "scaled by microbatches": (
+        scaled,
+        {"data": 2},
+        r"gradients +1\.0e\+00  \(at most 1e-05\)  FAIL  (blocks/\d/w|out)",
+    ),
     "a changed initial value": (changed, {"data": 2}, r"initial parameters +FAIL  not identical at out"),
     "a bubble that leaks": (leaking, {"stage": 2}, r"gradients +inf  \(at most 1e-05\)  FAIL  blocks/\d/w"),
 }
