@@ -107,12 +107,12 @@ def test_auxiliary_losses_are_added_to_the_sum() -> None:
         return y, (0.1 * jnp.sum(y**2), len(y))
 
     def make(block: Any) -> Functions:
-        return Functions(init=mlp.init, before=mlp.before, block=block, after=mlp.after)
+        return Functions(init=lambda key: mlp.init(key, CONFIG), before=mlp.before, block=block, after=mlp.after)
 
     with jax.enable_x64(True):
         batch: Any = features(64)
         with_auxiliary = step_of(make(block))
-        params = mlp.init(jax.random.key(4))
+        params = mlp.init(jax.random.key(4), CONFIG)
         x, extra = mlp.before(params, batch), 0.0
         for layer in params["blocks"]:
             x = mlp.block(layer, x)
