@@ -115,6 +115,27 @@ def test_no_garbage_reaches_a_result(name: str) -> None:
             np.testing.assert_allclose(gradient[path], wanted[path], rtol=1e-11)
 
 
+@pytest.mark.parametrize("head", ["examples", "last_stage"])
+def test_a_head_that_only_takes_what_the_last_stage_makes(head: str) -> None:
+    """The logarithm of what other stages hold is not a number: it is masked, not multiplied by zero."""
+    model = Functions(
+        init=lambda key: {"blocks": [{"w": jnp.ones(())}] * 4},
+        before=lambda params, batch: batch["x"],
+        block=lambda layer, x: x + layer["w"],
+        after=lambda params, x: jnp.log(x),
+    )
+    mesh = MeshSpec({"stage": 4}, stage="stage", target="cpu:4")
+    batch = {"x": np.full(8, -3.5, np.float32)}
+    plan = make_plan(
+        model, mesh=mesh, rules=Rules((("**", None),)), optimizer=SGD, batch=batch, microbatches=2, head=head
+    )
+    step = compile_train_step(model, lambda y, batch: (y.sum(), len(y)), SGD, plan, batch, prove=True)
+    _, metrics = step(step.init(0), batch)
+    # -3.5 and four times 1: the logarithm of a half, whose derivative is 2.
+    np.testing.assert_allclose(metrics["loss"], math.log(0.5), rtol=1e-6)
+    np.testing.assert_allclose(metrics["gradients"]["blocks/*/w"], [2.0] * 4, rtol=1e-6)
+
+
 def temporary(microbatches: int, schedule: str) -> int:
     """Bytes beside arguments and results; microbatches of 4 examples each."""
     model, plan = planned(4 * microbatches, stage=4, microbatches=microbatches, schedule=schedule)

@@ -101,9 +101,10 @@ def test_a_function_without_draws_by_row_keeps_the_plain_key() -> None:
 
 def test_numbers_beyond_32_bits() -> None:
     """Element i of a draw hashes the two words of i; far into a large batch the high word is not zero."""
-    words, first, rows, shape = jnp.array([5, 6], jnp.uint32), 2**20 - 1, 2, (2, 3, 2**14)
+    # Element 2**32 lies in row 87381, a third into it: 87381 * 3 * 2**14 + 2**14.
+    words, first, rows, shape = jnp.array([5, 6], jnp.uint32), 87381, 2, (2, 3, 2**14)
     number = (np.arange(np.prod(shape)) + first * np.prod(shape[1:])).astype(np.uint64)
-    assert number.max() >= 2**32
+    assert number[2**14] == 2**32
     high, low = (number >> np.uint64(32)).astype(np.uint32), number.astype(np.uint32)
     one, two = np.split(np.asarray(threefry_2x32(words, jnp.concatenate([high, low]))), 2)
     found = _bits(words, 32, shape, jnp.uint32(first), rows)

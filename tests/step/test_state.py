@@ -21,6 +21,7 @@ from shardlab.mesh.build import build_mesh
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
 from shardlab.models.linen_decoder import LinenDecoder, linen_decoder_rules
+from shardlab.module.functions import Functions
 from shardlab.module.model import read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.plan.make import make_plan
@@ -219,14 +220,22 @@ def test_specs_of_what_is_stored() -> None:
 
 
 def test_pad_slots_and_padding_are_left_out() -> None:
-    plan, state = cached("per layer, ZeRO 2")
+    plan, _ = cached("per layer, ZeRO 2")
     stack = next(stack for stack in plan.stacks if stack.name == "blocks/*/up/kernel")
     assert stack.members == ("blocks/0/up/kernel", "blocks/1/up/kernel", "blocks/2/up/kernel", None)
     stored = {stack.name: np.arange(4 * 16 * 24).reshape(4, 16, 24), "inputs/bias": np.arange(16)}
     found = unstacked(plan, stored)
     assert set(found) == {"blocks/0/up/kernel", "blocks/1/up/kernel", "blocks/2/up/kernel", "inputs/bias"}
     np.testing.assert_array_equal(found["blocks/2/up/kernel"], stored[stack.name][2])
-    assert not np.any(state.parameters[stack.name][3])
+
+    ones = Functions(
+        init=lambda key: {"blocks": [{"w": jnp.ones(3)}] * 3},
+        before=lambda params, batch: batch["features"][:, :3],
+        block=lambda layer, x: x * layer["w"],
+        after=lambda params, x: x,
+    )
+    _, state = begun(ones, "sgd", mesh={"stage": 2}, rules=REPLICATED, pipeline=None)
+    np.testing.assert_array_equal(state.parameters["blocks/*/w"], [[1] * 3, [1] * 3, [1] * 3, [0] * 3])
 
     padded, state = cached("padded")
     assert state.parameters["blocks/*/up/kernel"].shape == (3, 16, 25)
