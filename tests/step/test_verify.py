@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
-from shardlab.models import mlp
 from shardlab.module.functions import Functions
 from shardlab.plan.make import make_plan
-from shardlab.sharding.rules import Rules
+from shardlab.sharding.rules import Rule, Rules
 from shardlab.step import cells, compile, region, verify
 from shardlab.step.verify import TOLERANCES, Verification, relative_error, worst
-from tests.equivalence.cases import features
 
-WIDTH = 3
+WIDTH = 4
 SGD = optax.sgd(0.1)
-ONE_BY_ONE = {"x": np.linspace(-1, 1, 8 * WIDTH, dtype=np.float32).reshape(8, WIDTH)}
+REPLICATED = Rules((("**", None),))
+BATCH = {"x": np.linspace(-1, 1, 8 * WIDTH, dtype=np.float32).reshape(8, WIDTH)}
 
 
 def init(key: jax.Array) -> Any:
@@ -47,24 +47,19 @@ def square(y: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
     return ((y - 1) ** 2).sum(), jnp.float32(len(y))
 
 
-def verified(**more: Any) -> Verification:
-    sizes = {axis: more.pop(axis, 1) for axis in ("data", "stage")}
+def verified(rules: Rules, **more: Any) -> Verification:
+    sizes = {axis: more.pop(axis, 1) for axis in ("data", "stage", "tensor")}
     mesh = MeshSpec(sizes, batch="data", stage="stage", target=f"cpu:{math.prod(sizes.values())}")
-    plan = make_plan(
-        SMALL, mesh=mesh, rules=Rules((("**", None),)), optimizer=SGD, batch=ONE_BY_ONE, microbatches=2, **more
-    )
-    return verify.verify(SMALL, square, SGD, plan, [ONE_BY_ONE] * 2)
+    plan = make_plan(SMALL, mesh=mesh, rules=rules, optimizer=SGD, batch=BATCH, microbatches=2, **more)
+    return verify.verify(SMALL, square, SGD, plan, [BATCH] * 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_hybrid_passes(dtype: str) -> None:
-    model = Functions(init=mlp.init, before=mlp.before, block=mlp.block, after=mlp.after)
-    mesh = MeshSpec({"data": 2, "stage": 2, "tensor": 2}, batch="data", stage="stage", target="cpu:8")
-    optimizer = optax.adamw(1e-2)
-    given: dict[str, Any] = {"rules": mlp.mlp_rules(), "batch": features(8), "microbatches": 2, "zero": 1}
-    plan = make_plan(model, mesh=mesh, optimizer=optimizer, dtype=dtype, **given)
-    found = verify.verify(model, mlp.label_loss, optimizer, plan, [features(8)] * 2)
+    rules = Rules((Rule("blocks/*/w", P(None, "tensor")), Rule("out", P())))
+    found = verified(rules, data=2, stage=2, tensor=2, zero=1, dtype=dtype)
     assert found.passed, str(found)
+    assert (found.init_identical, found.worst_init, found.steps) == (True, "", 2)
     assert found.tolerances == TOLERANCES[dtype]
     assert found.optimizer == "SGD at 0.1, for rounding's sake"
     assert f"in {dtype}: passed" in str(found)
@@ -112,7 +107,7 @@ def leaking(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cells, "_add", lambda total, new, place, keep: real(total, new, place, jnp.bool_(True)))
 
 
-WRONG: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, int], str]] = {
+WRONG: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], str]] = {
     "a missing psum": (
         missing_psum,
         {"data": 2},
@@ -132,18 +127,10 @@ WRONG: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, int], str
 def test_a_wrong_step_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it, mesh, line = WRONG[name]
     break_it(monkeypatch)
-    found = verified(**mesh)
+    found = verified(REPLICATED, **mesh)
     assert not found.passed
     assert "in float32: FAILED" in str(found)
     assert re.search(line, str(found)), str(found)
-
-
-def test_what_is_right_passes() -> None:
-    """The same plans, unbroken."""
-    for mesh in ({"data": 2}, {"stage": 2}):
-        found = verified(**mesh)
-        assert found.passed, str(found)
-        assert (found.init_identical, found.worst_init, found.steps) == (True, "", 2)
 
 
 def test_no_batches() -> None:
