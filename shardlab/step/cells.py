@@ -249,15 +249,26 @@ class Cells:
     def _divergent(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
         """Each device its own cell, in a branch; what spans devices before and after it."""
         x = self.entering(phase, row)
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
-        branches: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]] = {
-            "F": lambda carry: self.forward(carry, row, x),
-            "B": lambda carry: self.backward(carry, row, split=False),
-            "I": lambda carry: self.backward(carry, row, split=True),
-            "W": lambda carry: (self.weights(carry, row), nothing),
+        out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
+        cells: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]]] = {
+            "F": (("residuals", "auxiliary"), lambda carry: self.forward(carry, row, x)),
+            "B": (("layer", "rest"), lambda carry: self.backward(carry, row, split=False)),
+            "I": (("cuts", "rest"), lambda carry: self.backward(carry, row, split=True)),
+            "W": (("layer",), lambda carry: (self.weights(carry, row), out)),
         }
-        choices = [lambda carry: (carry, nothing), *(branches[kind] for kind in phase.cell)]
-        carry, out = jax.lax.switch(row["kind"] + 1, choices, carry)
+        for index, kind in enumerate(phase.cell):
+            written, cell = cells[kind]
+
+            def do(state: tuple[dict[str, Any], Any], cell: Any = cell, written: Any = written, carry: Any = carry) -> Any:
+                new, made = cell(carry | state[0])
+                return {name: new[name] for name in written}, made
+
+            def skip(state: Any) -> Any:
+                return state
+
+            state = {name: carry[name] for name in written}, out
+            state = jax.lax.switch((row["kind"] == index).astype(jnp.int32), [skip, do, skip], state)
+            carry, out = carry | state[0], state[1]
         carry = self.head(phase, carry, row, out)
         carry = self.finish(phase, carry, row, out)
         mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,7 @@ def compile_train_step(
     batch: Any,
     *,
     devices: Sequence[jax.Device] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     prove: bool = False,
 ) -> CompiledStep:
     """The train step of `plan`, compiled.
@@ -121,6 +122,7 @@ def compile_train_step(
       plan: what to compile.
       batch: a global batch, or its shapes.
       devices: to compile for, in place of those JAX sees here; compile-only devices of a topology do.
+      compiler_options: of XLA, for this executable alone.
       prove: for tests: metrics hold the ``gradients`` too, by stored name, and unused activation buffers are filled
         with NaN, so that a bubble that reaches a result is seen.
 
@@ -160,7 +162,7 @@ def compile_train_step(
     )
     with jax.set_mesh(mesh):
         lowered = jitted.lower(abstract_state, shapes)
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_compiler_options(plan, mesh, compiler_options))
     _same_as_declared(compiled, (state_shardings, batch_shardings))
     _cannot_hang(compiled, plan)
     return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, jitted, lowered, compiled)
@@ -287,10 +289,22 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
     raise_faults(faults)
 
 
+def _compiler_options(plan: Plan, mesh: Mesh, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    options: dict[str, Any] = {}
+    if mesh.devices.flat[0].platform == "tpu" and _diverges(plan):
+        # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes, of which none may stand in
+        # a branch that not all devices take.
+        options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 30
+    return {**options, **(given or {})} or None
+
+
+def _diverges(plan: Plan) -> bool:
+    return any(phase.divergent for phase in program(plan.table()).phases)
+
+
 def _cannot_hang(compiled: Any, plan: Plan) -> None:
     """In a divergent schedule, where each stage takes its own branch, no collective in a branch waits for others."""
-    table = plan.table()
-    if plan.mesh.stage is None or not any(phase.divergent for phase in program(table).phases):
+    if plan.mesh.stage is None or not _diverges(plan):
         return
     raise_faults(
         Fault(
