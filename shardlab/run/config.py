@@ -49,7 +49,7 @@ class AdamW:
 
     Attributes:
       learning_rate: at its peak.
-      warmup: steps in which it rises from 0.
+      warmup: steps in which it rises in equal parts, the first of them a part above 0.
       decay: the step at which its cosine ends, whatever the steps trained; 0 keeps it at the peak.
       final: what it ends at, as a part of the peak.
       b1: decay of the gradient's mean.
@@ -58,8 +58,8 @@ class AdamW:
       clip_norm: global norm that gradients are cut to; 0 cuts nothing.
 
     >>> rate = AdamW(learning_rate=1e-3, warmup=10).rate
-    >>> float(rate(0)), round(float(rate(5)), 6)
-    (0.0, 0.0005)
+    >>> [round(float(rate(steps_done)), 6) for steps_done in (0, 4, 9)]
+    [0.0001, 0.0005, 0.001]
     """
 
     learning_rate: float = 1e-3
@@ -89,16 +89,14 @@ class AdamW:
         """The learning rate as a function of the steps done."""
         import optax
 
+        # Not from 0, at which the first step would change nothing.
+        first, rising = self.learning_rate / max(self.warmup, 1), max(self.warmup - 1, 0)
         if self.decay:
             return optax.warmup_cosine_decay_schedule(
-                0.0 if self.warmup else self.learning_rate,
-                self.learning_rate,
-                self.warmup,
-                self.decay,
-                self.learning_rate * self.final,
+                first, self.learning_rate, rising, self.decay, self.learning_rate * self.final
             )
-        if self.warmup:
-            return optax.linear_schedule(0.0, self.learning_rate, self.warmup)
+        if rising:
+            return optax.linear_schedule(first, self.learning_rate, rising)
         return optax.constant_schedule(self.learning_rate)
 
 
@@ -333,7 +331,7 @@ def attribute_help(kind: type) -> dict[str, str]:
     """What the ``Attributes:`` of a class's docstring say, by name.
 
     >>> attribute_help(AdamW)["warmup"]
-    'steps in which it rises from 0.'
+    'steps in which it rises in equal parts, the first of them a part above 0.'
     """
     text = (kind.__doc__ or "").partition("Attributes:\n")[2]
     found: dict[str, str] = {}

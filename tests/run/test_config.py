@@ -211,14 +211,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
     rate = AdamW(learning_rate=0.5, warmup=4, decay=12, final=0.2).rate
-    assert [float(rate(step)) for step in range(5)] == [0.0, 0.125, 0.25, 0.375, 0.5]
-    # Half of the way down, a cosine is half of the way between the peak and the end.
-    assert math.isclose(float(rate(8)), (0.5 + 0.1) / 2, rel_tol=1e-6)
+    # The first step is one that moves.
+    assert [float(rate(step)) for step in range(4)] == [0.125, 0.25, 0.375, 0.5]
+    # At the peak after three steps and at the end after twelve: in 4.5 more a cosine is half of the way down.
+    assert math.isclose(float((rate(7) + rate(8)) / 2), (0.5 + 0.1) / 2, rel_tol=1e-6)
     assert math.isclose(float(rate(12)), 0.1, rel_tol=1e-6)
     assert float(rate(1000)) == float(rate(12))
     assert float(AdamW(learning_rate=0.5, decay=12).rate(0)) == 0.5
     held = AdamW(learning_rate=0.5, warmup=2).rate
-    assert [float(held(step)) for step in (0, 1, 2, 1000)] == [0.0, 0.25, 0.5, 0.5]
+    assert [float(held(step)) for step in (0, 1, 2, 1000)] == [0.25, 0.5, 0.5, 0.5]
+    for decay in (0, 12):
+        assert float(AdamW(learning_rate=0.5, warmup=1, decay=decay).rate(0)) == 0.5
     assert float(AdamW(learning_rate=0.5).rate(1000)) == 0.5
 
 
