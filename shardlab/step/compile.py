@@ -128,6 +128,8 @@ def compile_train_step(
     shapes = abstract(batch)
     model = read_model(model, shapes, plan.pipeline)
     _same_as_planned(model, plan, shapes)
+    abstract_state = _abstract_state(model, plan, optimizer)
+    _same_optimizer(plan, abstract_state.optimizer)
     mesh = build_mesh(plan.mesh)
     specs = state_spec_tree(model, plan, optimizer)
     state_shardings = shardings(mesh, specs)
@@ -155,7 +157,7 @@ def compile_train_step(
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
-        lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
+        lowered = jitted.lower(abstract_state, shapes)
         compiled = lowered.compile()
     _same_as_declared(compiled, (state_shardings, batch_shardings))
     _cannot_hang(compiled, plan)
@@ -245,6 +247,22 @@ def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
         if expected.get(path) != leaves.get(path)
     ]
     raise_faults(faults)
+
+
+def _same_optimizer(plan: Plan, state: Any) -> None:
+    """The plan was made for an optimizer that keeps this state; whether it may see stacked layers depends on it."""
+    planned = {leaf.path: f"{leaf.dtype}{list(leaf.shape)}" for leaf in plan.optimizer_state}
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    found = {path_of(keys): f"{leaf.dtype}{list(leaf.shape)}" for keys, leaf in leaves}
+    raise_faults(
+        Fault(
+            f"optimizer state {path}",
+            f"the plan has {planned.get(path, 'nothing')}, this optimizer {found.get(path, 'nothing')}",
+            "make the plan anew",
+        )
+        for path in {**planned, **found}
+        if planned.get(path) != found.get(path)
+    )
 
 
 def _same_as_declared(compiled: Any, declared: Any) -> None:

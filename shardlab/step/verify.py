@@ -177,7 +177,7 @@ def verify(
     name = "the declared one"
     if plan.dtype != "float64":
         optimizer, name = STEADY, "SGD at 0.1 of gradients cut to norm 1, for rounding's sake"
-        plan = dataclasses.replace(plan, update="stacked")
+        plan = dataclasses.replace(plan, update="stacked", optimizer_state=())
     step = compile_train_step(model, loss, optimizer, plan, batches[0], prove=True)
     reference = ReferenceStep(model, loss, optimizer, plan, seed)
     state = step.init(seed)
