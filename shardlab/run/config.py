@@ -11,7 +11,7 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,10 +107,10 @@ class Config:
     Attributes:
       model: what `make_plan` takes; a frozen dataclass called with `nnx.Rngs` lets its scalars be overridden.
       loss: ``(y, batch) -> (sum, weight)``.
-      optimizer: called without arguments, makes the optax optimizer.
+      optimizer: an optax optimizer, or what makes one when called without arguments.
       data: batches to train on and to hold out.
       mesh: the devices, and the roles of the axes.
-      rules: a spec for every parameter, by path pattern.
+      rules: a spec for every parameter, by path pattern; pairs (pattern, spec) are made rules.
       pipeline: names of the model's parts; None takes it whole.
       specs: specs by path, before the rules.
       activation: spec of what flows between blocks.
@@ -134,10 +134,10 @@ class Config:
 
     model: Any
     loss: Callable[[Any, Any], tuple[Any, Any]]
-    optimizer: Callable[[], optax.GradientTransformation]
+    optimizer: optax.GradientTransformation | Callable[[], optax.GradientTransformation]
     data: DataSet
     mesh: MeshSpec
-    rules: Rules
+    rules: Rules | Iterable[Any]
     pipeline: Pipeline | None = None
     specs: Mapping[str, PartitionSpec] | None = None
     activation: PartitionSpec | None = None
@@ -158,12 +158,54 @@ class Config:
     unit: str = "nats"
 
     def __post_init__(self) -> None:
+        from jax.sharding import PartitionSpec
+
+        from shardlab.sharding.rules import read_rules, spec_faults
+
         least = {"batch_size": 1, "steps": 1, "virtual": 0, "eval_every": 0, "eval_batches": 1, "seed": 0}
-        raise_faults(
+        faults = [
             Fault(name, f"is {getattr(self, name)!r}", f"give a whole number, {low} or more")
             for name, low in least.items()
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low
-        )
+        ]
+        faults += self._type_faults() + spec_faults("activation", self.activation)
+        raise_faults(faults)
+        object.__setattr__(self, "rules", read_rules(self.rules))
+        if self.activation is not None:
+            object.__setattr__(self, "activation", PartitionSpec(*self.activation))
+
+    def _type_faults(self) -> list[Fault]:
+        """Fields that hold something of another kind than can be used."""
+        from shardlab.module.pipeline import Pipeline
+
+        kinds: dict[str, tuple[Any, str]] = {
+            "mesh": (MeshSpec, "MeshSpec({'data': 8}, batch='data', target='cpu:8')"),
+            "pipeline": (Pipeline | None, "Pipeline(before=..., blocks=..., after=...), or None"),
+            "specs": (Mapping | None, "specs by path, as {'norm/scale': P()}, or None"),
+            "microbatches": (int, "a whole number"),
+            "zero": (int, "a whole number, 0 to 3"),
+        }
+        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "batch_axes", "unit")
+        kinds |= dict.fromkeys(names, (str, "a text"))
+        faults = [
+            Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")
+            for name, (kind, way_out) in kinds.items()
+            if not isinstance(getattr(self, name), kind)
+        ]
+        if not callable(self.loss):
+            faults.append(Fault("loss", f"is {_shown(self.loss)}", "give a function (y, batch) -> (sum, weight)"))
+        if not callable(self.optimizer) and not hasattr(self.optimizer, "update"):
+            way_out = "give an optax optimizer, or a function that makes one"
+            faults.append(Fault("optimizer", f"is {_shown(self.optimizer)}", way_out))
+        lacking = [name for name in ("abstract_batch", "train", "held_out") if not hasattr(self.data, name)]
+        if lacking:
+            way_out = "give an object that has them, as shardlab.run.data.ByteText does"
+            faults.append(Fault("data", f"is {_shown(self.data)}, which has no {', '.join(lacking)}", way_out))
+        return faults
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optax optimizer: `optimizer` where it is one, otherwise what it makes."""
+        return self.optimizer if hasattr(self.optimizer, "update") else self.optimizer()
 
     def abstract_batch(self) -> Any:
         """Shapes of a global batch."""
@@ -181,7 +223,7 @@ class Config:
             self.model,
             mesh=self.mesh,
             rules=self.rules,
-            optimizer=self.optimizer(),
+            optimizer=self.make_optimizer(),
             batch=self.abstract_batch(),
             pipeline=self.pipeline,
             specs=self.specs,
@@ -288,6 +330,17 @@ def load_config(path: str | Path) -> Config:
             f"write {example}"
         )
     return made
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short values whole, of others only what they are.
+
+    >>> _shown([1, 2]), _shown("x" * 100)
+    ('[1, 2], a list', 'a str')
+    """
+    kind = f"a{'n' if type(value).__name__[0] in 'aeiouAEIOU' else ''} {type(value).__name__}"
+    text = repr(value)
+    return f"{text}, {kind}" if len(text) <= 40 else kind
 
 
 def _where(error: BaseException, file: Path) -> str:

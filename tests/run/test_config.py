@@ -10,7 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import (
@@ -22,6 +24,7 @@ from shardlab.run.config import (
     scalars,
     scalars_of_every_config,
 )
+from shardlab.sharding.rules import Rule, Rules
 from tests.run import tiny
 
 
@@ -135,6 +138,70 @@ def test_whole_numbers_that_are_none_are_refused_together() -> None:
         "  5. seed: is -1; give a whole number, 0 or more"
     )
     changes: dict[str, Any] = {"batch_size": 0, "steps": 2.5, "eval_every": -1, "eval_batches": 0, "seed": -1}
+    with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(tiny.config(), **changes)
+
+
+def test_an_optax_optimizer_pairs_for_rules_and_a_tuple_for_a_spec_are_taken_as_they_are() -> None:
+    made = optax.adamw(1e-3)
+    pairs: list[Any] = [("**/kernel", P(None, "tensor")), Rule("**", None)]
+    config = tiny.tiny("data=2,tensor=2", optimizer=made, rules=pairs, activation=("data",))
+    assert config.make_optimizer() is made
+    assert config.rules == Rules(pairs)
+    assert config.activation == P("data")
+    plan = config.plan()
+    assert plan.activation_spec == P("data")
+    assert {parameter.source for parameter in plan.parameters} == {'rule 1, "**/kernel"', 'rule 2, "**"'}
+    assert dataclasses.replace(config, steps=5).rules == config.rules
+    assert tiny.tiny(optimizer=lambda: made).make_optimizer() is made
+    with pytest.raises(DeclarationError, match="no rule matches it"):
+        tiny.tiny(rules=[]).plan()
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "mesh": (
+        {"mesh": {"data": 8}},
+        "mesh: is {'data': 8}, a dict; give MeshSpec({'data': 8}, batch='data', target='cpu:8')",
+    ),
+    "data": (
+        {"data": [1, 2]},
+        "data: is [1, 2], a list, which has no abstract_batch, train, held_out; give an object that has them, as "
+        "shardlab.run.data.ByteText does",
+    ),
+    "optimizer": (
+        {"optimizer": 0.1},
+        "optimizer: is 0.1, a float; give an optax optimizer, or a function that makes one",
+    ),
+    "loss": ({"loss": None}, "loss: is None, a NoneType; give a function (y, batch) -> (sum, weight)"),
+    "pipeline": (
+        {"pipeline": "blocks"},
+        "pipeline: is 'blocks', a str; give Pipeline(before=..., blocks=..., after=...), or None",
+    ),
+    "specs": ({"specs": ["a"]}, "specs: is ['a'], a list; give specs by path, as {'norm/scale': P()}, or None"),
+    "activation": (
+        {"activation": "data"},
+        "activation: 'data' is not a PartitionSpec; write P(...) with one entry per dim, or None to replicate",
+    ),
+    "rules": (
+        {"rules": 3},
+        "rules: is 3; give Rules, or pairs as [('**/kernel', P(None, 'tensor')), ('**', None)]",
+    ),
+    "a rule": (
+        {"rules": [("**", None), "**"]},
+        "rules, number 2: is '**', neither a Rule nor a pair; give Rules, or pairs as [('**/kernel', "
+        "P(None, 'tensor')), ('**', None)]",
+    ),
+    "several": (
+        {"zero": "1", "head": 3},
+        "2 faults in the declaration:\n  1. zero: is '1', a str; give a whole number, 0 to 3\n"
+        "  2. head: is 3, an int; give a text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_of_another_kind_than_can_be_used(name: str) -> None:
+    changes, message = WRONG[name]
     with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
         dataclasses.replace(tiny.config(), **changes)
 
