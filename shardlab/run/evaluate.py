@@ -15,7 +15,8 @@ from shardlab.module.model import read_model
 from shardlab.plan.plan import Plan
 from shardlab.run.config import Config
 from shardlab.run.record import read_arrays
-from shardlab.run.view import Silent, View
+from shardlab.run.view import Silent, View, loss_text
+from shardlab.step.compile import check_batch
 from shardlab.step.forward import compile_forward
 from shardlab.step.state import buffer_specs, initial_values, shardings, storage_specs
 
@@ -27,6 +28,8 @@ class Evaluation:
     """
 
     def __init__(self, config: Config, plan: Plan, batches: Sequence[Any]) -> None:
+        for batch in batches:
+            check_batch(batch, plan.batch, "make data.abstract_batch say what data.held_out gives")
         self._forward = compile_forward(config.model, plan, config.abstract_batch(), config.loss)
         self._batches = batches
         self.mesh = self._forward.mesh
@@ -79,7 +82,7 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
             {name: values[name] for name in names},
             {name: value for name, value in values.items() if name not in names},
         )
-    view.say(f"held-out loss {loss:.3f} {config.unit}")
+    view.say(f"held-out loss {loss_text(loss, config.unit)}")
     return {
         "eval_loss": loss,
         "unit": config.unit,
