@@ -39,7 +39,9 @@ def test_a_config_says_what_it_shows_and_how_to_run_it(name: str) -> None:
 
 # A sentence of each docstring, as facts of the plan.
 def stored_in_eighths(plan: Plan) -> bool:
-    return plan.zero == 3 and plan.mesh.sizes == {"fsdp": 8} and not plan.notes
+    held = plan.bytes_per_device()
+    cut = held["parameters"] * 8 == held["gradients"] == 4 * plan.num_parameters  # which accumulate whole
+    return plan.zero == 3 and plan.mesh.sizes == {"fsdp": 8} and cut and not plan.notes
 
 
 SHOWN = {

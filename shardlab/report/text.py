@@ -7,7 +7,7 @@ from typing import Any
 
 from shardlab.pipeline.draw import draw
 from shardlab.pipeline.schedules import make_schedule
-from shardlab.plan.text import bytes_label, human_bytes
+from shardlab.plan.text import NOT_ESTIMATED, bytes_label, human_bytes
 from shardlab.report.collectives import collectives_table
 
 
@@ -43,13 +43,14 @@ def bytes_table(report: Mapping[str, Any]) -> str:
     rows = [("planned", bytes_label(name), size) for name, size in report["bytes_per_device"].items()]
     memory = report.get("memory", {})
     rows += [("compiled", text, memory[name]) for name, text in names.items() if name in memory]
+    unknown = [f"planned   {NOT_ESTIMATED}"] if any(size is None for *_, size in rows) else []
     rows = [row for row in rows if row[2]]
     width = max(len(name) for _, name, _ in rows)
     sizes = [human_bytes(size) for *_, size in rows]
     right = max(map(len, sizes))
-    return "\n".join(
-        f"{who:<8}  {name:<{width}}  {size:>{right}}" for (who, name, _), size in zip(rows, sizes, strict=True)
-    )
+    lines = [f"{who:<8}  {name:<{width}}  {size:>{right}}" for (who, name, _), size in zip(rows, sizes, strict=True)]
+    planned = sum(who == "planned" for who, *_ in rows)
+    return "\n".join([*lines[:planned], *unknown, *lines[planned:]])
 
 
 def schedule_text(report: Mapping[str, Any]) -> str:

@@ -89,6 +89,15 @@ def test_what_takes_no_bytes_is_left_out_and_a_plan_alone_is_enough() -> None:
     assert bytes_table({"bytes_per_device": {"parameters": 7, "gradients": 0}}) == "planned   parameters  7 B"
 
 
+def test_activations_of_a_model_taken_whole_are_not_said_to_be_none() -> None:
+    held = {"parameters": 7, "activations": None, "padding": 0}
+    assert bytes_table({"bytes_per_device": held, "memory": {"temp_bytes": 512}}).splitlines() == [
+        "planned   parameters     7 B",
+        "planned   activations not estimated: the model is taken whole",
+        "compiled  temporaries  512 B",
+    ]
+
+
 def test_a_result_without_an_evaluation_or_a_finite_loss() -> None:
     (first,) = result_text({**REPORT, "final_loss": None, "eval_loss": None}).splitlines()
     assert first == "4 of 4 steps, 0.500 s a step (median), 8,192 tokens/s"
