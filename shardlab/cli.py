@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from shardlab.mesh.emulate import emulate, environment
-from shardlab.mesh.faults import DeclarationError, suggestion
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
 from shardlab.mesh.targets import parse_target
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.run.output import write
@@ -431,6 +431,15 @@ def _read(
     for owner, items in inner.items():
         made = dataclasses.make_dataclass(owner, items, frozen=True, kw_only=True)
         fields.append((owner, Annotated[made, tyro.conf.arg(help="")], made()))
+    names = [item[0] for item in fields if item[0] not in inner and len(item) == 3]  # what has no default is positional
+    names += [f"{owner}.{name}" for owner, items in inner.items() for name, *_ in items]
+    known = [f"--{name.replace('_', '-')}" for name in names]
+    given = [text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("--")]
+    raise_faults(
+        Fault(name, f"is no option of {prog}", f"{suggestion(name, known)}--help lists them")
+        for name in given
+        if name not in (*known, "--help", "--") and not name.startswith("--tyro-")
+    )
     options = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
     return tyro.cli(options, prog=prog, description=about, args=arguments)
 

@@ -391,6 +391,17 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a target": (("plan", CONFIG, "--target", "cpu:x"), "target"),
     "a batch": (("plan", CONFIG, "--batch-size", "12"), "batch"),
     "zero": (("train", CONFIG, "--zero", "7"), "zero=7: is not one of 0, 1, 2, 3; "),
+    "an option": (
+        ("plan", CONFIG, "--mehs", "data=2", "--model.num-layer", "4", "--batch_size=8"),
+        "2 faults in the declaration: 1. --mehs: is no option of shardlab plan CONFIG; did you mean '--mesh'? --help "
+        "lists them 2. --model.num-layer: is no option of shardlab plan CONFIG; did you mean '--model.num-layers'? "
+        "--help lists them",
+    ),
+    "a positional as an option": (
+        ("report", "--run", "x"),
+        "--run: is no option of shardlab report; --help lists them",
+    ),
+    "a level": (("plan", CONFIG, "--zero", "-1"), "zero=-1: is not one of 0, 1, 2, 3; write one of them"),
     "steps": (("train", CONFIG, "--steps", "0"), "steps: is 0; give a whole number, 1 or more"),
     "devices": (
         ("eval", CONFIG, "--mesh", "data=4", "--target", "cpu:4"),
@@ -429,7 +440,6 @@ def test_a_bad_declaration_is_one_message_and_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("plan", CONFIG, "--model.num-layer", "3"), "--model.num-layers"),  # the nearest
         (("train", CONFIG, "--steps", "many"), "many"),
         (("schedule", "--stages", "2"), "NAME"),
     ],

@@ -118,7 +118,9 @@ class Config:
       microbatches: microbatches a step; with one stage, gradient accumulation.
       schedule: pipeline schedule; shardlab schedule --help lists them.
       virtual: stages that a device of the stage axis holds; 0 leaves it to the schedule.
-      zero: ZeRO level, 0 to 3.
+      zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
+        steps the float32 parameters too), 3 the parameters. At every level gradients accumulate whole over the
+        microbatches of a step; from 1 on they are cut when they are reduced, at its end.
       remat: what the forward pass keeps: none (everything), full (a block's input), or a policy of
         jax.checkpoint_policies.
       dtype: what the step computes in: float32, bfloat16, float64.
@@ -315,7 +317,7 @@ def load_config(path: str | Path) -> Config:
     except DeclarationError:
         raise
     except (Exception, SystemExit) as error:
-        raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
+        raise DeclarationError(f"config {str(path)!r}: {_told(error, file)}") from error
     if not callable(names.get("config")):
         raise DeclarationError(f"config {str(path)!r}: has no function config(); write {example}")
     try:
@@ -323,7 +325,7 @@ def load_config(path: str | Path) -> Config:
     except DeclarationError:
         raise
     except (Exception, SystemExit) as error:
-        raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
+        raise DeclarationError(f"config {str(path)!r}: {_told(error, file)}") from error
     if not isinstance(made, Config):
         raise DeclarationError(
             f"config {str(path)!r}: config() returns {type(made).__name__}, not shardlab.run.config.Config; "
@@ -341,6 +343,13 @@ def _shown(value: Any) -> str:
     kind = f"a{'n' if type(value).__name__[0] in 'aeiouAEIOU' else ''} {type(value).__name__}"
     text = repr(value)
     return f"{text}, {kind}" if len(text) <= 40 else kind
+
+
+def _told(error: BaseException, file: Path) -> str:
+    """The line of the config file, the error, and the nearest name for a field that `Config` does not have."""
+    typo = re.search(r"Config\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    hint = suggestion(typo[1], [field.name for field in dataclasses.fields(Config)]) if typo else ""
+    return f"{_where(error, file)}{type(error).__name__}: {error}{'; ' + hint.rstrip() if hint else ''}"
 
 
 def _where(error: BaseException, file: Path) -> str:

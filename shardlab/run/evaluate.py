@@ -16,6 +16,7 @@ from shardlab.plan.plan import Plan
 from shardlab.run.config import Config
 from shardlab.run.record import read_arrays
 from shardlab.run.view import Silent, View, loss_text
+from shardlab.sharding.resolve import merged
 from shardlab.step.compile import check_batch
 from shardlab.step.forward import compile_forward
 from shardlab.step.state import buffer_specs, initial_values, shardings, storage_specs
@@ -105,7 +106,7 @@ def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None
         elif shapes[path] not in (None, array.shape):
             problem = f"is {list(array.shape)} in run {run!r} and {list(shapes[path])} in the model"
             faults.append(Fault(path, problem, way_out))
-    raise_faults(faults)
+    raise_faults(merged(faults))
 
 
 def _placed(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

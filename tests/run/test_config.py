@@ -245,6 +245,10 @@ FAULTY = {
     "import json\ndef config():\n    return json.loads('{')\n": "line 3, JSONDecodeError: ",
     "configuration = None\n": "has no function config(); write def config() -> Config: return Config(model=..., ...)",
     "config = 3\n": "has no function config(); write ",
+    (
+        "from shardlab.run.config import Config\n\ndef config():\n    return Config(model=None, microbatchs=8)\n"
+    ): "line 4, TypeError: Config.__init__() got an unexpected keyword argument 'microbatchs'; did you mean "
+    "'microbatches'?",
     "def config():\n    return 3\n": "config() returns int, not shardlab.run.config.Config; write def config()",
 }
 
