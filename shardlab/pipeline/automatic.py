@@ -11,11 +11,11 @@ Source of the idea: the automatic scheduler of zero-bubble pipelines (Qi et al.,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardlab.pipeline.actions import Action, Kind, ScheduleError, Tick, needs
-from shardlab.pipeline.cost import Cost, Costs, Time, cost
+from shardlab.pipeline.cost import EQUAL, Cost, Costs, Time, cost
 from shardlab.pipeline.schedules import SCHEDULES, Placement, Schedule, make_schedule
 
 
@@ -41,7 +41,7 @@ class Automatic:
 
 
 def automatic(
-    *, stages: int, microbatches: int, costs: Costs = Costs(), limit: float | None = None, virtual: int = 2
+    *, stages: int, microbatches: int, costs: Costs = EQUAL, limit: float | None = None, virtual: int = 2
 ) -> Automatic:
     """The schedule of the least makespan in step that holds at most `limit` microbatches' activations on a device.
 
@@ -62,7 +62,9 @@ def automatic(
     costs.fit(stages)
     limit = microbatches if limit is None else limit
     if limit < 1:
-        raise ScheduleError(f"limit is {limit}; a device holds at least the microbatch that it computes: give 1 or more")
+        raise ScheduleError(
+            f"limit is {limit}; a device holds at least the microbatch that it computes: give 1 or more"
+        )
     named: dict[str, tuple[Schedule, Cost]] = {}
     for name, made in SCHEDULES.items():
         for count in range(1, virtual + 1) if made.any_virtual else (made.virtual,):
@@ -113,12 +115,12 @@ def _built(stages: int, microbatches: int, limit: float, virtual: int) -> Iterat
     placements += [(count, "loop") for count in range(2, virtual + 1)] + ([(2, "v")] if virtual > 1 else [])
     for (count, placement), priority in itertools.product(placements, _PRIORITIES):
         most = int(min(limit, microbatches) * count)
-        shapes: list[Callable[[int], int]] = [
-            lambda device, most=most: most,
-            lambda device, most=most, count=count: max(min(most, stages * count - device), 1),
-            lambda device, most=most, count=count: max(min(most, 2 * (stages - device) * count - 1), 1),
-        ]
-        for limits in shapes:
+        shares = (
+            [most] * stages,
+            [max(min(most, stages * count - device), 1) for device in range(stages)],
+            [max(min(most, 2 * (stages - device) * count - 1), 1) for device in range(stages)],
+        )
+        for limits in shares:
             ticks = _list_schedule(stages, microbatches, count, placement, priority, limits)
             if ticks is not None:
                 yield Schedule("automatic", stages, count, microbatches, ticks, placement)
@@ -130,7 +132,7 @@ def _list_schedule(
     virtual: int,
     placement: Placement,
     priority: Sequence[Kind],
-    limit: Callable[[int], int],
+    limits: Sequence[int],
 ) -> tuple[Tick, ...] | None:
     """Every device takes, tick by tick, the first ready action by kind, the deepest stage first; None if all stick."""
     where = Schedule("automatic", stages, virtual, microbatches, (), placement)
@@ -144,7 +146,7 @@ def _list_schedule(
         for kind in priority:
             for stage in mine[device]:
                 action = Action(stage, kind, following[stage, kind])
-                if action.microbatch == microbatches or (kind == "F" and held[device] >= limit(device)):
+                if action.microbatch == microbatches or (kind == "F" and held[device] >= limits[device]):
                     continue
                 if all(done & set(alternatives) for alternatives in needs(action, where.num_stages)):
                     return action

@@ -60,9 +60,7 @@ def from_csv(text: str, name: str = "table") -> Schedule:
             except ScheduleError as error:
                 raise ScheduleError(f"schedule '{name}': row {device + 1}, column {tick + 1}: {error}") from None
     length = max(map(len, cells))
-    ticks: tuple[Tick, ...] = tuple(
-        zip(*([*row, *[None] * (length - len(row))] for row in cells), strict=True)
-    )
+    ticks: tuple[Tick, ...] = tuple(zip(*([*row, *[None] * (length - len(row))] for row in cells), strict=True))
     actions = [action for row in cells for action in row if action is not None]
     if not actions:
         raise ScheduleError(f"schedule '{name}': the CSV has no actions; give it at least an F and a B")
@@ -91,4 +89,5 @@ def _placement(ticks: tuple[Tick, ...], devices: int, name: str) -> Placement:
             if action is not None
         )
 
-    return max(("loop", "v"), key=fitting)  # type: ignore[return-value]  # of two literals, one
+    ways: tuple[Placement, ...] = ("loop", "v")
+    return max(ways, key=fitting)

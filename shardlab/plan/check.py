@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ from shardlab.module.residuals import POLICIES, REMAT
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
+from shardlab.plan.layout import axes_in
 from shardlab.plan.optimizer import changed_by_padding
-from shardlab.plan.plan import Stack
+from shardlab.plan.plan import Parameter, Stack
 from shardlab.sharding.resolve import Placement
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -34,6 +35,8 @@ def choice_faults(**given: Any) -> list[Fault]:
         "dtype": DTYPES,
         "reduce_dtype": ("auto", *DTYPES),
         "head": HEADS,
+        "gather": ("step", "layer"),
+        "accumulate": ("full", "sharded"),
         "batch_axes": ("manual", "automatic"),
     }
     faults = []
@@ -127,6 +130,36 @@ def stage_faults(
             assign_layers(len(model.parts.layers), made.num_stages if stages > 1 else 1)
     except ScheduleError as error:
         raise DeclarationError(str(error)) from None
+    return faults
+
+
+def sharding_faults(
+    blocks: Sequence[Parameter], mesh: MeshSpec, zero: int, gather: str, accumulate: str
+) -> list[Fault]:
+    """Choices about shards of blocks that lie in none."""
+
+    def cut(which: str) -> bool:
+        return any(set(mesh.batch) & axes_in(getattr(block, which)) for block in blocks)
+
+    faults = []
+    if gather == "layer" and not cut("storage"):
+        faults.append(
+            Fault(
+                "gather='layer'",
+                f"at ZeRO level {zero} no block's parameter lies in shards of the batch axes",
+                "use zero=3 on batch axes of more than one device, with the blocks named by pipeline=; or "
+                "gather='step'",
+            )
+        )
+    if accumulate == "sharded" and (zero < 2 or not cut("state")):
+        faults.append(
+            Fault(
+                "accumulate='sharded'",
+                f"at ZeRO level {zero} no block's gradient lies in shards of the batch axes",
+                "use zero=2 or 3 on batch axes of more than one device, with the blocks named by pipeline=; or "
+                "accumulate='full'",
+            )
+        )
     return faults
 
 

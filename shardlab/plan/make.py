@@ -19,7 +19,15 @@ from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
-from shardlab.plan.check import batch_faults, check_flow, choice_faults, layer_faults, padding_faults, stage_faults
+from shardlab.plan.check import (
+    batch_faults,
+    check_flow,
+    choice_faults,
+    layer_faults,
+    padding_faults,
+    sharding_faults,
+    stage_faults,
+)
 from shardlab.plan.layout import (
     axes_in,
     optimizer_shapes,
@@ -52,6 +60,8 @@ def make_plan(
     dtype: str = "float32",
     reduce_dtype: str = "auto",
     head: str = "auto",
+    gather: str = "step",
+    accumulate: str = "full",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
 ) -> Plan:
@@ -76,6 +86,10 @@ def make_plan(
         what is sent and rounds every shard's gradient.
       head: ``"examples"`` spreads `before` and `after` over the stages by example, ``"last_stage"`` runs them whole
         on every stage and uses one; ``"auto"`` takes the first that divides.
+      gather: when weights that lie in shards (ZeRO 3) are gathered. ``"step"``: all once a step, a whole working copy;
+        ``"layer"``: each block's whenever it is used, in every tick.
+      accumulate: how the gradients of blocks add up over microbatches (from ZeRO 2). ``"full"``: each shard's own,
+        reduced once a step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
         ``"automatic"``: XLA places every reduction, which models that compute across examples need.
       activation: spec of what flows between blocks, for sequence parallelism: ``P("data", "tensor", None)``.
@@ -96,7 +110,14 @@ def make_plan(
     )
     faults = list(resolution.faults)
     faults += choice_faults(
-        zero=zero, remat=remat, dtype=dtype, reduce_dtype=reduce_dtype, head=head, batch_axes=batch_axes
+        zero=zero,
+        remat=remat,
+        dtype=dtype,
+        reduce_dtype=reduce_dtype,
+        head=head,
+        batch_axes=batch_axes,
+        gather=gather,
+        accumulate=accumulate,
     )
     notes: list[str] = []
     if model.buffers and model.parts is None and batch_axes == "manual":
@@ -159,6 +180,8 @@ def make_plan(
                 stored_shape=stored,
             )
         )
+    stacked = [parameter for parameter in parameters if parameter.path in inside]
+    raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
     raise_faults(padding_faults(optimizer, model, resolution.placements))
     reason = why_per_layer(optimizer, model, stacks) if stacks else None
     if reason is not None:
@@ -184,6 +207,8 @@ def make_plan(
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
         activation_bytes=_activation_bytes(model, shapes, mesh, rows, max(layers, default=0), dtype, remat),
+        gather=gather,
+        accumulate=accumulate,
         activation_spec=activation,
         notes=tuple(notes),
     )

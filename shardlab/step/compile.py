@@ -109,6 +109,7 @@ def compile_train_step(
     plan: Plan,
     batch: Any,
     *,
+    devices: Sequence[jax.Device] | None = None,
     prove: bool = False,
 ) -> CompiledStep:
     """The train step of `plan`, compiled.
@@ -120,6 +121,7 @@ def compile_train_step(
       optimizer: as given to `make_plan`.
       plan: what to compile.
       batch: a global batch, or its shapes.
+      devices: to compile for, in place of those JAX sees here; compile-only devices of a topology do.
       prove: for tests: metrics hold the ``gradients`` too, by stored name, and unused activation buffers are filled
         with NaN, so that a bubble that reaches a result is seen.
 
@@ -131,7 +133,7 @@ def compile_train_step(
     _same_as_planned(model, plan, shapes)
     abstract_state = _abstract_state(model, plan, optimizer)
     _same_optimizer(plan, abstract_state.optimizer)
-    mesh = build_mesh(plan.mesh)
+    mesh = build_mesh(plan.mesh, devices)
     specs = state_spec_tree(model, plan, optimizer)
     state_shardings = shardings(mesh, specs)
     rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
@@ -166,8 +168,13 @@ def compile_train_step(
 
 
 def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
-    """Stored parameters -> what a step computes with: cast to its dtype, then gathered over the batch axes once."""
+    """Stored parameters -> what a step computes with: cast to its dtype, then gathered over the batch axes once.
+
+    Those of blocks stay in their shards where each layer is gathered when it is used.
+    """
     compute = storage_specs(plan, "compute")
+    if plan.gather == "layer":
+        compute |= {stack.name: spec for stack in plan.stacks if (spec := storage_specs(plan).get(stack.name))}
 
     def working(parameters: Arrays) -> Arrays:
         # The cast comes first: what is gathered is as narrow as what is computed with.

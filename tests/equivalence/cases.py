@@ -346,6 +346,25 @@ CASES: dict[str, Case] = {
     "zb-v-conditioned-tied": case("decoder-conditioned", stage=2, microbatches=4, schedule="zb_v", head="last_stage"),
     "dualpipe-v": case("decoder-tied", stage=2, data=2, microbatches=4, schedule="dualpipe_v", remat="full"),
     "dualpipe-v-3-stages": case("mlp-7-layers", stage=3, microbatches=7, batch=21, schedule="dualpipe_v"),
+    # Weights gathered when they are used, gradients reduce-scattered in every backward.
+    "gather-layer": case("decoder-dropout", data=4, microbatches=2, zero=3, gather="layer", accumulate="sharded"),
+    "gather-layer-hybrid": case(
+        "decoder", data=2, stage=2, tensor=2, microbatches=2, zero=3, gather="layer", accumulate="sharded"
+    ),
+    "gather-layer-zb-v": case(
+        "mlp-7-layers",
+        replica=2,
+        data=2,
+        stage=2,
+        microbatches=2,
+        zero=3,
+        gather="layer",
+        accumulate="sharded",
+        schedule="zb_v",
+    ),
+    "sharded-gradients": case(
+        "linen", data=2, stage=2, tensor=2, microbatches=2, zero=2, accumulate="sharded", schedule="1f1b_split"
+    ),
     # Everything at once.
     "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),

@@ -153,7 +153,7 @@ PIPELINES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "virtual", "stages", "microbatches", "more", "subject", "remat"), PIPELINES)
 def test_pipelines(
-    schedule: str, virtual: int, stages: int, microbatches: int, more: dict[str, int], subject: str, remat: str
+    schedule: str, virtual: int, stages: int, microbatches: int, more: dict[str, Any], subject: str, remat: str
 ) -> None:
     """Every schedule on 2 to 8 devices; 24 layers divide by some numbers of stages, by 5 and 10 and 16 not."""
     batch = stages * microbatches * more.get("data", 1)

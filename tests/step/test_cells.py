@@ -24,7 +24,7 @@ from tests.equivalence.cases import features
     ("layers", "stages", "blocks", "used"),
     [
         (4, 2, [[0, 1], [2, 3]], [[True, True], [True, True]]),
-        (5, 2, [[0, 1, 2], [3, 4, 5]], [[True, True, True], [True, True, False]]),
+        (5, 2, [[0, 1, 2], [3, 4, 0]], [[True, True, True], [True, True, False]]),
         (3, 1, [[0, 1, 2]], [[True, True, True]]),
     ],
     ids=["even", "uneven", "one stage"],
