@@ -97,9 +97,10 @@ def describe(plan: Plan) -> str:
     lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in held.items()]
     if not plan.layers:
         lines.append(f"  {NOT_ESTIMATED}")
-    if plan.zero > 1 and plan.batch_axes_manual:
+    if plan.zero > 1 and plan.batch_axes_manual and plan.accumulate == "full":
         whole = "gradients accumulate whole over the microbatches of a step, and are cut once they are reduced"
-        lines.append(f"note: ZeRO {plan.zero}: {whole}")
+        otherwise = "; accumulate='sharded' keeps a piece on each device" if plan.layers else ""
+        lines.append(f"note: ZeRO {plan.zero}: {whole}{otherwise}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

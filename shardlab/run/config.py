@@ -119,8 +119,8 @@ class Config:
       schedule: pipeline schedule; shardlab schedule --help lists them.
       virtual: stages that a device of the stage axis holds; 0 leaves it to the schedule.
       zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
-        steps the float32 parameters too), 3 the parameters. At every level gradients accumulate whole over the
-        microbatches of a step; from 1 on they are cut when they are reduced, at its end.
+        steps the float32 parameters too), 3 the parameters. Gradients accumulate whole over the microbatches of a step
+        and are cut, from 1 on, when they are reduced at its end; from 2 on accumulate=sharded cuts them before.
       remat: what the forward pass keeps: none (everything), full (a block's input), or a policy of
         jax.checkpoint_policies.
       dtype: what the step computes in: float32, bfloat16, float64.
@@ -191,7 +191,7 @@ class Config:
             "microbatches": (int, "a whole number"),
             "zero": (int, "a whole number, 0 to 3"),
         }
-        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "batch_axes", "unit")
+        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "batch_axes", "unit")
         kinds |= dict.fromkeys(names, (str, "a text"))
         faults = [
             Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")

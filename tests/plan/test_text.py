@@ -93,9 +93,11 @@ def test_one_is_no_plural(given: dict[str, int], batch: str, stages: str) -> Non
 def test_that_gradients_accumulate_whole_is_noted_where_their_parts_were_asked_for(zero: int) -> None:
     note = (
         f"note: ZeRO {zero}: gradients accumulate whole over the microbatches of a step, and are cut once they are "
-        "reduced"
+        "reduced; accumulate='sharded' keeps a piece on each device"
     )
     assert (note in str(small(zero=zero)).splitlines()) is (zero > 1)
+    if zero > 1:
+        assert "accumulate whole" not in str(small(zero=zero, accumulate="sharded"))
 
 
 def small(**given: Any) -> Plan:
