@@ -166,7 +166,7 @@ class Config:
     def __post_init__(self) -> None:
         from jax.sharding import PartitionSpec
 
-        from shardlab.sharding.rules import read_rules, spec_faults
+        from shardlab.sharding.rules import axes_of, read_rules, spec_faults
 
         least = {"batch_size": 1, "steps": 1, "virtual": 0, "eval_every": 0, "eval_batches": 1, "seed": 0}
         faults = [
@@ -179,6 +179,16 @@ class Config:
         object.__setattr__(self, "rules", read_rules(self.rules))
         if self.activation is not None:
             object.__setattr__(self, "activation", PartitionSpec(*self.activation))
+            raise_faults(
+                Fault(
+                    "activation",
+                    f"axis {axis!r} is not in the mesh ({', '.join(self.mesh.names)})",
+                    f"{suggestion(axis, self.mesh.names)}name a mesh axis, or None",
+                )
+                for axes in self.activation
+                for axis in axes_of(axes)
+                if axis not in self.mesh.names
+            )
 
     def _type_faults(self) -> list[Fault]:
         """Fields that hold something of another kind than can be used."""

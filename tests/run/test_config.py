@@ -48,6 +48,8 @@ def test_the_scalars_are_the_configs_own_and_those_of_its_dataclasses() -> None:
             "dtype",
             "reduce_dtype",
             "head",
+            "gather",
+            "accumulate",
             "batch_axes",
         ),
         *("steps", "seed", "eval_every", "eval_batches", "unit"),
@@ -181,6 +183,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "activation": (
         {"activation": "data"},
         "activation: 'data' is not a PartitionSpec; write P(...) with one entry per dim, or None to replicate",
+    ),
+    "an axis of the activation": (
+        {"activation": ("data", ("tensor", "tensr"))},
+        "activation: axis 'tensr' is not in the mesh (data, stage, tensor); did you mean 'tensor'? name a mesh axis, or "
+        "None",
     ),
     "rules": (
         {"rules": 3},
