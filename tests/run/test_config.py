@@ -186,8 +186,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an axis of the activation": (
         {"activation": ("data", ("tensor", "tensr"))},
-        "activation: axis 'tensr' is not in the mesh (data, stage, tensor); did you mean 'tensor'? name a mesh axis, or "
-        "None",
+        "activation: axis 'tensr' is not in the mesh (data, stage, tensor); did you mean 'tensor'? name a mesh axis, "
+        "or None",
     ),
     "rules": (
         {"rules": 3},
