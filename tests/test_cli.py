@@ -1,6 +1,7 @@
 """The command line: what other programs read of it, what it refuses and how, and which options reach which verb."""
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -62,8 +63,8 @@ def facts(call: Call, *arguments: object) -> Any:
     return json.loads(out)
 
 
-class Reached(Exception):
-    """What a verb would have run."""
+class Reached(BaseException):
+    """What a verb would have run; no error, which would be told to the user."""
 
     def __init__(self, given: Any) -> None:
         self.given = given
@@ -235,7 +236,7 @@ def test_the_options_on_verify(reached: Callable[..., Plan], monkeypatch: pytest
 
 def test_dotted_options_and_options_before_the_config(reached: Callable[..., Config]) -> None:
     config = reached("train", "--model.num-layers", 4, "--data.scale=0.5", CONFIG, "--optimizer.learning-rate", "0.25")
-    assert (config.model.num_layers, config.data.scale, config.optimizer.learning_rate) == (4, 0.5, 0.25)  # type: ignore[attr-defined]
+    assert (config.model.num_layers, config.data.scale, config.optimizer.learning_rate) == (4, 0.5, 0.25)  # type: ignore
     assert config.mesh == tiny.config().mesh
 
 
@@ -390,6 +391,17 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a target": (("plan", CONFIG, "--target", "cpu:x"), "target"),
     "a batch": (("plan", CONFIG, "--batch-size", "12"), "batch"),
     "zero": (("train", CONFIG, "--zero", "7"), "zero=7: is not one of 0, 1, 2, 3; "),
+    "an option": (
+        ("plan", CONFIG, "--mehs", "data=2", "--model.num-layer", "4", "--batch_size=8"),
+        "2 faults in the declaration: 1. --mehs: is no option of shardlab plan CONFIG; did you mean '--mesh'? --help "
+        "lists them 2. --model.num-layer: is no option of shardlab plan CONFIG; did you mean '--model.num-layers'? "
+        "--help lists them",
+    ),
+    "a positional as an option": (
+        ("report", "--run", "x"),
+        "--run: is no option of shardlab report; --help lists them",
+    ),
+    "a level": (("plan", CONFIG, "--zero", "-1"), "zero=-1: is not one of 0, 1, 2, 3; write one of them"),
     "steps": (("train", CONFIG, "--steps", "0"), "steps: is 0; give a whole number, 1 or more"),
     "devices": (
         ("eval", CONFIG, "--mesh", "data=4", "--target", "cpu:4"),
@@ -418,15 +430,16 @@ def test_a_bad_declaration_is_one_message_and_2(
     assert said.startswith(f"shardlab: {message}")
     assert all(" ... " in phase for phase in phases)
     assert "Traceback" not in err
-    with pytest.raises(ValueError, match=re.escape(said.removeprefix("shardlab: ")[:20])):
-        main([*arguments, "--debug"])
+    status, out, err = call(*arguments, "--debug")
+    assert (status, out.count("Traceback")) == (2, 0)
+    assert "Traceback (most recent call last):" in err
+    assert said.removeprefix("shardlab: ")[:20] in err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("plan", CONFIG, "--model.num-layer", "3"), "--model.num-layers"),  # the nearest
         (("train", CONFIG, "--steps", "many"), "many"),
         (("schedule", "--stages", "2"), "NAME"),
     ],
@@ -454,8 +467,96 @@ def test_ctrl_c_before_the_steps_is_130(call: Call, monkeypatch: pytest.MonkeyPa
     status, out, err = call("train", CONFIG)
     assert (status, out) == (130, "")
     assert err == "\nshardlab: stopped by Ctrl-C; what was under way is not finished\n"
-    with pytest.raises(KeyboardInterrupt):
-        main(["train", CONFIG, "--debug"])
+    status, _, err = call("train", CONFIG, "--debug")
+    assert status == 130
+    assert err.startswith("Traceback ")
+    assert err.endswith("\nKeyboardInterrupt\n\nshardlab: stopped by Ctrl-C; what was under way is not finished\n")
+
+
+FAILING = """
+import dataclasses
+import jax.numpy as jnp
+from tests.run import tiny
+
+def loss(y, batch):
+    return jnp.dot(y, batch["features"]), 1.0
+
+class Data(tiny.Points):
+    def train(self, batch_size, *, seed=0):
+        yield from super().train(batch_size, seed=seed)
+
+class Broken(tiny.Points):
+    def train(self, batch_size, *, seed=0):
+        return open("nowhere")
+
+def config():
+    return dataclasses.replace(tiny.config(), FIELD)
+"""
+
+
+@pytest.mark.parametrize("verb", ["train", "verify"])
+@pytest.mark.parametrize(
+    ("field", "line", "name", "message"),
+    [
+        ("loss=loss", 7, "loss", "TypeError: dot_general requires contracting dimensions to have the same shape, got "),
+        ("data=Broken()", 15, "train", "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere'"),
+    ],
+)
+def test_an_error_in_the_users_own_code_is_its_line_and_2(
+    tmp_path: Path, call: Call, verb: str, field: str, line: int, name: str, message: str
+) -> None:
+    file = tmp_path / "failing.py"
+    file.write_text(FAILING.replace("FIELD", field))
+    status, _, err = call(verb, file, *(["--out", tmp_path / "out"] if verb == "train" else []))
+    assert status == 2
+    said = err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"shardlab: {file}:{line}, in {name}: {message}")
+    assert said[0].endswith("; --debug shows the way there")
+    assert not (tmp_path / "out").exists()
+    status, _, err = call(verb, file, "--debug")
+    assert status == 2
+    assert err.startswith("Traceback ")
+    assert f'File "{file}", line {line}, in {name}\n' in err
+
+
+def test_an_error_of_shardlab_itself_is_a_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Config, "plan", None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        call("plan", CONFIG)
+
+
+def test_data_that_ends_before_verify_does(tmp_path: Path, call: Call) -> None:
+    file = tmp_path / "short.py"
+    file.write_text(
+        "import dataclasses\nimport itertools\nfrom tests.run import tiny\n\nclass Short(tiny.Points):\n"
+        "    def train(self, batch_size, *, seed=0):\n"
+        "        return itertools.islice(super().train(batch_size, seed=seed), 3)\n\n"
+        "def config():\n    return dataclasses.replace(tiny.config(), data=Short())\n"
+    )
+    status, _, err = call("verify", file)
+    assert status == 2
+    assert err == (
+        "shardlab: data: train gives 3 batches, and verify is to run 5 steps; make it endless, or give fewer steps\n"
+    )
+
+
+def test_the_version(call: Call) -> None:
+    assert call("--version") == (0, f"shardlab {importlib.metadata.version('shardlab')}\n", "")
+
+
+def test_ctrl_c_while_a_config_is_read_waits_for_it(tmp_path: Path, call: Call) -> None:
+    """NumPy, imported meanwhile, would make an ImportError of it."""
+    file = tmp_path / "pressing.py"
+    file.write_text(
+        "import os\nimport signal\nfrom tests.run import tiny\n\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt as error:\n    raise ImportError('numpy') from error\n\nconfig = tiny.config\n"
+    )
+    before = signal.getsignal(signal.SIGINT)
+    status, out, err = call("plan", file)
+    assert (status, out) == (130, "")
+    assert err == "\nshardlab: stopped by Ctrl-C; what was under way is not finished\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # --- what only a process of its own can show
@@ -480,6 +581,17 @@ def test_the_module_is_the_command() -> None:
         assert ran.returncode == status
         assert err.startswith(said)
         assert err.count("\n") == bool(said)
+
+
+def test_a_reader_that_leaves_ends_nothing() -> None:
+    """As `| head` does. What was asked for has its exit status; Python has nothing to complain of at the end."""
+    for arguments in (["schedule", "1f1b"], ["--help"], ["schedule", "1f1b", "--json"]):
+        ran = shardlab_process(*arguments)
+        assert ran.stdout is not None
+        assert ran.stderr is not None
+        ran.stdout.close()
+        assert ran.stderr.read() == ""
+        assert ran.wait(timeout=120) == 0
 
 
 STARTED = """
@@ -551,7 +663,7 @@ def test_ctrl_c_once_ends_a_run_after_its_step_and_twice_at_once(tmp_path: Path,
     said, err = ran.communicate(timeout=300)
     if times == 1:
         assert ran.returncode == 0, err
-        assert "Ctrl-C: stopping after this step; once more to stop at once" in said
+        assert "Ctrl-C: stopping after the steps under way; once more to stop at once" in said
         report = json.loads((out / "report.json").read_text())
         assert report["interrupted"]
         assert report["steps_done"] == (out / "metrics.jsonl").read_text().count("\n") < 100_000

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from shardlab.plan.plan import Plan
 from shardlab.run.config import Config, load_config, override
 from shardlab.run.loop import train
+from shardlab.step.verify import verify
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -38,7 +39,9 @@ def test_a_config_says_what_it_shows_and_how_to_run_it(name: str) -> None:
 
 # A sentence of each docstring, as facts of the plan.
 def stored_in_eighths(plan: Plan) -> bool:
-    return plan.zero == 3 and plan.mesh.sizes == {"fsdp": 8} and not plan.notes
+    held = plan.bytes_per_device()
+    cut = held["parameters"] * 8 == held["gradients"] == 4 * plan.num_parameters  # which accumulate whole
+    return plan.zero == 3 and plan.mesh.sizes == {"fsdp": 8} and cut and not plan.notes
 
 
 SHOWN = {
@@ -77,6 +80,18 @@ def test_the_quickstart_plans_on_every_mesh_of_eight(quickstart: Config, data: i
     held = 8 // stage * (block // tensor + 2 * 64) + outside // (tensor * stage) + 64 // stage
     assert plan.bytes_per_device()["parameters"] == 4 * held
     assert plan.num_parameters == 8 * (block + 2 * 64) + outside + 64
+
+
+def test_in_bfloat16_a_config_is_held_to_its_own_rounding() -> None:
+    """Each token's embedding is in the batch a hundred times: a reference in bfloat16 would lose a fifth of the sum."""
+    small = {"model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 2, "data.max_megabytes": 1.0}
+    config = override(load_config(CONFIGS["data_parallel"]), {**small, "dtype": "bfloat16"})
+    batch = next(config.data.train(config.batch_size))
+    found = verify(config.model, config.loss, config.optimizer(), config.plan(), [batch])
+    assert found.passed, str(found)
+    assert found.moved
+    # It was computed in bfloat16, whose rounding shows; the tolerance is twice that, or more.
+    assert 1e-3 < found.max_rel_err_grad < 2e-2
 
 
 def test_a_small_quickstart_learns(quickstart: Config, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -11,8 +13,11 @@ from flax import nnx
 import shardlab.testing
 from shardlab.mesh.emulate import emulate
 from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.spec import MeshSpec
 from shardlab.models.mlp import MLP, MLPConfig
+from shardlab.module.functions import Functions
 from shardlab.run.config import Config
+from shardlab.sharding.rules import Rules
 from shardlab.testing import assert_matches_reference
 from tests.run.tiny import tiny
 
@@ -53,6 +58,49 @@ def test_a_difference_is_an_assertion_with_the_table() -> None:
     # Twice as large: off by a half of what is largest.
     assert lines[1].split("  (")[0].split() == ["parts,", "against", "the", "whole", "5.0e-01"]
     assert "FAIL" in lines[1]
+
+
+def steep(width: int = 16) -> Any:
+    """A small network of plain functions under a squared error as large as a thousand."""
+
+    def init(key: jax.Array) -> Any:
+        first, second = jax.random.split(key)
+        return {
+            "first": {"kernel": jax.random.normal(first, (8, width)) / 2, "bias": jnp.zeros(width)},
+            "second": {"kernel": jax.random.normal(second, (width, 1)), "bias": jnp.zeros(1)},
+        }
+
+    def apply(params: Any, batch: Any) -> jax.Array:
+        first, second = params["first"], params["second"]
+        inner = jnp.tanh(batch["x"].astype(first["kernel"].dtype) @ first["kernel"] + first["bias"])
+        return (inner @ second["kernel"] + second["bias"])[:, 0]
+
+    def loss(y: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum((y - batch["y"]) ** 2), jnp.float32(len(y))
+
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    return Functions(init, apply), loss, {"x": x, "y": 30 * x[:, 0]}
+
+
+EIGHT: dict[str, Any] = {"mesh": MeshSpec({"data": 8}, batch="data", target="cpu:8"), "rules": Rules((("**", None),))}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_steep_loss_makes_no_more_of_rounding(dtype: str) -> None:
+    model, loss, batch = steep()
+    found = assert_matches_reference(model, loss, optax.adam(1.0), batch, steps=5, dtype=dtype, **EIGHT)
+    assert found.optimizer == "SGD at 0.1 of gradients cut to norm 1, for rounding's sake"
+    assert 1e-8 < found.max_rel_err_params < (1e-6 if dtype == "float32" else 1e-2)
+
+
+def test_parameters_that_did_not_move_are_said() -> None:
+    model, loss, batch = steep(1)
+    for rate, moved in ((0.0, False), (1e-3, True)):
+        found = assert_matches_reference(model, loss, optax.sgd(rate), batch, steps=1, **EIGHT)
+        assert (found.passed, found.moved) == (True, moved)
+        said = "  no parameter moved in 1 step: this proves nothing of the update; give more steps"
+        assert (said in str(found).splitlines()) is not moved
+        assert "  parameters, 1 step  " in str(found)
 
 
 def test_a_faulty_declaration_is_no_assertion() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from shardlab.mesh.faults import DeclarationError, Fault
+from shardlab.mesh.faults import DeclarationError, Fault, suggestion
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model
@@ -43,8 +42,7 @@ def choice_faults(**given: Any) -> list[Fault]:
     faults = []
     for name, value in given.items():
         if value not in allowed[name]:
-            near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed[name]], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = suggestion(value, map(str, allowed[name])) if isinstance(value, str) else ""
             faults.append(
                 Fault(
                     f"{name}={value!r}",
@@ -85,11 +83,12 @@ def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: in
         faults.append(Fault(f"microbatches={microbatches}", "is not a positive number", "write 1 or more"))
     elif size % (shards * microbatches):
         up = math.ceil(size / (shards * microbatches)) * shards * microbatches
+        fewer = next((count for count in range(microbatches, 0, -1) if size % (shards * count) == 0), 0)
         faults.append(
             Fault(
                 "batch",
                 f"{size} examples do not divide by {shards} shards ({axes}) x {microbatches} microbatches",
-                f"use a batch of {up}, or fewer microbatches",
+                f"use a batch of {up}" + (f", or {fewer} microbatch{'es' if fewer > 1 else ''}" if fewer else ""),
             )
         )
     if not manual and microbatches > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ from shardlab.plan.layout import (
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Parameter, Plan, Stack, StateLeaf, shard_bytes
 from shardlab.sharding.resolve import resolve
-from shardlab.sharding.rules import Rules
+from shardlab.sharding.rules import Rules, read_rules
 from shardlab.sharding.zero import without
 
 
@@ -47,7 +47,7 @@ def make_plan(
     model: Any,
     *,
     mesh: MeshSpec,
-    rules: Rules,
+    rules: Rules | Iterable[Any],
     optimizer: optax.GradientTransformation,
     batch: Any,
     pipeline: Pipeline | None = None,
@@ -70,7 +70,7 @@ def make_plan(
     Args:
       model: what `read_model` takes.
       mesh: the declared mesh.
-      rules: specs by path pattern, and logical names.
+      rules: specs by path pattern, and logical names; pairs (pattern, spec) are made rules.
       optimizer: any optax transformation.
       batch: a batch of the global size, or its shapes.
       pipeline: the names of the module's parts.
@@ -103,7 +103,7 @@ def make_plan(
     resolution = resolve(
         {path: leaf.shape for path, leaf in model.parameters.items()},
         mesh=mesh,
-        rules=rules,
+        rules=read_rules(rules),
         annotations=model.annotations,
         specs=specs,
         blocks=model.parts.block_paths if model.parts is not None else (),

@@ -77,28 +77,43 @@ def describe(plan: Plan) -> str:
         )
     mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.sizes.items())
     roles = f"batch axes {', '.join(plan.mesh.batch) or 'none'}; stage axis {plan.mesh.stage or 'none'}"
+    microbatches = _of(plan.num_microbatches, "microbatch", "es")
     lines = [
         f"mesh {mesh} on {plan.mesh.target} ({roles})",
         f"{plan.num_parameters:,} parameters, computed in {plan.dtype}, gradients summed in {plan.reduce_dtype}; "
         f"ZeRO {plan.zero}; remat {plan.remat}",
-        f"batch of {plan.batch_size}, {plan.num_microbatches} microbatches of {plan.microbatch_rows} a shard",
+        f"batch of {plan.batch_size}, {microbatches} of {plan.microbatch_rows} a shard",
     ]
     if plan.num_stages > 1:
         each = f", {plan.virtual} on each device" if plan.virtual > 1 else ""
+        alike = len(set(plan.layers)) == 1
+        blocks = f"{_of(plan.layers[0], 'layer')} each" if alike else f"{', '.join(map(str, plan.layers))} layers"
         lines.append(
-            f"{plan.num_stages} stages of {', '.join(map(str, plan.layers))} layers{each}, schedule {plan.schedule}, "
+            f"{plan.num_stages} stages of {blocks}{each}, schedule {plan.schedule}, "
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
     held = {name: size for name, size in plan.bytes_per_device().items() if size}
     lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in held.items()]
+    if not plan.layers:
+        lines.append(f"  {NOT_ESTIMATED}")
+    if plan.zero > 1 and plan.batch_axes_manual and plan.accumulate == "full":
+        whole = "gradients accumulate whole over the microbatches of a step, and are cut once they are reduced"
+        otherwise = "; accumulate='sharded' keeps a piece on each device" if plan.layers else ""
+        lines.append(f"note: ZeRO {plan.zero}: {whole}{otherwise}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
+NOT_ESTIMATED = "activations not estimated: the model is taken whole"
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _LABELS = {"activations": "activations, at most", "padding": "of the parameters, padding"}
 _HEADER = ("path", "shape", "dtype", "spec", "stored", "optimizer state", "from", "a device")
+
+
+def _of(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{plural if count > 1 else ''}"
 
 
 def _same_source(source: str) -> str:

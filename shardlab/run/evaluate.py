@@ -15,7 +15,9 @@ from shardlab.module.model import read_model
 from shardlab.plan.plan import Plan
 from shardlab.run.config import Config
 from shardlab.run.record import read_arrays
-from shardlab.run.view import Silent, View
+from shardlab.run.view import Silent, View, loss_text
+from shardlab.sharding.resolve import merged
+from shardlab.step.compile import check_batch
 from shardlab.step.forward import compile_forward
 from shardlab.step.state import buffer_specs, initial_values, shardings, storage_specs
 
@@ -27,6 +29,8 @@ class Evaluation:
     """
 
     def __init__(self, config: Config, plan: Plan, batches: Sequence[Any]) -> None:
+        for batch in batches:
+            check_batch(batch, plan.batch, "make data.abstract_batch say what data.held_out gives")
         self._forward = compile_forward(config.model, plan, config.abstract_batch(), config.loss)
         self._batches = batches
         self.mesh = self._forward.mesh
@@ -79,7 +83,7 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
             {name: values[name] for name in names},
             {name: value for name, value in values.items() if name not in names},
         )
-    view.say(f"held-out loss {loss:.3f} {config.unit}")
+    view.say(f"held-out loss {loss_text(loss, config.unit)}")
     return {
         "eval_loss": loss,
         "unit": config.unit,
@@ -102,7 +106,7 @@ def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None
         elif shapes[path] not in (None, array.shape):
             problem = f"is {list(array.shape)} in run {run!r} and {list(shapes[path])} in the model"
             faults.append(Fault(path, problem, way_out))
-    raise_faults(faults)
+    raise_faults(merged(faults))
 
 
 def _placed(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

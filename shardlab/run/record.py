@@ -95,12 +95,13 @@ def read_run(directory: str | Path) -> RunRecord:
     """
     directory = Path(directory)
     if not (directory / REPORT).is_file():
-        near = sorted(str(path.parent) for path in directory.parent.glob(f"*/{REPORT}"))
-        why = "has no report.json" if directory.is_dir() else "is no directory"
-        raise DeclarationError(
-            f"run {str(directory)!r}: {why}; {suggestion(str(directory), near)}give the --out directory of a run "
-            "that has ended"
-        )
+        if directory.is_dir():
+            ended = "the run in it has not ended" if (directory / METRICS).is_file() else "there is no run in it"
+            why, hint = f"has no {REPORT}: {ended}", ""
+        else:
+            near = sorted(str(path.parent) for path in directory.parent.glob(f"*/{REPORT}"))
+            why, hint = "is no directory", suggestion(str(directory), near)
+        raise DeclarationError(f"run {str(directory)!r}: {why}; {hint}give the --out directory of a run that has ended")
     report = json.loads((directory / REPORT).read_text())
     return RunRecord(directory, tuple(read_rows(directory)), report)
 

@@ -65,6 +65,7 @@ class CompiledStep:
     compiled: Any
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        check_batch(batch, self.plan.batch, "give every batch the shapes that were planned, or make the plan anew")
         return self.compiled(state, jax.tree.map(_placed, batch, self.batch_shardings))
 
     def init(self, seed: int) -> TrainState:
@@ -229,6 +230,30 @@ def _abstract_state(model: Model, plan: Plan, optimizer: optax.GradientTransform
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     # For an array that lies there already `jax.device_put` takes longer than the rest of a call.
     return leaf if isinstance(leaf, jax.Array) and leaf.sharding == sharding else jax.device_put(leaf, sharding)
+
+
+def check_batch(batch: Any, planned: Sequence[tuple[str, tuple[int, ...], str]], way_out: str) -> None:
+    """That a batch has the arrays that were planned: paths, shapes, dtypes.
+
+    Raises:
+      DeclarationError: with every array that differs, and the way out.
+    """
+
+    def shown(leaf: tuple[tuple[int, ...], str] | None) -> str:
+        return "no such array" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+    leaves = jax.tree_util.tree_flatten_with_path(abstract(batch))[0]
+    found = {path_of(keys): (leaf.shape, str(leaf.dtype)) for keys, leaf in leaves}
+    expected = {path: (shape, dtype) for path, shape, dtype in planned}
+    raise_faults(
+        Fault(
+            f"batch {path}".rstrip(),
+            f"the plan has {shown(expected.get(path))}, the batch {shown(found.get(path))}",
+            way_out,
+        )
+        for path in {**expected, **found}
+        if expected.get(path) != found.get(path)
+    )
 
 
 def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:

@@ -76,6 +76,9 @@ def composed(
 class ReferenceStep:
     """One train step on one device: whole batch, no sharding, no microbatches, the user's own tree.
 
+    It computes in float32 at least. Of a bfloat16 step it takes the parameters as that rounds them, and nothing else:
+    a sum in bfloat16 over every token of the batch would be further from the gradient than the step is.
+
     Attributes:
       parameters, buffers: by the user's paths.
       optimizer: the optimizer's state on the user's tree.
@@ -84,7 +87,8 @@ class ReferenceStep:
     def __init__(
         self, model: Model, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, seed: int
     ) -> None:
-        self._model, self._dtype, self._mesh = model, plan.dtype, one_device_mesh(plan)
+        dtype = str(jnp.promote_types(plan.dtype, jnp.float32))
+        self._model, self._dtype, self._mesh = model, dtype, one_device_mesh(plan)
         kinds = {parameter.path: parameter.dtype for parameter in plan.parameters}
         with jax.set_mesh(self._mesh):
             values = jax.jit(model.initialise)(jax.random.key(seed))
@@ -96,12 +100,10 @@ class ReferenceStep:
 
         def gradients(parameters: Arrays, buffers: Arrays, batch: Any, key: jax.Array) -> Any:
             def mean(parameters: Arrays) -> Any:
-                total, (weight, written) = reference_loss(
-                    model, loss, {**parameters, **buffers}, batch, key, plan.dtype
-                )
+                total, (weight, written) = reference_loss(model, loss, {**parameters, **buffers}, batch, key, dtype)
                 return total / weight, written
 
-            cast = {path: value.astype(plan.dtype) for path, value in parameters.items()}
+            cast = {path: value.astype(plan.dtype).astype(dtype) for path, value in parameters.items()}
             (value, written), gradient = jax.value_and_grad(mean, has_aux=True)(cast)
             return value, {path: gradient[path].astype(parameters[path].dtype) for path in gradient}, written
 

@@ -119,8 +119,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "batch does not divide": (
         {"batch": rows(10), "microbatches": 4},
-        "batch: 10 examples do not divide by 2 shards (data=2) x 4 microbatches; use a batch of 16, or fewer "
-        "microbatches",
+        "batch: 10 examples do not divide by 2 shards (data=2) x 4 microbatches; use a batch of 16, or 1 microbatch",
+    ),
+    "batch does not divide, and what fewer would": (
+        {"batch": rows(64), "microbatches": 7},
+        "batch: 64 examples do not divide by 2 shards (data=2) x 7 microbatches; use a batch of 70, or 4 microbatches",
+    ),
+    "a level that looks like another": (
+        {"zero": -1},
+        "zero=-1: is not one of 0, 1, 2, 3; write one of them",
     ),
     "microbatches 0": (
         {"microbatches": 0},
@@ -208,8 +215,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "  6. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
         "  7. head='first': is not one of auto, examples, last_stage; write one of them\n"
         "  8. batch x: leading dim 9 is not the 3 examples of labels; give every array the examples first\n"
-        "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4, or fewer "
-        "microbatches",
+        "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4",
     ),
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models.decoder import DecoderConfig, decoder_rules
+from shardlab.models.mlp import MLPConfig
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
 from shardlab.plan.make import make_plan
+from shardlab.plan.plan import Plan
 from shardlab.plan.text import columns, human_bytes, spec_text
 from shardlab.sharding.rules import Rules
 
@@ -68,7 +71,48 @@ def test_a_plan_without_parts_has_no_line_of_stages() -> None:
         "per device:",
         "  parameters                        20 B",
         "  gradients                         20 B",
+        "  activations not estimated: the model is taken whole",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "stages"),
+    [
+        ({"microbatches": 1}, "batch of 8, 1 microbatch of 4 a shard", "2 stages of 1 layer each, schedule 1f1b, "),
+        ({"microbatches": 2}, "batch of 8, 2 microbatches of 2 a shard", "2 stages of 1 layer each, schedule 1f1b, "),
+    ],
+)
+def test_one_is_no_plural(given: dict[str, int], batch: str, stages: str) -> None:
+    lines = str(small(**given)).splitlines()
+    assert lines[2] == batch
+    assert lines[3].startswith(stages)
+    assert not any("not estimated" in line for line in lines)
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_that_gradients_accumulate_whole_is_noted_where_their_parts_were_asked_for(zero: int) -> None:
+    note = (
+        f"note: ZeRO {zero}: gradients accumulate whole over the microbatches of a step, and are cut once they are "
+        "reduced; accumulate='sharded' keeps a piece on each device"
+    )
+    assert (note in str(small(zero=zero)).splitlines()) is (zero > 1)
+    if zero > 1:
+        assert "accumulate whole" not in str(small(zero=zero, accumulate="sharded"))
+
+
+def small(**given: Any) -> Plan:
+    return make_plan(
+        MLPConfig(num_layers=2, model_dim=4, hidden_dim=4),
+        mesh=MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4"),
+        rules=[("**", None)],
+        optimizer=optax.sgd(0.1),
+        batch={
+            "features": jax.ShapeDtypeStruct((8, 12), jnp.float32),
+            "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
+        },
+        pipeline=Pipeline(before="embed", blocks="blocks", after="head"),
+        **given,
+    )
 
 
 @pytest.mark.parametrize(

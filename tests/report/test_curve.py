@@ -38,6 +38,15 @@ def test_all_that_was_measured_is_on_it(tmp_path: Path) -> None:
     assert 1 + np.count_nonzero(np.diff(columns) > 20) >= 3
 
 
+def test_the_value_of_a_first_point_is_beside_the_axis(tmp_path: Path) -> None:
+    points = (drawn(tmp_path / "a.png", TRAIN, [(0, 3.0)]) == POINTS).all(axis=-1)
+    points[:, points.shape[1] // 2 :] = False  # the legend's
+    last = np.flatnonzero(points.any(axis=1)).max()  # the lowest row of the dot, which is under its value
+    value, dot = (np.flatnonzero(part.any(axis=0)) for part in (points[: last - 12], points[last - 12 :]))
+    assert dot.min() < value.min() < dot.max() + 10
+    assert value.max() > dot.max() + 30
+
+
 def test_what_was_not_measured_is_not_on_it(tmp_path: Path) -> None:
     assert count(drawn(tmp_path / "a.png", TRAIN, []), POINTS) == 0
     only = drawn(tmp_path / "b.png", [], HELD_OUT)

@@ -39,6 +39,11 @@ def test_one_stage_has_no_bubble_and_a_note_is_a_fact() -> None:
     assert facts["notes"] == ["schedule gpipe is ignored: one stage only accumulates its microbatches"]
 
 
+def test_of_a_model_taken_whole_the_activations_are_unknown() -> None:
+    plan = tiny("data=2", pipeline=None).plan()
+    assert plan_facts(plan)["bytes_per_device"] == plan.bytes_per_device() | {"activations": None}
+
+
 def test_the_facts_of_a_step_are_its_plans_and_what_was_compiled() -> None:
     config = tiny("data=2")
     plan = config.plan()

@@ -62,7 +62,7 @@ schedule
   tick       0  1  2  3  4  5  6  7
   device 0  F0 F1  . F2 B0  . B1 B2
   device 1   . F0 B0 F1 B1 F2 B2  .
-  bubble 25.0%; microbatches in flight at most, by stage: 3, 1
+  bubble 25.0%; microbatches in flight at most, by device: 3, 1
 
 result
   4 of 4 steps, 0.500 s a step (median), 8,192 tokens/s
@@ -89,10 +89,25 @@ def test_what_takes_no_bytes_is_left_out_and_a_plan_alone_is_enough() -> None:
     assert bytes_table({"bytes_per_device": {"parameters": 7, "gradients": 0}}) == "planned   parameters  7 B"
 
 
+def test_activations_of_a_model_taken_whole_are_not_said_to_be_none() -> None:
+    held = {"parameters": 7, "activations": None, "padding": 0}
+    assert bytes_table({"bytes_per_device": held, "memory": {"temp_bytes": 512}}).splitlines() == [
+        "planned   parameters     7 B",
+        "planned   activations not estimated: the model is taken whole",
+        "compiled  temporaries  512 B",
+    ]
+
+
 def test_a_result_without_an_evaluation_or_a_finite_loss() -> None:
     (first,) = result_text({**REPORT, "final_loss": None, "eval_loss": None}).splitlines()
     assert first == "4 of 4 steps, 0.500 s a step (median), 8,192 tokens/s"
     assert "held-out" not in result_text({**REPORT, "initial_eval_loss": None})
+
+
+def test_a_result_of_examples_and_of_one_step() -> None:
+    for batch_size, name in ((16, "tokens"), (4096, "examples")):
+        text = result_text({**REPORT, "steps": 1, "steps_done": 1, "batch_size": batch_size})
+        assert text.startswith(f"1 of 1 step, 0.500 s a step (median), 8,192 {name}/s\n")
 
 
 def test_a_result_that_was_stopped_says_so() -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import (
@@ -22,6 +24,7 @@ from shardlab.run.config import (
     scalars,
     scalars_of_every_config,
 )
+from shardlab.sharding.rules import Rule, Rules
 from tests.run import tiny
 
 
@@ -45,6 +48,8 @@ def test_the_scalars_are_the_configs_own_and_those_of_its_dataclasses() -> None:
             "dtype",
             "reduce_dtype",
             "head",
+            "gather",
+            "accumulate",
             "batch_axes",
         ),
         *("steps", "seed", "eval_every", "eval_batches", "unit"),
@@ -139,6 +144,75 @@ def test_whole_numbers_that_are_none_are_refused_together() -> None:
         dataclasses.replace(tiny.config(), **changes)
 
 
+def test_an_optax_optimizer_pairs_for_rules_and_a_tuple_for_a_spec_are_taken_as_they_are() -> None:
+    made = optax.adamw(1e-3)
+    pairs: list[Any] = [("**/kernel", P(None, "tensor")), Rule("**", None)]
+    config = tiny.tiny("data=2,tensor=2", optimizer=made, rules=pairs, activation=("data",))
+    assert config.make_optimizer() is made
+    assert config.rules == Rules(pairs)
+    assert config.activation == P("data")
+    plan = config.plan()
+    assert plan.activation_spec == P("data")
+    assert {parameter.source for parameter in plan.parameters} == {'rule 1, "**/kernel"', 'rule 2, "**"'}
+    assert dataclasses.replace(config, steps=5).rules == config.rules
+    assert tiny.tiny(optimizer=lambda: made).make_optimizer() is made
+    with pytest.raises(DeclarationError, match="no rule matches it"):
+        tiny.tiny(rules=[]).plan()
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "mesh": (
+        {"mesh": {"data": 8}},
+        "mesh: is {'data': 8}, a dict; give MeshSpec({'data': 8}, batch='data', target='cpu:8')",
+    ),
+    "data": (
+        {"data": [1, 2]},
+        "data: is [1, 2], a list, which has no abstract_batch, train, held_out; give an object that has them, as "
+        "shardlab.run.data.ByteText does",
+    ),
+    "optimizer": (
+        {"optimizer": 0.1},
+        "optimizer: is 0.1, a float; give an optax optimizer, or a function that makes one",
+    ),
+    "loss": ({"loss": None}, "loss: is None, a NoneType; give a function (y, batch) -> (sum, weight)"),
+    "pipeline": (
+        {"pipeline": "blocks"},
+        "pipeline: is 'blocks', a str; give Pipeline(before=..., blocks=..., after=...), or None",
+    ),
+    "specs": ({"specs": ["a"]}, "specs: is ['a'], a list; give specs by path, as {'norm/scale': P()}, or None"),
+    "activation": (
+        {"activation": "data"},
+        "activation: 'data' is not a PartitionSpec; write P(...) with one entry per dim, or None to replicate",
+    ),
+    "an axis of the activation": (
+        {"activation": ("data", ("tensor", "tensr"))},
+        "activation: axis 'tensr' is not in the mesh (data, stage, tensor); did you mean 'tensor'? name a mesh axis, "
+        "or None",
+    ),
+    "rules": (
+        {"rules": 3},
+        "rules: is 3; give Rules, or pairs as [('**/kernel', P(None, 'tensor')), ('**', None)]",
+    ),
+    "a rule": (
+        {"rules": [("**", None), "**"]},
+        "rules, number 2: is '**', neither a Rule nor a pair; give Rules, or pairs as [('**/kernel', "
+        "P(None, 'tensor')), ('**', None)]",
+    ),
+    "several": (
+        {"zero": "1", "head": 3},
+        "2 faults in the declaration:\n  1. zero: is '1', a str; give a whole number, 0 to 3\n"
+        "  2. head: is 3, an int; give a text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_of_another_kind_than_can_be_used(name: str) -> None:
+    changes, message = WRONG[name]
+    with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(tiny.config(), **changes)
+
+
 def test_a_plan_has_what_the_config_declares() -> None:
     declared: dict[str, Any] = {
         "microbatches": 4,
@@ -178,6 +252,10 @@ FAULTY = {
     "import json\ndef config():\n    return json.loads('{')\n": "line 3, JSONDecodeError: ",
     "configuration = None\n": "has no function config(); write def config() -> Config: return Config(model=..., ...)",
     "config = 3\n": "has no function config(); write ",
+    (
+        "from shardlab.run.config import Config\n\ndef config():\n    return Config(model=None, microbatchs=8)\n"
+    ): "line 4, TypeError: Config.__init__() got an unexpected keyword argument 'microbatchs'; did you mean "
+    "'microbatches'?",
     "def config():\n    return 3\n": "config() returns int, not shardlab.run.config.Config; write def config()",
 }
 
@@ -211,14 +289,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
     rate = AdamW(learning_rate=0.5, warmup=4, decay=12, final=0.2).rate
-    assert [float(rate(step)) for step in range(5)] == [0.0, 0.125, 0.25, 0.375, 0.5]
-    # Half of the way down, a cosine is half of the way between the peak and the end.
-    assert math.isclose(float(rate(8)), (0.5 + 0.1) / 2, rel_tol=1e-6)
+    # The first step is one that moves.
+    assert [float(rate(step)) for step in range(4)] == [0.125, 0.25, 0.375, 0.5]
+    # At the peak after three steps and at the end after twelve: in 4.5 more a cosine is half of the way down.
+    assert math.isclose(float((rate(7) + rate(8)) / 2), (0.5 + 0.1) / 2, rel_tol=1e-6)
     assert math.isclose(float(rate(12)), 0.1, rel_tol=1e-6)
     assert float(rate(1000)) == float(rate(12))
     assert float(AdamW(learning_rate=0.5, decay=12).rate(0)) == 0.5
     held = AdamW(learning_rate=0.5, warmup=2).rate
-    assert [float(held(step)) for step in (0, 1, 2, 1000)] == [0.0, 0.25, 0.5, 0.5]
+    assert [float(held(step)) for step in (0, 1, 2, 1000)] == [0.25, 0.5, 0.5, 0.5]
+    for decay in (0, 12):
+        assert float(AdamW(learning_rate=0.5, warmup=1, decay=decay).rate(0)) == 0.5
     assert float(AdamW(learning_rate=0.5).rate(1000)) == 0.5
 
 

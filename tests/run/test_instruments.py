@@ -100,6 +100,7 @@ def test_tensorboard_is_given_what_is_a_number_and_nothing_before_the_first_row(
     module = ModuleType("tensorboardX")
     module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    Board(tmp_path).close()  # of a run that was refused
     board = Board(tmp_path)
     assert told == []
     board.write(Row(step=1, loss=2.5, grad_norm=None, seconds=0.5, tokens=64))
@@ -129,7 +130,7 @@ def test_the_first_ctrl_c_is_noted_and_the_second_interrupts() -> None:
         assert not stopped
         os.kill(os.getpid(), signal.SIGINT)
         assert len(stopped) == 1
-        assert view.texts == ["Ctrl-C: stopping after this step; once more to stop at once"]
+        assert view.texts == ["Ctrl-C: stopping after the steps under way; once more to stop at once"]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,5 +1,6 @@
 """A run: rows that are the model's own numbers, the same whatever the mesh, and what it leaves, says and refuses."""
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.models import mlp
 from shardlab.models.mlp import label_loss
 from shardlab.plan.plan import Plan
+from shardlab.run.evaluate import evaluate
 from shardlab.run.loop import RUN_AHEAD, train
 from shardlab.run.record import FILES, Row, RunRecord, read_arrays, read_run
 from shardlab.run.view import Silent
@@ -37,16 +40,19 @@ class Heard(Silent):
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.rows: list[Row] = []
-        self.evaluations: list[tuple[int, float]] = []
+        self.evaluations: list[tuple[int, float | None]] = []
+        self.order: list[str] = []
 
     def say(self, text: str) -> None:
         self.texts.append(text)
 
     def step(self, row: Row) -> None:
         self.rows.append(row)
+        self.order.append(f"step {row['step']}")
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float | None) -> None:
         self.evaluations.append((step, loss))
+        self.order.append(f"evaluation {step}")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,8 @@ def test_a_row_a_step_and_an_evaluation_is_a_field_of_its_steps_row(first: RunRe
         assert row["seconds"] > 0
     evaluated = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     assert heard.evaluations == [(0, first.report["initial_eval_loss"]), *evaluated]
+    steps = ["step 1", "step 2", "evaluation 2", "step 3", "step 4", "evaluation 4", "step 5", "evaluation 5"]
+    assert heard.order == ["evaluation 0", *steps]
 
 
 def test_the_numbers_are_those_of_the_model_in_plain_jax(first: RunRecord) -> None:
@@ -159,7 +167,7 @@ def test_the_same_seed_gives_the_same_numbers_and_a_run_is_replaced_aloud(first:
     (tmp_path / "notes.txt").write_text("the user's own")
     again = train(config, tmp_path, view=view)
     assert numbers(again.rows) == numbers(first.rows)
-    assert f"{tmp_path} holds an earlier run, which this one replaces" in view.texts
+    assert f"{tmp_path} holds an earlier run, which this one replaces at its first step" in view.texts
     assert (tmp_path / "notes.txt").read_text() == "the user's own"
     assert not any(b"an earlier" in (tmp_path / name).read_bytes() for name in FILES)
     for path, value in read_arrays(first.directory).items():
@@ -256,14 +264,47 @@ class Interrupting(Points):
 def test_ctrl_c_ends_a_run_after_its_step_with_everything_written(first: RunRecord, tmp_path: Path) -> None:
     view = Heard()
     record = train(tiny(steps=STEPS, eval_every=9, data=Interrupting()), tmp_path, view=view)
-    mine = [{name: value for name, value in row.items() if name != "eval_loss"} for row in numbers(first.rows)]
-    assert numbers(record.rows) == mine[:3]
+    mine, theirs = (
+        [{name: value for name, value in row.items() if name != "eval_loss"} for row in numbers(rows)]
+        for rows in (record.rows, first.rows)
+    )
+    assert mine == theirs[:3]
     report = record.report
+    # Where it was stopped it is evaluated, as at the end.
+    assert ["eval_loss" in row for row in record.rows] == [False, False, True]
+    assert report["eval_loss"] == record.rows[-1]["eval_loss"] == evaluate(tiny(), tmp_path)["eval_loss"]
     assert (report["interrupted"], report["steps"], report["steps_done"]) == (True, STEPS, 3)
-    assert (report["eval_loss"], report["initial_eval_loss"]) == (None, first.report["initial_eval_loss"])
+    assert report["initial_eval_loss"] == first.report["initial_eval_loss"]
     assert read_run(tmp_path) == record
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-    assert any("3 of 5 steps, stopped by Ctrl-C" in text for text in view.texts)
+    assert any("3 of 5 steps, stopped by Ctrl-C" in text and "\n  held-out loss " in text for text in view.texts)
+
+
+def test_ctrl_c_while_a_step_is_waited_for_starts_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As it mostly comes: the loss of step 2 is waited for while step 4 is under way."""
+
+    class Metric(float):
+        def __float__(self) -> float:
+            os.kill(os.getpid(), signal.SIGINT)
+            return float.__add__(self, 0.0)
+
+    class Pressing:
+        def __init__(self, step: Any) -> None:
+            self.inner, self.count = step, 0
+
+        def __call__(self, state: Any, batch: Any) -> Any:
+            self.count += 1
+            state, metrics = self.inner(state, batch)
+            return state, {**metrics, "loss": Metric(metrics["loss"])} if self.count == 2 else metrics
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    made = shardlab.run.loop.compile_train_step
+    monkeypatch.setattr(shardlab.run.loop, "compile_train_step", lambda *given: Pressing(made(*given)))
+    record = train(tiny(steps=9, pipeline=None), tmp_path)
+    assert [row["step"] for row in record.rows] == [1, 2, 3, 4]
+    assert record.report["interrupted"]
 
 
 def test_a_second_ctrl_c_ends_it_at_once_and_leaves_no_report(tmp_path: Path) -> None:
@@ -273,6 +314,101 @@ def test_a_second_ctrl_c_ends_it_at_once_and_leaves_no_report(tmp_path: Path) ->
         train(tiny(steps=STEPS, data=Interrupting(times=2), pipeline=None), tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "plan.json"]
+
+
+def test_what_tensorboard_was_given_is_written_whatever_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    class SummaryWriter:
+        def __init__(self, directory: str) -> None:
+            pass
+
+        def add_scalar(self, *given: Any) -> None:
+            told.append("given")
+
+        def close(self) -> None:
+            told.append("closed")
+
+    module = ModuleType("tensorboardX")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+
+    class Short(Points):
+        def train(self, batch_size: int, *, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+            yield from itertools.islice(super().train(batch_size, seed=seed), 4)
+
+    message = "data: train gives 4 batches, and the run has 6 steps; make it endless, or give fewer steps"
+    with pytest.raises(DeclarationError, match=f"^{message}$"):
+        train(tiny(steps=6, data=Short(), pipeline=None), tmp_path, tensorboard=True)
+    assert told[-1] == "closed"
+    assert "given" in told
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DeclarationError])
+@pytest.mark.parametrize("place", ["compile_train_step", "Evaluation"])
+def test_until_it_is_compiled_an_earlier_run_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, error: type[BaseException]
+) -> None:
+    for name in FILES:
+        (tmp_path / name).write_text("an earlier run's")
+
+    def stop(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(shardlab.run.loop, "compile_train_step", lambda *given: None)
+    monkeypatch.setattr(shardlab.run.loop, place, stop)
+    view = Heard()
+    with pytest.raises(error):
+        train(tiny(eval_every=1), tmp_path, view=view)
+    assert {(tmp_path / name).read_text() for name in FILES} == {"an earlier run's"}
+    assert f"{tmp_path} holds an earlier run, which this one replaces at its first step" in view.texts
+
+
+@dataclass(frozen=True)
+class Otherwise(Points):
+    """Points whose batches are not as they say from one batch on."""
+
+    start: int = 1
+    held: bool = False
+
+    def train(self, batch_size: int, *, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        for step, batch in enumerate(super().train(batch_size, seed=seed), start=1):
+            yield batch if step < self.start or self.held else {**batch, "labels": batch["labels"][:7]}
+
+    def held_out(self, batch_size: int, num_batches: int) -> list[dict[str, np.ndarray]]:
+        batches = super().held_out(batch_size, num_batches)
+        return [{**batch, "labels": batch["labels"][:7]} for batch in batches] if self.held else batches
+
+
+OTHERWISE = r"^batch labels: the plan has int32\[16\], the batch int32\[7\]; "
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_first_batch_that_is_not_as_planned_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match=f"{OTHERWISE}make data.abstract_batch say what data.train gives$"):
+        train(tiny("data=2", data=Otherwise()), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_batches_that_are_not_as_planned(tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match=f"{OTHERWISE}give every batch the shapes that were planned, or "):
+        train(tiny("data=2", data=Otherwise(start=2), pipeline=None), tmp_path)
+    with pytest.raises(DeclarationError, match=f"{OTHERWISE}make data.abstract_batch say what data.held_out gives$"):
+        evaluate(tiny(data=Otherwise(held=True)))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_devices_that_are_not_there_are_missed_before_the_data_is_read(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Unread(Points):
+        def train(self, batch_size: int, *, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+            raise AssertionError("the data was read")
+
+    with pytest.raises(DeclarationError, match=r"has 16 devices, 8 are here; "):
+        train(tiny("data=16", data=Unread()), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -328,3 +464,11 @@ def test_a_place_that_is_no_directory(tmp_path: Path) -> None:
     with pytest.raises(DeclarationError, match=f"^{message}$"):
         train(tiny(), file / "in" / "it")
     assert file.read_text() == "the user's own"
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_place_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # whoever runs the tests may write anywhere
+    message = re.escape(f"out {str(tmp_path / 'out')!r}: Permission denied; give a directory that can be made")
+    with pytest.raises(DeclarationError, match=f"^{message}$"):
+        train(tiny(), tmp_path / "out")

@@ -103,9 +103,15 @@ def test_a_path_may_be_any_name_and_a_dtype_that_numpy_lacks_is_widened(tmp_path
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     run = tmp_path / "first"
     run.mkdir()
-    message = f"run {str(run)!r}: has no report.json; give the --out directory of a run that has ended"
-    with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
-        read_run(run)
+    other = tmp_path / "first2"
+    other.mkdir()
+    write_report(other, {})
+    for name, why in ((None, "there is no run in it"), ("metrics.jsonl", "the run in it has not ended")):
+        if name is not None:
+            (run / name).write_text("")
+        message = f"run {str(run)!r}: has no report.json: {why}; give the --out directory of a run that has ended"
+        with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
+            read_run(run)
     message = f"run {str(run)!r}: holds no parameters.npz; give the --out directory of a run that has ended"
     with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
         read_arrays(run)

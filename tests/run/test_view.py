@@ -37,7 +37,7 @@ def lines(file: io.StringIO) -> list[str]:
 
 
 def shown(view: View, rows: list[Row], *, of: int = 10) -> None:
-    with view.steps(of, "nats"):
+    with view.steps(of, "nats", 16):
         for each in rows:
             view.step(each)
 
@@ -62,10 +62,29 @@ def test_the_live_view_says_what_is_not_finite() -> None:
     assert "loss not finite nats" in lines(file)[-1]
 
 
+def test_a_held_out_loss_that_is_not_finite_reads_as_a_steps_does() -> None:
+    for view in (PlainView(file := io.StringIO()), LiveView(live := Terminal())):
+        with view.steps(10, "nats", 16):
+            view.evaluation(3, float("nan"))
+            view.evaluation(4, None)
+            view.step(row(4))
+    for said in (file, live):
+        assert {"step 3: held-out loss not finite nats", "step 4: held-out loss not finite nats"} <= set(lines(said))
+    assert "loss 2.500 nats, held-out not finite  8,192 tokens/s" in lines(live)[-1]
+
+
+def test_the_first_step_which_warms_up_foretells_nothing() -> None:
+    file = io.StringIO()
+    shown(PlainView(file), [row(1, seconds=60), row(2)])
+    first, second = file.getvalue().splitlines()
+    assert first == "step 1/10  loss 2.500 nats  grad norm 1.25  68 tokens/s"
+    assert second == "step 2/10  loss 2.500 nats  grad norm 1.25  8,192 tokens/s  4s left"
+
+
 def test_the_live_view_keeps_evaluations_above_the_bar_and_beside_it() -> None:
     file = Terminal()
     view = LiveView(file)
-    with view.steps(10, "nats"):
+    with view.steps(10, "nats", 16):
         view.evaluation(3, 2.125)
         view.step(row(4))
     assert "step 3: held-out loss 2.125 nats" in lines(file)
@@ -103,7 +122,7 @@ def test_plain_lines_have_the_pace_so_far() -> None:
     shown(PlainView(file), [row(4), row(5, loss=None, seconds=1.5)])
     assert file.getvalue() == (
         "step 4/10  loss 2.500 nats  grad norm 1.25  8,192 tokens/s  3s left\n"
-        "step 5/10  loss not finite nats  grad norm not finite  4,096 tokens/s  5s left\n"
+        "step 5/10  loss not finite nats  grad norm not finite  2,731 tokens/s  8s left\n"
     )
 
 
@@ -143,18 +162,21 @@ def test_a_plain_phase_that_fails_says_so() -> None:
 def test_the_silent_view_takes_everything() -> None:
     view = Silent()
     view.say("x")
-    with view.phase("x"), view.steps(3, "nats"):
+    with view.phase("x"), view.steps(3, "nats", 16):
         view.step(row(1))
         view.evaluation(1, 2.0)
 
 
 def test_the_pace_is_a_mean_at_first_and_follows_a_change_later() -> None:
-    pace = Pace()
+    pace = Pace(64)
     assert pace.tokens_per_second == 0.0
-    for seconds in (1.0, 2.0, 3.0):
+    pace.add(row(1, seconds=9.0, tokens=64))
+    assert (pace.seconds, pace.text(1, 10)) == (9.0, "7 examples/s")
+    for seconds in (1.0, 2.0, 3.0):  # the first warms up, and is forgotten
         pace.add(row(1, seconds=seconds, tokens=64))
     assert pace.seconds == pytest.approx(2.0)
     assert pace.tokens_per_second == pytest.approx(32.0)
+    assert pace.text(4, 10) == "32 examples/s  12s left"
     for _ in range(300):
         pace.add(row(1, seconds=8.0, tokens=64))
     # The first steps weigh (29/30)^273 of what they did.

@@ -108,6 +108,23 @@ def test_the_same_twice() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_batch_that_is_not_the_planned_one_is_refused_and_the_state_kept() -> None:
+    step = compiled()
+    state = step.init(0)
+    way_out = "give every batch the shapes that were planned, or make the plan anew"
+    for batch, problem in {
+        "short": ({**BATCH, "y": BATCH["y"][:7]}, "batch y: the plan has float32[8], the batch float32[7]"),
+        "whole": ({**BATCH, "y": np.arange(8)}, "batch y: the plan has float32[8], the batch int32[8]"),
+        "none": ({"x": BATCH["x"]}, "batch y: the plan has float32[8], the batch no such array"),
+        "more": ({**BATCH, "z": 1.0}, "batch z: the plan has no such array, the batch float32[]"),
+        "array": (BATCH["x"], "batch: the plan has no such array, the batch float32[8, 6]"),
+    }.values():
+        with pytest.raises(DeclarationError) as error:
+            step(state, batch)
+        assert f"{problem}; {way_out}" in str(error.value)
+    step(state, BATCH)
+
+
 def refused(model: Any = None, plan: Plan | None = None, batch: Any = None, optimizer: Any = ADAM) -> str:
     with pytest.raises(DeclarationError) as error:
         compile_train_step(model or linear(), square, optimizer, plan or planned(), batch or BATCH)

@@ -61,7 +61,7 @@ def test_a_hybrid_passes(dtype: str) -> None:
     assert found.passed, str(found)
     assert (found.init_identical, found.worst_init, found.steps) == (True, "", 2)
     assert found.tolerances == TOLERANCES[dtype]
-    assert found.optimizer == "SGD at 0.1, for rounding's sake"
+    assert found.optimizer == "SGD at 0.1 of gradients cut to norm 1, for rounding's sake"
     assert f"in {dtype}: passed" in str(found)
     if dtype == "bfloat16":
         # It was computed in bfloat16, whose rounding shows.
