@@ -40,9 +40,8 @@ def main() -> None:
     c = model.parts.context(values, {"tokens": jnp.zeros((BATCH, SEQ), jnp.int32)}, None, True)
     x = jax.random.normal(jax.random.key(1), (BATCH, SEQ, config.model_dim))
     dy = jax.random.normal(jax.random.key(2), x.shape)
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}; block of {sum(v.size for v in layer.values()):,} parameters"
-    )
+    size = sum(value.size for value in layer.values())
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; a block of {size:,} parameters")
     print(f"{'remat':<16}{'B':>9}{'I':>9}{'W':>9}{'I + W over B':>14}{'the same in FLOPs':>19}")
     for remat in ("none", "dots_saveable", "full"):
         measure(remat, model.parts.block, layer, x, c, dy)

@@ -142,7 +142,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
         q, k, v = (heads(layer(x), self.head_dim) for layer in (self.q, self.k, self.v))
-        out = causal_attention(rotate(q, c), rotate(k, c), v, self.query_chunk)
+        out = causal_attention(rotate(q, c), rotate(k, c), v, query_chunk=self.query_chunk)
         return self.o(out.reshape(*x.shape[:2], -1))
 
 
@@ -197,7 +197,7 @@ def rotate(x: jax.Array, c: Angles) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, query_chunk: int = 0) -> jax.Array:
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, query_chunk: int = 0) -> jax.Array:
     """Attention of each token to itself and those before it, [B, S, H, K].
 
     Args:

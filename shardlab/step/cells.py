@@ -259,15 +259,11 @@ class Cells:
         for index, kind in enumerate(phase.cell):
             written, cell = cells[kind]
 
-            def do(state: tuple[dict[str, Any], Any], cell: Any = cell, written: Any = written, carry: Any = carry) -> Any:
-                new, made = cell(carry | state[0])
-                return {name: new[name] for name in written}, made
-
-            def skip(state: Any) -> Any:
-                return state
-
+            # Only what a cell writes goes through its branch: XLA would copy the rest.
             state = {name: carry[name] for name in written}, out
-            state = jax.lax.switch((row["kind"] == index).astype(jnp.int32), [skip, do, skip], state)
+            # Three branches mark what diverges: `shardlab.hlo.hang` looks at conditionals of three or more.
+            branches = [_skip, _chosen(cell, written, carry), _skip]
+            state = jax.lax.switch((row["kind"] == index).astype(jnp.int32), branches, state)
             carry, out = carry | state[0], state[1]
         carry = self.head(phase, carry, row, out)
         carry = self.finish(phase, carry, row, out)
@@ -520,6 +516,22 @@ class Cells:
         axes = dict.fromkeys(layer, () if self.sharded else region.batch) | dict.fromkeys(carry["rest"], region.manual)
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
+
+
+def _skip(state: Any) -> Any:
+    return state
+
+
+def _chosen(
+    cell: Callable[[dict[str, Any]], tuple[dict[str, Any], Any]], written: tuple[str, ...], carry: dict[str, Any]
+) -> Callable[[Any], Any]:
+    """The branch that runs a cell: of (what it writes, what it sends)."""
+
+    def do(state: tuple[dict[str, Any], Any]) -> tuple[dict[str, Any], Any]:
+        new, made = cell(carry | state[0])
+        return {name: new[name] for name in written}, made
+
+    return do
 
 
 def _own(row: dict[str, jax.Array]) -> dict[str, jax.Array]:
