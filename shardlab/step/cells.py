@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
-from shardlab.module.model import Model
+from shardlab.module.model import Model, computed
 from shardlab.module.residuals import BlockVjp
 from shardlab.pipeline.buffers import Phase, Program, When
 from shardlab.plan.layout import slots_of
@@ -176,16 +176,19 @@ class Cells:
             "residuals": buffers(residuals, table.num_residual_slots),
             "cuts": buffers(cuts, table.num_cut_slots),
             "layer": {
-                self.inner[name]: laid(jnp.zeros(self.layer[self.inner[name]].shape, self.wide), spec)
+                self.inner[name]: laid(self._accumulator(self.layer[self.inner[name]]), spec)
                 for name, spec in self.specs.items()
                 if name in self.inner
             },
             "rest": {
-                name: laid(jnp.zeros(self.rest[name].shape, self.wide), spec)
+                name: laid(self._accumulator(self.rest[name]), spec)
                 for name, spec in self.specs.items()
                 if name not in self.inner
             },
         }
+
+    def _accumulator(self, value: jax.Array) -> jax.Array:
+        return jnp.zeros(value.shape, computed(value.dtype, jnp.dtype(self.wide).name))
 
     def _empty(self, leaf: Any, *leading: int) -> jax.Array:
         fill = self.fill if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0

@@ -16,9 +16,12 @@ from shardlab.hlo.hang import could_hang
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, read_model
+from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.pipeline.buffers import program
+from shardlab.plan.check import random_faults, traced_in
 from shardlab.plan.layout import optimizer_shapes, optimizer_tree
+from shardlab.plan.make import optimizer_rows
+from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.pipelined import pipelined_gradients
@@ -125,22 +128,24 @@ def compile_train_step(
     Raises:
       DeclarationError: model, batch or optimizer are not those of the plan, or XLA changed a declared sharding.
     """
+    raise_faults(random_faults())
     shapes = abstract(batch)
     model = read_model(model, shapes, plan.pipeline)
-    _same_as_planned(model, plan, shapes)
+    _same_as_planned(model, plan, shapes, optimizer)
     mesh = build_mesh(plan.mesh)
     specs = state_spec_tree(model, plan, optimizer)
     state_shardings = shardings(mesh, specs)
     rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
     batch_shardings = jax.tree.map(lambda _: rows, shapes)
     region = make_region(plan, mesh)
-    calls = Calls(model, loss, plan, region, shapes, train=True)
+    with traced_in(plan.dtype):
+        calls = Calls(model, loss, plan, region, shapes, train=True)
     gradients = make_gradients(model, plan, region, calls, float("nan") if prove else 0.0)
     update = make_update(model, plan, mesh, optimizer)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         gradient, metrics, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
-        parameters, optimizer_state = update(gradient, state.optimizer, state.parameters)
+        parameters, optimizer_state = update(gradient, state.optimizer, state.parameters, metrics["loss"])
         metrics |= {"grad_norm": optax.tree.norm(gradient)} | ({"gradients": gradient} if prove else {})
         return TrainState(state.step + 1, state.key, parameters, buffers, optimizer_state), metrics
 
@@ -154,7 +159,7 @@ def compile_train_step(
         out_shardings=(state_shardings, metric_shardings),
         donate_argnums=0,
     )
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), traced_in(plan.dtype):
         lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
         compiled = lowered.compile()
     _same_as_declared(compiled, (state_shardings, batch_shardings))
@@ -169,7 +174,9 @@ def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
     def working(parameters: Arrays) -> Arrays:
         # The cast comes first: what is gathered is as narrow as what is computed with.
         return {
-            name: jax.lax.with_sharding_constraint(value.astype(plan.dtype), NamedSharding(mesh, compute[name]))
+            name: jax.lax.with_sharding_constraint(
+                value.astype(computed(value.dtype, plan.dtype)), NamedSharding(mesh, compute[name])
+            )
             for name, value in parameters.items()
         }
 
@@ -220,8 +227,8 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) and leaf.sharding == sharding else jax.device_put(leaf, sharding)
 
 
-def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
-    """The plan was made for this model and this batch."""
+def _same_as_planned(model: Model, plan: Plan, batch: Any, optimizer: optax.GradientTransformation) -> None:
+    """The plan was made for this model, this batch and this optimizer."""
     planned = {parameter.path: parameter.shape for parameter in plan.parameters}
     found = {path: leaf.shape for path, leaf in model.parameters.items()}
     faults = [
@@ -245,6 +252,17 @@ def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
         if expected.get(path) != leaves.get(path)
     ]
     raise_faults(faults)
+    again = "make the plan anew with this optimizer"
+    shapes = optimizer_shapes(plan.parameters, plan.stacks, "per-layer")
+    reason = why_per_layer(optimizer, model, shapes, plan.stacks) if plan.update == "stacked" else None
+    if reason is not None:
+        raise_faults([Fault("optimizer", f"the plan's runs on stacked layers, and this one may not: {reason}", again)])
+    rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, plan.update, plan.mesh)
+    mine, theirs = ({leaf.path: f"{leaf.dtype} {list(leaf.shape)}" for leaf in s} for s in (plan.optimizer_state, rows))
+    for path in {**mine, **theirs}:
+        if mine.get(path) != theirs.get(path):
+            problem = f"the plan has {mine.get(path, 'none')}, the optimizer {theirs.get(path, 'none')}"
+            raise_faults([Fault(f"optimizer state {path}", problem, again)])
 
 
 def _same_as_declared(compiled: Any, declared: Any) -> None:
