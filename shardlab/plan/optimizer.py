@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -119,7 +120,15 @@ def _as_before(new: Any, old: Any) -> Any:
 def with_arguments(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optimizer`, its update taking arguments by name, whether it needs them or not."""
     whole = getattr(optimizer, "gradient_transformation", None)  # of an optax.MultiSteps given as it is
-    return optax.with_extra_args_support(optimizer if whole is None else whole())
+    wide = optax.with_extra_args_support(optimizer if whole is None else whole())
+    names = inspect.signature(wide.update).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
+        return wide
+
+    def update(gradients: Any, state: Any, parameters: Any = None, **given: Any) -> Any:
+        return wide.update(gradients, state, parameters, **{k: value for k, value in given.items() if k in names})
+
+    return optax.GradientTransformationExtraArgs(wide.init, update)
 
 
 def why_per_layer(

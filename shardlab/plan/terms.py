@@ -144,7 +144,8 @@ class Terms:
             return [self._filled(terms[0], tuple(params["shape"]))]
         if name == "concatenate" and (single := self._singles(terms, shapes)) is not None:
             return [self._several(single)]
-        text = tuple((key, str(value)) for key, value in params.items())
+        # Constants of an inner program do not print, so they count by identity.
+        text = tuple((key, str(value), *map(id, getattr(value, "consts", ()))) for key, value in params.items())
         return [self._number(name, text, tuple(terms), index) for index in range(len(equation.outvars))]
 
     def _cond(self, index: Value, branches: list[list[Value]]) -> list[Value]:

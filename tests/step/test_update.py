@@ -61,6 +61,11 @@ OPTIMIZERS: dict[str, tuple[optax.GradientTransformation, int, str]] = {
         "stacked",
     ),
     "polyak_sgd": (optax.polyak_sgd(), 3, "stacked"),
+    "sam, which takes no argument by name": (
+        optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.05))),
+        4,
+        "stacked",
+    ),
 }
 
 
