@@ -94,10 +94,10 @@ class _Report(_Common):
 
 @dataclass(frozen=True, kw_only=True)
 class _Schedule(_Common):
-    name: str = field(metadata={"help": "1f1b or gpipe", "metavar": "NAME"})
+    name: str = field(metadata={"help": "of the schedule; a wrong one lists them", "metavar": "NAME"})
     stages: int = _option(4, "devices on the stage axis")
     microbatches: int = _option(8, "microbatches a step")
-    virtual: int = _option(1, "stages that a device holds")
+    virtual: int = _option(0, "stages that a device holds; 0 leaves it to the schedule")
     costs: str = _option("1,1,1", "times of a stage's forward, gradient of the input, gradient of the weights", "F,I,W")
 
 
@@ -138,7 +138,7 @@ def schedule(arguments: list[str], *, restart: bool) -> int:
         raise DeclarationError(f"costs {options.costs!r}: is not three times F,I,W; write them as 1,1,1") from None
     costs = Costs(F=forward, I=inputs, W=weights)
     made = make_schedule(
-        options.name, stages=options.stages, microbatches=options.microbatches, virtual=options.virtual
+        options.name, stages=options.stages, microbatches=options.microbatches, virtual=options.virtual or None
     )
     facts: dict[str, Any] = schedule_facts(made, costs)
     lines = [draw(made)]

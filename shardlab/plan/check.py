@@ -38,6 +38,8 @@ def choice_faults(**given: Any) -> list[Fault]:
         "dtype": DTYPES,
         "reduce_dtype": ("auto", *DTYPES),
         "head": HEADS,
+        "gather": ("step", "layer"),
+        "accumulate": ("full", "sharded"),
         "batch_axes": ("manual", "automatic"),
     }
     faults = []
@@ -131,6 +133,36 @@ def stage_faults(
             assign_layers(len(model.parts.layers), made.num_stages if stages > 1 else 1)
     except ScheduleError as error:
         raise DeclarationError(str(error)) from None
+    return faults
+
+
+def sharding_faults(
+    blocks: Sequence[Parameter], mesh: MeshSpec, zero: int, gather: str, accumulate: str
+) -> list[Fault]:
+    """Choices about shards of blocks that lie in none."""
+
+    def cut(which: str) -> bool:
+        return any(set(mesh.batch) & axes_in(getattr(block, which)) for block in blocks)
+
+    faults = []
+    if gather == "layer" and not cut("storage"):
+        faults.append(
+            Fault(
+                "gather='layer'",
+                f"at ZeRO level {zero} no block's parameter lies in shards of the batch axes",
+                "use zero=3 on batch axes of more than one device, with the blocks named by pipeline=; or "
+                "gather='step'",
+            )
+        )
+    if accumulate == "sharded" and (zero < 2 or not cut("state")):
+        faults.append(
+            Fault(
+                "accumulate='sharded'",
+                f"at ZeRO level {zero} no block's gradient lies in shards of the batch axes",
+                "use zero=2 or 3 on batch axes of more than one device, with the blocks named by pipeline=; or "
+                "accumulate='full'",
+            )
+        )
     return faults
 
 

@@ -29,6 +29,7 @@ from shardlab.plan.check import (
     layer_faults,
     padding_faults,
     random_faults,
+    sharding_faults,
     stage_faults,
     traced_in,
 )
@@ -64,6 +65,8 @@ def make_plan(
     dtype: str = "float32",
     reduce_dtype: str = "auto",
     head: str = "auto",
+    gather: str = "step",
+    accumulate: str = "full",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
 ) -> Plan:
@@ -88,6 +91,10 @@ def make_plan(
         what is sent and rounds every shard's gradient.
       head: ``"examples"`` spreads `before` and `after` over the stages by example, ``"last_stage"`` runs them whole
         on every stage and uses one; ``"auto"`` takes the first that divides.
+      gather: when weights that lie in shards (ZeRO 3) are gathered. ``"step"``: all once a step, a whole working copy;
+        ``"layer"``: each block's whenever it is used, in every tick.
+      accumulate: how the gradients of blocks add up over microbatches (from ZeRO 2). ``"full"``: each shard's own,
+        reduced once a step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
         ``"automatic"``: XLA places every reduction, which models that compute across examples need.
       activation: spec of what flows between blocks, for sequence parallelism: ``P("data", "tensor", None)``.
@@ -109,7 +116,14 @@ def make_plan(
     )
     faults = [*resolution.faults, *dtype_faults(model)]
     faults += choice_faults(
-        zero=zero, remat=remat, dtype=dtype, reduce_dtype=reduce_dtype, head=head, batch_axes=batch_axes
+        zero=zero,
+        remat=remat,
+        dtype=dtype,
+        reduce_dtype=reduce_dtype,
+        head=head,
+        batch_axes=batch_axes,
+        gather=gather,
+        accumulate=accumulate,
     )
     notes: list[str] = []
     if model.buffers and model.parts is None and batch_axes == "manual":
@@ -176,6 +190,8 @@ def make_plan(
         more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
         kinds = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
         notes.append(f"{widened[0]}{more}: {kinds}")
+    stacked = [parameter for parameter in parameters if parameter.path in inside]
+    raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
     raise_faults(padding_faults(optimizer, model, parameters))
     with traced_in(dtype):
         x, activation_bytes = _activations(model, shapes, mesh, rows, max(layers, default=0), dtype, remat)
@@ -204,6 +220,8 @@ def make_plan(
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
         activation_bytes=activation_bytes,
+        gather=gather,
+        accumulate=accumulate,
         activation_spec=activation,
         notes=tuple(notes),
     )

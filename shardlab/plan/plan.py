@@ -118,6 +118,10 @@ class Plan:
       batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
         reduction (needed where the model computes statistics over the batch).
       activation_bytes: residuals of one microbatch in one stage, per device; 0 without parts.
+      gather: when weights that lie in shards of the batch axes are gathered: ``"step"``, all once a step, or
+        ``"layer"``, each layer's whenever it is used.
+      accumulate: gradients of blocks over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each
+        layer's reduce-scattered in every backward.
       activation_spec: the spec of what flows between blocks, or None.
       notes: what was decided and not declared.
     """
@@ -141,6 +145,8 @@ class Plan:
     batch: tuple[tuple[str, tuple[int, ...], str], ...]
     batch_axes_manual: bool
     activation_bytes: int
+    gather: str
+    accumulate: str
     activation_spec: PartitionSpec | None
     notes: tuple[str, ...]
 

@@ -84,9 +84,9 @@ def describe(plan: Plan) -> str:
         f"batch of {plan.batch_size}, {plan.num_microbatches} microbatches of {plan.microbatch_rows} a shard",
     ]
     if plan.num_stages > 1:
-        held = f", {plan.virtual} on each device" if plan.virtual > 1 else ""
+        each = f", {plan.virtual} on each device" if plan.virtual > 1 else ""
         lines.append(
-            f"{plan.num_stages} stages of {', '.join(map(str, plan.layers))} layers{held}, schedule {plan.schedule}, "
+            f"{plan.num_stages} stages of {', '.join(map(str, plan.layers))} layers{each}, schedule {plan.schedule}, "
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]

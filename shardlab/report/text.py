@@ -59,7 +59,8 @@ def schedule_text(report: Mapping[str, Any]) -> str:
         if microbatches == 1:
             return "one stage, one microbatch: no bubble"
         return f"one stage: {microbatches} microbatches accumulate their gradients, no bubble"
-    table = draw(make_schedule(report["schedule"], stages=stages, microbatches=microbatches))
+    virtual = report["virtual"]
+    table = draw(make_schedule(report["schedule"], stages=stages, microbatches=microbatches, virtual=virtual))
     held = ", ".join(map(str, report["peak_in_flight"]))
     return f"{table}\nbubble {report['bubble_fraction']:.1%}; microbatches in flight at most, by stage: {held}"
 

@@ -126,6 +126,8 @@ class Config:
       dtype: what the step computes in: float32, bfloat16, float64.
       reduce_dtype: what gradients are summed over the batch axes in: auto (float32, or a wider dtype), bfloat16.
       head: how the parts before and after the blocks are spread: examples, last_stage, auto.
+      gather: when weights in shards are gathered: step (all once a step) or layer (each when it is used).
+      accumulate: gradients of blocks over the microbatches: full (reduced once a step) or sharded (in every backward).
       batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).
       steps: train steps.
       seed: of the parameters, dropout and the order of the data.
@@ -152,6 +154,8 @@ class Config:
     dtype: str = "float32"
     reduce_dtype: str = "auto"
     head: str = "auto"
+    gather: str = "step"
+    accumulate: str = "full"
     batch_axes: str = "manual"
     steps: int = 100
     seed: int = 0
@@ -195,6 +199,8 @@ class Config:
             dtype=self.dtype,
             reduce_dtype=self.reduce_dtype,
             head=self.head,
+            gather=self.gather,
+            accumulate=self.accumulate,
             batch_axes=self.batch_axes,
             activation=self.activation,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class Evaluation:
             # Reading the numbers waits for them, which bounds how many passes are in flight.
             part, counted = self._forward(parameters, buffers, batch)
             total, weight = total + float(part), weight + float(counted)
-        return total / weight, round(weight)
+        # Of nothing there is no mean; a train step says the same.
+        return total / weight if weight else math.nan, round(weight)
 
 
 def evaluate(config: Config, run: str | Path | None = None, *, view: View | None = None) -> dict[str, Any]:

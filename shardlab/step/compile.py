@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.pipeline.buffers import program
 from shardlab.plan.check import random_faults, traced_in
 from shardlab.plan.layout import optimizer_shapes, optimizer_tree
-from shardlab.plan.make import optimizer_rows
 from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
@@ -111,6 +110,8 @@ def compile_train_step(
     plan: Plan,
     batch: Any,
     *,
+    devices: Sequence[jax.Device] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     prove: bool = False,
 ) -> CompiledStep:
     """The train step of `plan`, compiled.
@@ -122,6 +123,8 @@ def compile_train_step(
       optimizer: as given to `make_plan`.
       plan: what to compile.
       batch: a global batch, or its shapes.
+      devices: to compile for, in place of those JAX sees here; compile-only devices of a topology do.
+      compiler_options: of XLA, for this executable alone.
       prove: for tests: metrics hold the ``gradients`` too, by stored name, and unused activation buffers are filled
         with NaN, so that a bubble that reaches a result is seen.
 
@@ -131,8 +134,11 @@ def compile_train_step(
     raise_faults(random_faults())
     shapes = abstract(batch)
     model = read_model(model, shapes, plan.pipeline)
-    _same_as_planned(model, plan, shapes, optimizer)
-    mesh = build_mesh(plan.mesh)
+    _same_as_planned(model, plan, shapes)
+    _may_be_stacked(model, plan, optimizer)
+    abstract_state = _abstract_state(model, plan, optimizer)
+    _same_optimizer(plan, abstract_state.optimizer)
+    mesh = build_mesh(plan.mesh, devices)
     specs = state_spec_tree(model, plan, optimizer)
     state_shardings = shardings(mesh, specs)
     rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
@@ -160,16 +166,21 @@ def compile_train_step(
         donate_argnums=0,
     )
     with jax.set_mesh(mesh), traced_in(plan.dtype):
-        lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
-        compiled = lowered.compile()
+        lowered = jitted.lower(abstract_state, shapes)
+        compiled = lowered.compile(compiler_options=_compiler_options(plan, mesh, compiler_options))
     _same_as_declared(compiled, (state_shardings, batch_shardings))
     _cannot_hang(compiled, plan)
     return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, jitted, lowered, compiled)
 
 
 def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
-    """Stored parameters -> what a step computes with: cast to its dtype, then gathered over the batch axes once."""
+    """Stored parameters -> what a step computes with: cast to its dtype, then gathered over the batch axes once.
+
+    Those of blocks stay in their shards where each layer is gathered when it is used.
+    """
     compute = storage_specs(plan, "compute")
+    if plan.gather == "layer":
+        compute |= {stack.name: spec for stack in plan.stacks if (spec := storage_specs(plan).get(stack.name))}
 
     def working(parameters: Arrays) -> Arrays:
         # The cast comes first: what is gathered is as narrow as what is computed with.
@@ -227,8 +238,8 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) and leaf.sharding == sharding else jax.device_put(leaf, sharding)
 
 
-def _same_as_planned(model: Model, plan: Plan, batch: Any, optimizer: optax.GradientTransformation) -> None:
-    """The plan was made for this model, this batch and this optimizer."""
+def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
+    """The plan was made for this model and this batch."""
     planned = {parameter.path: parameter.shape for parameter in plan.parameters}
     found = {path: leaf.shape for path, leaf in model.parameters.items()}
     faults = [
@@ -252,17 +263,33 @@ def _same_as_planned(model: Model, plan: Plan, batch: Any, optimizer: optax.Grad
         if expected.get(path) != leaves.get(path)
     ]
     raise_faults(faults)
-    again = "make the plan anew with this optimizer"
+
+
+def _may_be_stacked(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> None:
+    """The optimizer may see stacked layers where the plan's may: another would update them otherwise, silently."""
+    if plan.update != "stacked" or not plan.stacks:
+        return
     shapes = optimizer_shapes(plan.parameters, plan.stacks, "per-layer")
-    reason = why_per_layer(optimizer, model, shapes, plan.stacks) if plan.update == "stacked" else None
+    reason = why_per_layer(optimizer, model, shapes, plan.stacks)
     if reason is not None:
-        raise_faults([Fault("optimizer", f"the plan's runs on stacked layers, and this one may not: {reason}", again)])
-    rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, plan.update, plan.mesh)
-    mine, theirs = ({leaf.path: f"{leaf.dtype} {list(leaf.shape)}" for leaf in s} for s in (plan.optimizer_state, rows))
-    for path in {**mine, **theirs}:
-        if mine.get(path) != theirs.get(path):
-            problem = f"the plan has {mine.get(path, 'none')}, the optimizer {theirs.get(path, 'none')}"
-            raise_faults([Fault(f"optimizer state {path}", problem, again)])
+        problem = f"the plan's runs on stacked layers, and this one may not: {reason}"
+        raise_faults([Fault("optimizer", problem, "make the plan anew with this optimizer")])
+
+
+def _same_optimizer(plan: Plan, state: Any) -> None:
+    """The plan was made for an optimizer that keeps this state; whether it may see stacked layers depends on it."""
+    planned = {leaf.path: f"{leaf.dtype}{list(leaf.shape)}" for leaf in plan.optimizer_state}
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    found = {path_of(keys): f"{leaf.dtype}{list(leaf.shape)}" for keys, leaf in leaves}
+    raise_faults(
+        Fault(
+            f"optimizer state {path}",
+            f"the plan has {planned.get(path, 'nothing')}, this optimizer {found.get(path, 'nothing')}",
+            "make the plan anew",
+        )
+        for path in {**planned, **found}
+        if planned.get(path) != found.get(path)
+    )
 
 
 def _same_as_declared(compiled: Any, declared: Any) -> None:
@@ -280,10 +307,22 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
     raise_faults(faults)
 
 
+def _compiler_options(plan: Plan, mesh: Mesh, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    options: dict[str, Any] = {}
+    if mesh.devices.flat[0].platform == "tpu" and _diverges(plan):
+        # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes, of which none may stand in
+        # a branch that not all devices take.
+        options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 30
+    return {**options, **(given or {})} or None
+
+
+def _diverges(plan: Plan) -> bool:
+    return any(phase.divergent for phase in program(plan.table()).phases)
+
+
 def _cannot_hang(compiled: Any, plan: Plan) -> None:
     """In a divergent schedule, where each stage takes its own branch, no collective in a branch waits for others."""
-    table = plan.table()
-    if plan.mesh.stage is None or not any(phase.divergent for phase in program(table).phases):
+    if plan.mesh.stage is None or not _diverges(plan):
         return
     raise_faults(
         Fault(

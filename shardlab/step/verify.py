@@ -59,7 +59,6 @@ class Verification:
     """
 
     dtype: str
-    narrowest: str | None
     steps: int
     optimizer: str
     init_identical: bool
@@ -72,6 +71,7 @@ class Verification:
     max_rel_err_composition: float | None
     composition: str
     tolerances: Tolerances
+    narrowest: str | None = None
 
     @property
     def passed(self) -> bool:

@@ -58,6 +58,8 @@ POLICIES = (
     "did you mean 'dots_saveable'? write one of them"
 )
 
+SCHEDULE_NAMES = "gpipe, 1f1b, interleaved_1f1b, looped_bfs, 1f1b_split, zb_h1, zb_h2, zb_v, dualpipe_v"
+
 # name: (arguments, message)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "zero": (
@@ -143,13 +145,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "schedule": (
         {"schedule": "1f1d"},
-        "schedule '1f1d': unknown, there are gpipe, 1f1b, interleaved_1f1b, looped_bfs, 1f1b_split, zb_h1, zb_h2, "
-        "zb_v, dualpipe_v; did you mean '1f1b'?",
+        f"schedule '1f1d': unknown, there are {SCHEDULE_NAMES}; did you mean '1f1b'?",
     ),
     "schedule, nothing like it": (
-        {"schedule": "none"},
-        "schedule 'none': unknown, there are gpipe, 1f1b, interleaved_1f1b, looped_bfs, 1f1b_split, zb_h1, zb_h2, "
-        "zb_v, dualpipe_v; choose one of these",
+        {"schedule": "qqq"},
+        f"schedule 'qqq': unknown, there are {SCHEDULE_NAMES}; choose one of these",
+    ),
+    "fewer layers than virtual stages": (
+        {"mesh": {"data": 1, "stage": 4, "tensor": 1}, "schedule": "interleaved_1f1b"},
+        "4 layers on 8 stages: a stage holds at least 1 layer; use 4 stages or fewer, or more layers",
+    ),
+    "virtual stages where a device holds one": (
+        {"schedule": "1f1b", "virtual": 2},
+        "schedule '1f1b': a device holds 1 of its stages, not 2 (4 stages on 2 devices); write virtual=1, or take one "
+        "that holds any number: interleaved_1f1b, looped_bfs, 1f1b_split",
     ),
     "blocks with different specs": (
         {"rules": SPREAD},
