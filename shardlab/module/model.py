@@ -88,8 +88,19 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def computed(kind: Any, dtype: str) -> str:
+    """What a step in `dtype` computes with numbers of dtype `kind` in: for complex ones the complex dtype of its width.
+
+    >>> computed("bfloat16", "float32"), computed("complex64", "float64"), computed("complex64", "bfloat16")
+    ('float32', 'complex128', 'complex64')
+    """
+    if not jax.numpy.issubdtype(kind, jax.numpy.complexfloating):
+        return dtype
+    return "complex128" if dtype == "float64" else "complex64"
+
+
 def flowing(x: Any, dtype: str) -> Any:
-    """What flows between blocks: floating point, in the dtype that the step computes in.
+    """What flows between blocks: floating point (or complex), in the dtype that the step computes in.
 
     Without this one layer that fixes its dtype when it is made (`nnx.Embed` does) would set the dtype of all blocks.
     """
@@ -101,7 +112,7 @@ def flowing(x: Any, dtype: str) -> Any:
                 f"before: x {path} has dtype {leaf.dtype}; what flows between blocks is floating point, other arrays "
                 "belong in context(batch)"
             )
-        return leaf.astype(dtype)
+        return leaf.astype(computed(leaf.dtype, dtype))
 
     return jax.tree_util.tree_map_with_path(one, x)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,19 +15,23 @@ from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.faults import DeclarationError, raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, flowing, read_model, split_auxiliary
+from shardlab.module.model import Model, abstract, computed, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
 from shardlab.plan.check import (
+    activation_faults,
     batch_faults,
     check_flow,
     choice_faults,
+    dtype_faults,
     layer_faults,
     padding_faults,
+    random_faults,
     sharding_faults,
     stage_faults,
+    traced_in,
 )
 from shardlab.plan.layout import (
     axes_in,
@@ -97,6 +102,7 @@ def make_plan(
     Raises:
       DeclarationError: with every fault of the declaration.
     """
+    raise_faults(random_faults())
     shapes = abstract(batch)
     model = read_model(model, shapes, pipeline)
     sizes = mesh.sizes
@@ -108,7 +114,7 @@ def make_plan(
         specs=specs,
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
-    faults = list(resolution.faults)
+    faults = [*resolution.faults, *dtype_faults(model)]
     faults += choice_faults(
         zero=zero,
         remat=remat,
@@ -148,7 +154,6 @@ def make_plan(
         head = "last_stage"
 
     inside = {path for stack in stacks for path in stack.members}
-    wide = "float64" if dtype == "float64" else None
     mixed = jnp.dtype(dtype).itemsize < 4
     parameters = []
     for path, leaf in model.parameters.items():
@@ -165,7 +170,7 @@ def make_plan(
         )
         if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
             notes.append(f"{path}: no dim of {list(stored)} divides by the batch axes; replicated over them")
-        kind = wide or str(leaf.dtype)
+        kind = _master_dtype(leaf.dtype, dtype)
         parameters.append(
             Parameter(
                 path=path,
@@ -180,13 +185,21 @@ def make_plan(
                 stored_shape=stored,
             )
         )
+    widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
+    if widened and dtype != "float64":
+        more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
+        kinds = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
+        notes.append(f"{widened[0]}{more}: {kinds}")
     stacked = [parameter for parameter in parameters if parameter.path in inside]
     raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
-    raise_faults(padding_faults(optimizer, model, resolution.placements))
-    reason = why_per_layer(optimizer, model, stacks) if stacks else None
+    raise_faults(padding_faults(optimizer, model, parameters))
+    with traced_in(dtype):
+        x, activation_bytes = _activations(model, shapes, mesh, rows, max(layers, default=0), dtype, remat)
+    raise_faults(activation_faults(activation, x, mesh))
+    reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
     if reason is not None:
         notes.append(f"the optimizer runs per layer: {reason}")
-    update = "per-layer" if reason is not None else "stacked"
+    update = "stacked" if reason is None else "per-layer"
     return Plan(
         mesh=mesh,
         pipeline=pipeline,
@@ -195,7 +208,7 @@ def make_plan(
         stacks=stacks,
         layers=layers,
         virtual=table.num_virtual,
-        optimizer_state=_optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
+        optimizer_state=optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
         update=update,
         schedule=schedule,
         num_microbatches=microbatches,
@@ -206,12 +219,29 @@ def make_plan(
         head=head,
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
-        activation_bytes=_activation_bytes(model, shapes, mesh, rows, max(layers, default=0), dtype, remat),
+        activation_bytes=activation_bytes,
         gather=gather,
         accumulate=accumulate,
         activation_spec=activation,
         notes=tuple(notes),
     )
+
+
+def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformation) -> Plan:
+    """The plan with another optimizer.
+
+    Raises:
+      DeclarationError: the optimizer needs what a step does not know.
+    """
+    reason = why_per_layer(optimizer, model, optimizer_shapes(plan.parameters, plan.stacks, "per-layer"), plan.stacks)
+    update = "stacked" if reason is None else "per-layer"
+    rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, update, plan.mesh)
+    return dataclasses.replace(plan, optimizer_state=rows, update=update)
+
+
+def _master_dtype(kind: Any, dtype: str) -> str:
+    """What a parameter declared in `kind` is stored and updated in: float32 at least, float64 for a step in float64."""
+    return computed(kind, "float64") if dtype == "float64" else jnp.promote_types(kind, jnp.float32).name
 
 
 def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
@@ -246,9 +276,15 @@ def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
     return head
 
 
-def _optimizer_rows(
-    optimizer: Any, model: Model, parameters: Any, stacks: tuple[Stack, ...], update: str, mesh: MeshSpec
+def optimizer_rows(
+    optimizer: optax.GradientTransformation,
+    model: Model,
+    parameters: Sequence[Parameter],
+    stacks: tuple[Stack, ...],
+    update: str,
+    mesh: MeshSpec,
 ) -> tuple[StateLeaf, ...]:
+    """The arrays of an optimizer's state, on the tree that `update` says."""
     shapes = optimizer_shapes(parameters, stacks, update)
     specs = optimizer_specs(parameters, stacks, update, mesh)
     tree = optimizer_tree(model, shapes, stacks, update)
@@ -265,13 +301,16 @@ def _optimizer_rows(
     return tuple(rows)
 
 
-def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str) -> int:
-    """Residuals of one microbatch in the longest stage, as if no automatic axis split them."""
+def _activations(
+    model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str
+) -> tuple[Any, int]:
+    """Shapes of x, and bytes of the residuals of one microbatch in the longest stage, as if no automatic axis split
+    them; None and 0 without parts."""
     if model.parts is None:
-        return 0
+        return None, 0
     parts = model.parts
     key = jax.eval_shape(lambda: jax.random.key(0))
-    kinds = {path: jnp.dtype(dtype) for path in model.parameters}
+    kinds = {path: computed(leaf.dtype, dtype) for path, leaf in model.parameters.items()}
     values = {
         path: jax.ShapeDtypeStruct(leaf.shape, kinds.get(path, leaf.dtype))
         for path, leaf in {**model.parameters, **model.buffers}.items()
@@ -289,4 +328,4 @@ def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layer
             return flowing(y, dtype), auxiliary
 
         block = BlockVjp(run, remat, context=False)
-        return layers * residual_bytes(residual_shapes(block, layer, x, c, key))
+        return x, layers * residual_bytes(residual_shapes(block, layer, x, c, key))

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.spec import MeshSpec
+from shardlab.module.model import computed
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.sharding.rules import spec_from_json, spec_to_json
@@ -24,11 +25,14 @@ def shard_bytes(shape: tuple[int, ...], dtype: str, spec: PartitionSpec, sizes: 
     >>> shard_bytes((8, 4), "float32", PartitionSpec("data"), {"data": 2})
     64
     """
-    total = math.prod(shape) * jax.numpy.dtype(dtype).itemsize
+    total = math.prod(shape) * (_KEY_BYTES.get(dtype) or jax.numpy.dtype(dtype).itemsize)
     for entry in spec:
         for axis in () if entry is None else entry if isinstance(entry, tuple) else (entry,):
             total //= sizes[axis]
     return total
+
+
+_KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}  # of a random key, which is no number to NumPy
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,8 @@ class Plan:
             padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)
             totals["padding"] += round(parameter.bytes_per_device * padded) * copies
             totals["parameters"] += parameter.bytes_per_device * copies
-            totals["gradients"] += shard_bytes(parameter.stored_shape, accumulate, parameter.compute, sizes) * copies
+            kind = computed(parameter.dtype, accumulate)
+            totals["gradients"] += shard_bytes(parameter.stored_shape, kind, parameter.compute, sizes) * copies
         totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
         peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
         totals["activations"] = self.activation_bytes * peak

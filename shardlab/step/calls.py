@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.module.model import Model, Parts, flowing, split_auxiliary
+from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
 from shardlab.plan.plan import Plan
 from shardlab.step.constraints import made_legal, uses_batch_sum
 from shardlab.step.examples import check_rows_to_rows, check_sums
@@ -121,8 +121,8 @@ class Calls:
     def _arguments(self, rows: int) -> dict[str, tuple[Any, ...]]:
         """Shapes of the arguments of every function with `rows` examples."""
         model, functions = self._model, self._functions
-        dtype = self._plan.dtype
-        values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in model.parameters.items()}
+        kinds = {path: computed(leaf.dtype, self._plan.dtype) for path, leaf in model.parameters.items()}
+        values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in model.parameters.items()}
         values |= model.buffers
         examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
         key = jax.eval_shape(lambda: jax.random.key(0))

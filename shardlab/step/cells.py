@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
-from shardlab.module.model import Model
+from shardlab.module.model import Model, computed
 from shardlab.module.residuals import BlockVjp
 from shardlab.pipeline.buffers import Phase, Program, When
 from shardlab.plan.layout import slots_of
@@ -154,7 +154,7 @@ class Cells:
 
     def accumulated(self, dlayer: Arrays) -> Arrays:
         """A block's gradients as they are added up: this shard's sum, or of all shards this shard's piece."""
-        wide = {name: value.astype(self.wide) for name, value in dlayer.items()}
+        wide = {name: value.astype(self._wide_of(value)) for name, value in dlayer.items()}
         if not self.sharded:
             return wide
         axes = dict.fromkeys(wide, self.region.batch)
@@ -200,18 +200,22 @@ class Cells:
             "residuals": buffers(residuals, table.num_residual_slots),
             "cuts": buffers(cuts, table.num_cut_slots),
             "layer": {
-                self.inner[name]: laid(
-                    jnp.zeros((self.blocks.shape[0], *pieces[self.inner[name]].shape), self.wide), spec
-                )
+                self.inner[name]: laid(self._accumulator(pieces[self.inner[name]], self.blocks.shape[0]), spec)
                 for name, spec in self.specs.items()
                 if name in self.inner
             },
             "rest": {
-                name: laid(jnp.zeros(self.rest[name].shape, self.wide), spec)
+                name: laid(self._accumulator(self.rest[name]), spec)
                 for name, spec in self.specs.items()
                 if name not in self.inner
             },
         }
+
+    def _accumulator(self, value: Any, *leading: int) -> jax.Array:
+        return jnp.zeros((*leading, *value.shape), self._wide_of(value))
+
+    def _wide_of(self, value: Any) -> str:
+        return computed(value.dtype, jnp.dtype(self.wide).name)
 
     def _empty(self, leaf: Any, *leading: int) -> jax.Array:
         fill = self.fill if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0

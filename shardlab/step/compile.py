@@ -16,9 +16,11 @@ from shardlab.hlo.hang import could_hang
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, read_model
+from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.pipeline.buffers import program
+from shardlab.plan.check import random_faults, traced_in
 from shardlab.plan.layout import optimizer_shapes, optimizer_tree
+from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.pipelined import pipelined_gradients
@@ -130,9 +132,11 @@ def compile_train_step(
     Raises:
       DeclarationError: model, batch or optimizer are not those of the plan, or XLA changed a declared sharding.
     """
+    raise_faults(random_faults())
     shapes = abstract(batch)
     model = read_model(model, shapes, plan.pipeline)
     _same_as_planned(model, plan, shapes)
+    _may_be_stacked(model, plan, optimizer)
     abstract_state = _abstract_state(model, plan, optimizer)
     _same_optimizer(plan, abstract_state.optimizer)
     mesh = build_mesh(plan.mesh, devices)
@@ -141,13 +145,14 @@ def compile_train_step(
     rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
     batch_shardings = jax.tree.map(lambda _: rows, shapes)
     region = make_region(plan, mesh)
-    calls = Calls(model, loss, plan, region, shapes, train=True)
+    with traced_in(plan.dtype):
+        calls = Calls(model, loss, plan, region, shapes, train=True)
     gradients = make_gradients(model, plan, region, calls, float("nan") if prove else 0.0)
     update = make_update(model, plan, mesh, optimizer)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         gradient, metrics, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
-        parameters, optimizer_state = update(gradient, state.optimizer, state.parameters)
+        parameters, optimizer_state = update(gradient, state.optimizer, state.parameters, metrics["loss"])
         metrics |= {"grad_norm": optax.tree.norm(gradient)} | ({"gradients": gradient} if prove else {})
         return TrainState(state.step + 1, state.key, parameters, buffers, optimizer_state), metrics
 
@@ -161,7 +166,7 @@ def compile_train_step(
         out_shardings=(state_shardings, metric_shardings),
         donate_argnums=0,
     )
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), traced_in(plan.dtype):
         lowered = jitted.lower(abstract_state, shapes)
         compiled = lowered.compile(compiler_options=_compiler_options(plan, mesh, compiler_options))
     _same_as_declared(compiled, (state_shardings, batch_shardings))
@@ -181,7 +186,9 @@ def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
     def working(parameters: Arrays) -> Arrays:
         # The cast comes first: what is gathered is as narrow as what is computed with.
         return {
-            name: jax.lax.with_sharding_constraint(value.astype(plan.dtype), NamedSharding(mesh, compute[name]))
+            name: jax.lax.with_sharding_constraint(
+                value.astype(computed(value.dtype, plan.dtype)), NamedSharding(mesh, compute[name])
+            )
             for name, value in parameters.items()
         }
 
@@ -281,6 +288,17 @@ def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
         if expected.get(path) != leaves.get(path)
     ]
     raise_faults(faults)
+
+
+def _may_be_stacked(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> None:
+    """The optimizer may see stacked layers where the plan's may: another would update them otherwise, silently."""
+    if plan.update != "stacked" or not plan.stacks:
+        return
+    shapes = optimizer_shapes(plan.parameters, plan.stacks, "per-layer")
+    reason = why_per_layer(optimizer, model, shapes, plan.stacks)
+    if reason is not None:
+        problem = f"the plan's runs on stacked layers, and this one may not: {reason}"
+        raise_faults([Fault("optimizer", problem, "make the plan anew with this optimizer")])
 
 
 def _same_optimizer(plan: Plan, state: Any) -> None:

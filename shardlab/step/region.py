@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.functions import path_of
+from shardlab.module.model import computed
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import axes_of
 from shardlab.sharding.zero import without
@@ -138,7 +139,7 @@ class Region:
         return whole | all_of(mixed)
 
     def _narrowed(self, value: jax.Array) -> jax.Array:
-        kind = jnp.dtype(self.reduce_dtype)
+        kind = jnp.dtype(computed(value.dtype, self.reduce_dtype))
         if kind.itemsize < value.dtype.itemsize and self.mesh.devices.flat[0].platform == "cpu":
             # XLA's CPU backend aborts on a bfloat16 sum over manual axes: the same rounding, the wider wire.
             info = jnp.finfo(kind)

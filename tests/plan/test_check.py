@@ -177,6 +177,46 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "head='examples': a microbatch of 1 examples a shard does not divide by 2 stages; use head='last_stage', or "
         "fewer microbatches",
     ),
+    "an integer parameter": (
+        {
+            "model": Functions(
+                init=lambda key: {"order": jax.numpy.arange(12), "w": jax.numpy.ones(12)},
+                apply=lambda params, batch: batch["x"][:, params["order"]] * params["w"],
+            ),
+            "mesh": {"stage": 1},
+            "rules": Rules((("**", None),)),
+        },
+        "order: is a parameter of dtype int32, and only floating-point and complex numbers are trained; make it a "
+        "buffer: an nnx.Variable that is no nnx.Param, a Linen collection beside params, or a constant of the function",
+    ),
+    "activation that names no axis": (
+        {"activation": P("dta", "tensor")},
+        f"activation={P('dta', 'tensor')}: the mesh has no axis 'dta', it has data, stage, tensor; did you mean "
+        "'data'? name one of them",
+    ),
+    "activation that names the stage axis": (
+        {"activation": P("data", "stage")},
+        f"activation={P('data', 'stage')}: 'stage' is the stage axis, and x is on one stage at a time; leave it out",
+    ),
+    "activation with more entries than x has dims": (
+        {"activation": P("data", None, "tensor")},
+        f"activation={P('data', None, 'tensor')}: has 3 entries, and x 2 dims, [4, 16]; give one entry for each dim, "
+        "or fewer",
+    ),
+    "activation that does not divide": (
+        {"activation": P("data", "tensor"), "mesh": {"data": 1, "tensor": 3}, "rules": mlp.mlp_rules(None)},
+        f"activation={P('data', 'tensor')}: dim 1 of x has size 16, not divisible by tensor=3; shard another dim",
+    ),
+    "activation without parts": (
+        {
+            "activation": P("data"),
+            "model": whole,
+            "mesh": {"stage": 1},
+            "rules": Rules((("**", None),)),
+        },
+        f"activation={P('data')}: the model's parts are not named, so that nothing flows between blocks; pass "
+        "pipeline=Pipeline(before=..., blocks=..., after=...), or leave activation out",
+    ),
     "a block that changes x's shape": (
         {
             "model": Functions(
@@ -225,4 +265,32 @@ def test_malformed(name: str) -> None:
     arguments, message = BAD[name]
     with pytest.raises(DeclarationError) as error:
         declare(**arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "jax_default_prng_impl",
+            "rbg",
+            "jax_default_prng_impl='rbg': its draws depend on how an array is sharded; use "
+            "jax.config.update('jax_default_prng_impl', 'threefry2x32')",
+        ),
+        (
+            "jax_threefry_partitionable",
+            False,
+            "jax_threefry_partitionable=False: a device would draw all of an array to keep its share; use "
+            "jax.config.update('jax_threefry_partitionable', True)",
+        ),
+    ],
+)
+def test_random_numbers_that_depend_on_the_mesh_are_refused(option: str, value: Any, message: str) -> None:
+    before = getattr(jax.config, option)
+    jax.config.update(option, value)
+    try:
+        with pytest.raises(DeclarationError) as error:
+            declare()
+    finally:
+        jax.config.update(option, before)
     assert str(error.value) == message

@@ -80,7 +80,7 @@ def test_as_on_the_users_own_tree(name: str) -> None:
             updates, state = plain(model.tree(gradient), state, tree)
             tree = jax.tree.map(jnp.add, tree, updates)
             stored = jax.device_put(stack(gradient, plan.stacks), shardings(mesh, storage_specs(plan, "state")))
-            mine, my_state = update(stored, my_state, mine)
+            mine, my_state = update(stored, my_state, mine, 1.0)
 
         found, expected = users_own(plan, mine), model.flat(tree)
         assert set(found) == set(expected)
@@ -113,7 +113,8 @@ def test_every_device_updates_the_share_whose_state_it_holds() -> None:
         moments = nest(laid)
         placed = {name: jax.device_put(getattr(state[0], name), moments) for name in ("mu", "nu")}
         state = (state[0]._replace(**placed), *state[1:])
-        text = str(jax.jit(make_update(model, plan, mesh, optimizer)).lower(given, state, mine).compile().as_text())
+        lowered = jax.jit(make_update(model, plan, mesh, optimizer)).lower(given, state, mine, 1.0)
+        text = str(lowered.compile().as_text())
         gathers = text.count(" all-gather(") + text.count(" all-gather-start(")
         assert gathers == sum(value.ndim > 0 for value in mine.values()) - sum(
             laid[name].is_fully_replicated for name in mine
