@@ -11,12 +11,13 @@ import optax
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.build import abstract_mesh
-from shardlab.mesh.faults import DeclarationError, raise_faults
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
+from shardlab.module.written import written_by
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
 from shardlab.plan.check import (
@@ -37,8 +38,8 @@ from shardlab.plan.layout import (
     storage_of,
 )
 from shardlab.plan.optimizer import state_specs, why_per_layer
-from shardlab.plan.plan import Parameter, Plan, Stack, StateLeaf, shard_bytes
-from shardlab.sharding.resolve import resolve
+from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
+from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules
 from shardlab.sharding.zero import without
 
@@ -100,15 +101,22 @@ def make_plan(
     shapes = abstract(batch)
     model = read_model(model, shapes, pipeline)
     sizes = mesh.sizes
+    # A rule need not speak of what is not trained.
+    spoken_of = [
+        path
+        for path in model.buffers
+        if path in flatten(specs or {}) or any(rule.matches(path) for rule in rules.rules)
+    ]
     resolution = resolve(
-        {path: leaf.shape for path, leaf in model.parameters.items()},
+        {path: leaf.shape for path, leaf in model.parameters.items()}
+        | {path: model.buffers[path].shape for path in spoken_of},
         mesh=mesh,
         rules=rules,
         annotations=model.annotations,
         specs=specs,
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
-    faults = list(resolution.faults)
+    faults = [*resolution.faults, *_padded_buffers(spoken_of, resolution.placements)]
     faults += choice_faults(
         zero=zero,
         remat=remat,
@@ -120,9 +128,10 @@ def make_plan(
         accumulate=accumulate,
     )
     notes: list[str] = []
-    if model.buffers and model.parts is None and batch_axes == "manual":
+    written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
+    if written:
         batch_axes = "automatic"
-        notes.append(f"{next(iter(model.buffers))} follows the whole batch: all axes are automatic")
+        notes.append(f"{written[0]} follows the whole batch: all axes are automatic")
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
@@ -191,7 +200,7 @@ def make_plan(
         mesh=mesh,
         pipeline=pipeline,
         parameters=tuple(parameters),
-        buffers=tuple(model.buffers),
+        buffers=_buffer_rows(model, resolution.placements, sizes),
         stacks=stacks,
         layers=layers,
         virtual=table.num_virtual,
@@ -212,6 +221,41 @@ def make_plan(
         activation_spec=activation,
         notes=tuple(notes),
     )
+
+
+def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:
+    """The buffers that a step of the model taken whole writes to."""
+    if not model.buffers or model.parts is not None:
+        return ()
+
+    def after(held: Any, values: Any, batch: Any, key: Any) -> Any:
+        return model.forward({**values, **held}, batch, key, True)[1]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        return written_by(after, model.buffers, model.parameters, batch, key)
+
+
+def _padded_buffers(paths: list[str], placements: Mapping[str, Placement]) -> list[Fault]:
+    return [
+        Fault(
+            f"{path} ({placements[path].source})",
+            "pad=True pads parameters, and it is not trained",
+            f'give it a rule of its own, before that one: ("{path}", None) replicates it',
+        )
+        for path in paths
+        if path in placements and placements[path].padded
+    ]
+
+
+def _buffer_rows(model: Model, placements: Mapping[str, Placement], sizes: Mapping[str, int]) -> tuple[Buffer, ...]:
+    rows = []
+    for path, leaf in model.buffers.items():
+        placed = placements.get(path, Placement(PartitionSpec(), "no rule: replicated"))
+        kind = str(leaf.dtype)
+        size = shard_bytes(leaf.shape, kind, placed.spec, sizes)
+        rows.append(Buffer(path, leaf.shape, kind, placed.spec, placed.source, size))
+    return tuple(rows)
 
 
 def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:

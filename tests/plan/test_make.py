@@ -20,7 +20,7 @@ from shardlab.models import mlp
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
 from shardlab.plan.make import make_plan
-from shardlab.plan.plan import Plan
+from shardlab.plan.plan import Buffer, Plan
 from shardlab.sharding.rules import Rule, Rules
 
 MODEL = Functions(init=mlp.init, before=mlp.before, block=mlp.block, after=mlp.after)
@@ -108,10 +108,60 @@ class LinenNormed(linen.Module):
 def test_a_model_with_buffers_gets_automatic_axes(model: Any, first: str, buffers: tuple[str, ...]) -> None:
     plan = planned(model, mesh={"data": 2}, rules=REPLICATED)
     assert plan.notes == (f"{first} follows the whole batch: all axes are automatic",)
-    assert plan.buffers == buffers
+    assert tuple(buffer.path for buffer in plan.buffers) == buffers
     assert not plan.batch_axes_manual
     assert plan.microbatch_rows == plan.batch_size == 8
     assert planned(model, mesh={"data": 2}, rules=REPLICATED, batch_axes="automatic").notes == ()
+
+
+class Tabled(nnx.Module):
+    """Arrays that are not trained and only read."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer = nnx.Linear(12, 4, rngs=rngs)
+        self.table = nnx.Variable(jnp.ones((4, 6)))
+        self.scale = jnp.ones(())
+
+    def __call__(self, batch: Any) -> jax.Array:
+        return self.layer(batch["features"]) @ self.table[...] * self.scale
+
+
+def test_arrays_that_are_only_read_leave_the_axes_manual() -> None:
+    plan = planned(Tabled, mesh={"data": 2}, rules=REPLICATED, microbatches=2)
+    assert plan.batch_axes_manual
+    assert (plan.notes, plan.microbatch_rows) == ((), 2)
+
+
+def test_every_array_that_is_not_trained_has_a_row() -> None:
+    replicated = Rules((("layer/*", None),))
+    plan = planned(Tabled, mesh={"data": 2}, rules=replicated, zero=3)
+    assert plan.buffers == (
+        Buffer("scale", (), "float32", P(), "no rule: replicated", 4),
+        Buffer("table", (4, 6), "float32", P(), "no rule: replicated", 96),
+    )
+    assert plan.bytes_per_device()["buffers"] == 100
+    table = Rule("table", P(None, "data"))
+    plan = planned(Tabled, mesh={"data": 2}, rules=Rules((table, *replicated.rules)))
+    assert plan.buffers[1] == Buffer("table", (4, 6), "float32", P(None, "data"), 'rule 1, "table"', 48)
+    specs = {"table": P("data")}
+    plan = planned(Tabled, mesh={"data": 2}, rules=replicated, specs=specs)
+    assert plan.buffers[1] == Buffer("table", (4, 6), "float32", P("data"), "specs", 48)
+    assert [parameter.path for parameter in plan.parameters] == ["layer/bias", "layer/kernel"]
+
+
+def test_a_rule_for_an_array_that_is_not_trained_must_fit_it() -> None:
+    with pytest.raises(DeclarationError) as error:
+        planned(Tabled, mesh={"data": 4}, rules=Rules((Rule("table", P(None, "data")), ("**", None))))
+    assert str(error.value) == (
+        "table: dim 1 has size 6, not divisible by axis 'data' of size 4 (rule 1, \"table\"); shard another dim, pad "
+        "it to 8, or replicate it on purpose with None"
+    )
+    with pytest.raises(DeclarationError) as error:
+        planned(Tabled, mesh={"data": 4}, rules=Rules((Rule("table", P(None, "data"), pad=True), ("**", None))))
+    assert str(error.value) == (
+        'table (rule 1, "table"): pad=True pads parameters, and it is not trained; give it a rule of its own, before '
+        'that one: ("table", None) replicates it'
+    )
 
 
 def test_automatic_axes_take_one_microbatch() -> None:
