@@ -152,7 +152,7 @@ def make_plan(
         raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
     if stages > 1:
-        head = _head(head, rows, stages, notes)
+        head = _head(head, rows, stages, _not_by_example(model, shapes, mesh, rows, stages, dtype), notes)
     elif head == "auto":
         head = "last_stage"
 
@@ -275,19 +275,35 @@ def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
     return asked
 
 
-def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
-    if head == "examples" and rows % stages:
-        raise DeclarationError(
-            f"head='examples': a microbatch of {rows} examples a shard does not divide by {stages} stages; use "
-            "head='last_stage', or fewer microbatches"
-        )
-    if head == "auto":
-        if rows % stages == 0:
-            return "examples"
+def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:
+    if rows % stages:
         counted = f"{rows} example{'s' if rows != 1 else ''}"
-        notes.append(f"head last_stage: a microbatch of {counted} a shard does not divide by {stages} stages")
-        return "last_stage"
-    return head
+        problem, way_out = f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
+    elif other is not None:
+        problem, way_out = (
+            f"{other}, and stages share x by example",
+            "give every array of x the examples as its first dim",
+        )
+    else:
+        return "examples" if head == "auto" else head
+    if head == "examples":
+        raise DeclarationError(f"head='examples': {problem}; use head='last_stage', or {way_out}")
+    if head == "auto":
+        notes.append(f"head last_stage: {problem}")
+    return "last_stage"
+
+
+def _not_by_example(model: Model, batch: Any, mesh: MeshSpec, rows: int, stages: int, dtype: str) -> str | None:
+    """The first array of x whose leading dim is not the examples, in words."""
+    assert model.parts is not None
+    if rows % stages:
+        return None
+    share = rows // stages
+    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (share, rows))
+    for (keys, here), there in zip(jax.tree_util.tree_flatten_with_path(few)[0], jax.tree.leaves(all_of), strict=True):
+        if (share, *there.shape[1:]) != here.shape or there.shape[:1] != (rows,):
+            return f"x {path_of(keys)}".rstrip() + f" is {list(there.shape)} for {rows} examples"
+    return None
 
 
 def _optimizer_rows(
@@ -309,11 +325,10 @@ def _optimizer_rows(
     return tuple(rows)
 
 
-def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str) -> int:
-    """Residuals of one microbatch in the longest stage, as if no automatic axis split them."""
-    if model.parts is None:
-        return 0
-    parts = model.parts
+def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> tuple[Any, ...]:
+    """Shapes of x of some examples; of all arrays, the examples and a key, from which it is made."""
+    assert model.parts is not None
+    before = model.parts.before
     key = jax.eval_shape(lambda: jax.random.key(0))
     kinds = {path: jnp.dtype(dtype) for path in model.parameters}
     values = {
@@ -321,9 +336,19 @@ def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layer
         for path, leaf in {**model.parameters, **model.buffers}.items()
     }
     part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        x = jax.eval_shape(lambda v, b, k: flowing(before(v, b, k, True), dtype), values, part, key)
+    return x, values, part, key
+
+
+def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str) -> int:
+    """Residuals of one microbatch in the longest stage, as if no automatic axis split them."""
+    if model.parts is None:
+        return 0
+    parts = model.parts
+    x, values, part, key = _entering(model, batch, mesh, rows, dtype)
     layer = {inner: values[path] for inner, path in parts.layers[0].items()}
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-        x = jax.eval_shape(lambda v, b, k: flowing(parts.before(v, b, k, True), dtype), values, part, key)
         context = parts.context or (lambda values, batch, key, train: None)
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
 

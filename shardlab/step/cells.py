@@ -259,7 +259,9 @@ class Cells:
         for index, kind in enumerate(phase.cell):
             written, cell = cells[kind]
 
-            def do(state: tuple[dict[str, Any], Any], cell: Any = cell, written: Any = written, carry: Any = carry) -> Any:
+            def do(
+                state: tuple[dict[str, Any], Any], cell: Any = cell, written: Any = written, carry: Any = carry
+            ) -> Any:
                 new, made = cell(carry | state[0])
                 return {name: new[name] for name in written}, made
 

@@ -67,6 +67,58 @@ def test_the_head_falls_back_to_the_last_stage() -> None:
     assert planned(microbatches=2, head="last_stage").notes == ()
 
 
+class Scaled(nnx.Module):
+    def __init__(self) -> None:
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf * self.scale[...], x)
+
+
+class TimeMajor(nnx.Module):
+    """x is [steps, examples, features], with as many steps as a microbatch has examples."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.blocks = nnx.List([Scaled() for _ in range(2)])
+
+    def embed(self, batch: Any) -> Any:
+        return {"h": jnp.stack([batch["features"]] * 2)}
+
+    def head(self, x: Any) -> jax.Array:
+        return x["h"].sum(0)
+
+
+class Remembering(TimeMajor):
+    """x has an array that does not follow the examples."""
+
+    def embed(self, batch: Any) -> Any:
+        return batch["features"], jnp.zeros((3, 12))
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (TimeMajor, "x h is [2, 2, 12] for 2 examples, and stages share x by example"),
+        (Remembering, "x 1 is [3, 12] for 2 examples, and stages share x by example"),
+    ],
+)
+def test_x_that_does_not_lead_with_the_examples(model: Any, problem: str) -> None:
+    given: dict[str, Any] = {
+        "rules": REPLICATED,
+        "microbatches": 2,
+        "pipeline": Pipeline(before="embed", blocks="blocks", after="head"),
+    }
+    plan = planned(model, **given)
+    assert plan.head == "last_stage"
+    assert plan.notes == (f"head last_stage: {problem}",)
+    assert planned(model, head="last_stage", **given).notes == ()
+    with pytest.raises(DeclarationError) as error:
+        planned(model, head="examples", **given)
+    assert str(error.value) == (
+        f"head='examples': {problem}; use head='last_stage', or give every array of x the examples as its first dim"
+    )
+
+
 def test_a_per_layer_optimizer_is_said() -> None:
     plan = planned(optimizer=optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)))
     assert plan.update == "per-layer"
