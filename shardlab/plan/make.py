@@ -12,12 +12,13 @@ import optax
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.build import abstract_mesh
-from shardlab.mesh.faults import DeclarationError, raise_faults
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, computed, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
+from shardlab.module.written import written_by
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
 from shardlab.plan.check import (
@@ -42,8 +43,8 @@ from shardlab.plan.layout import (
     storage_of,
 )
 from shardlab.plan.optimizer import state_specs, why_per_layer
-from shardlab.plan.plan import Parameter, Plan, Stack, StateLeaf, shard_bytes
-from shardlab.sharding.resolve import resolve
+from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
+from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules, read_rules
 from shardlab.sharding.zero import without
 
@@ -105,16 +106,23 @@ def make_plan(
     raise_faults(random_faults())
     shapes = abstract(batch)
     model = read_model(model, shapes, pipeline)
-    sizes = mesh.sizes
+    rules, sizes = read_rules(rules), mesh.sizes
+    # A rule need not speak of what is not trained.
+    spoken_of = [
+        path
+        for path in model.buffers
+        if path in flatten(specs or {}) or any(rule.matches(path) for rule in rules.rules)
+    ]
     resolution = resolve(
-        {path: leaf.shape for path, leaf in model.parameters.items()},
+        {path: leaf.shape for path, leaf in model.parameters.items()}
+        | {path: model.buffers[path].shape for path in spoken_of},
         mesh=mesh,
-        rules=read_rules(rules),
+        rules=rules,
         annotations=model.annotations,
         specs=specs,
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
-    faults = [*resolution.faults, *dtype_faults(model)]
+    faults = [*resolution.faults, *dtype_faults(model), *_padded_buffers(spoken_of, resolution.placements)]
     faults += choice_faults(
         zero=zero,
         remat=remat,
@@ -126,9 +134,10 @@ def make_plan(
         accumulate=accumulate,
     )
     notes: list[str] = []
-    if model.buffers and model.parts is None and batch_axes == "manual":
+    written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
+    if written:
         batch_axes = "automatic"
-        notes.append(f"{next(iter(model.buffers))} follows the whole batch: all axes are automatic")
+        notes.append(f"{written[0]} follows the whole batch: all axes are automatic")
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
@@ -149,7 +158,7 @@ def make_plan(
         raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
     if stages > 1:
-        head = _head(head, rows, stages, notes)
+        head = _head(head, rows, stages, _not_by_example(model, shapes, mesh, rows, stages, dtype), notes)
     elif head == "auto":
         head = "last_stage"
 
@@ -204,7 +213,7 @@ def make_plan(
         mesh=mesh,
         pipeline=pipeline,
         parameters=tuple(parameters),
-        buffers=tuple(model.buffers),
+        buffers=_buffer_rows(model, resolution.placements, sizes),
         stacks=stacks,
         layers=layers,
         virtual=table.num_virtual,
@@ -244,6 +253,41 @@ def _master_dtype(kind: Any, dtype: str) -> str:
     return computed(kind, "float64") if dtype == "float64" else jnp.promote_types(kind, jnp.float32).name
 
 
+def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:
+    """The buffers that a step of the model taken whole writes to."""
+    if not model.buffers or model.parts is not None:
+        return ()
+
+    def after(held: Any, values: Any, batch: Any, key: Any) -> Any:
+        return model.forward({**values, **held}, batch, key, True)[1]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        return written_by(after, model.buffers, model.parameters, batch, key)
+
+
+def _padded_buffers(paths: list[str], placements: Mapping[str, Placement]) -> list[Fault]:
+    return [
+        Fault(
+            f"{path} ({placements[path].source})",
+            "pad=True pads parameters, and it is not trained",
+            f'give it a rule of its own, before that one: ("{path}", None) replicates it',
+        )
+        for path in paths
+        if path in placements and placements[path].padded
+    ]
+
+
+def _buffer_rows(model: Model, placements: Mapping[str, Placement], sizes: Mapping[str, int]) -> tuple[Buffer, ...]:
+    rows = []
+    for path, leaf in model.buffers.items():
+        placed = placements.get(path, Placement(PartitionSpec(), "no rule: replicated"))
+        kind = str(leaf.dtype)
+        size = shard_bytes(leaf.shape, kind, placed.spec, sizes)
+        rows.append(Buffer(path, leaf.shape, kind, placed.spec, placed.source, size))
+    return tuple(rows)
+
+
 def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
     accumulated = dtype if dtype == "float64" else "float32"
     if asked == "auto":
@@ -261,19 +305,35 @@ def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
     return asked
 
 
-def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
-    if head == "examples" and rows % stages:
-        raise DeclarationError(
-            f"head='examples': a microbatch of {rows} examples a shard does not divide by {stages} stages; use "
-            "head='last_stage', or fewer microbatches"
-        )
-    if head == "auto":
-        if rows % stages == 0:
-            return "examples"
+def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:
+    if rows % stages:
         counted = f"{rows} example{'s' if rows != 1 else ''}"
-        notes.append(f"head last_stage: a microbatch of {counted} a shard does not divide by {stages} stages")
-        return "last_stage"
-    return head
+        problem, way_out = f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
+    elif other is not None:
+        problem, way_out = (
+            f"{other}, and stages share x by example",
+            "give every array of x the examples as its first dim",
+        )
+    else:
+        return "examples" if head == "auto" else head
+    if head == "examples":
+        raise DeclarationError(f"head='examples': {problem}; use head='last_stage', or {way_out}")
+    if head == "auto":
+        notes.append(f"head last_stage: {problem}")
+    return "last_stage"
+
+
+def _not_by_example(model: Model, batch: Any, mesh: MeshSpec, rows: int, stages: int, dtype: str) -> str | None:
+    """The first array of x whose leading dim is not the examples, in words."""
+    assert model.parts is not None
+    if rows % stages:
+        return None
+    share = rows // stages
+    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (share, rows))
+    for (keys, here), there in zip(jax.tree_util.tree_flatten_with_path(few)[0], jax.tree.leaves(all_of), strict=True):
+        if (share, *there.shape[1:]) != here.shape or there.shape[:1] != (rows,):
+            return f"x {path_of(keys)}".rstrip() + f" is {list(there.shape)} for {rows} examples"
+    return None
 
 
 def optimizer_rows(
@@ -301,6 +361,22 @@ def optimizer_rows(
     return tuple(rows)
 
 
+def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> tuple[Any, ...]:
+    """Shapes of x of some examples; of all arrays, the examples and a key, from which it is made."""
+    assert model.parts is not None
+    before = model.parts.before
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    kinds = {path: computed(leaf.dtype, dtype) for path, leaf in model.parameters.items()}
+    values = {
+        path: jax.ShapeDtypeStruct(leaf.shape, kinds.get(path, leaf.dtype))
+        for path, leaf in {**model.parameters, **model.buffers}.items()
+    }
+    part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        x = jax.eval_shape(lambda v, b, k: flowing(before(v, b, k, True), dtype), values, part, key)
+    return x, values, part, key
+
+
 def _activations(
     model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str
 ) -> tuple[Any, int]:
@@ -309,16 +385,9 @@ def _activations(
     if model.parts is None:
         return None, 0
     parts = model.parts
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    kinds = {path: computed(leaf.dtype, dtype) for path, leaf in model.parameters.items()}
-    values = {
-        path: jax.ShapeDtypeStruct(leaf.shape, kinds.get(path, leaf.dtype))
-        for path, leaf in {**model.parameters, **model.buffers}.items()
-    }
-    part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
+    x, values, part, key = _entering(model, batch, mesh, rows, dtype)
     layer = {inner: values[path] for inner, path in parts.layers[0].items()}
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-        x = jax.eval_shape(lambda v, b, k: flowing(parts.before(v, b, k, True), dtype), values, part, key)
         context = parts.context or (lambda values, batch, key, train: None)
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
 

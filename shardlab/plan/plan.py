@@ -66,6 +66,26 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """One array that the model holds and that is not trained.
+
+    Attributes:
+      path: where it sits in the user's model.
+      shape, dtype: of the whole array, as it is stored and computed with.
+      spec: how it lies between steps; over the batch axes it is gathered before use.
+      source: the rule or spec that said so, or that none did.
+      bytes_per_device: for a block of a pipeline, on the devices of its stage.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec
+    source: str
+    bytes_per_device: int
+
+
+@dataclass(frozen=True)
 class StateLeaf:
     """One array of the optimizer's state: path in its tree, shape, dtype, spec, bytes per device."""
 
@@ -99,7 +119,7 @@ class Plan:
       mesh: the declared mesh and the roles of its axes.
       pipeline: the parts of the model, or None when it is taken whole.
       parameters: every parameter of the user's tree, in its order.
-      buffers: paths of arrays that the model holds and that are not trained; replicated.
+      buffers: every array that the model holds and that is not trained; replicated unless a rule says otherwise.
       stacks: how the arrays of the blocks are stored together.
       layers: number of blocks in each stage; empty without parts.
       virtual: stages that a device of the stage axis holds.
@@ -129,7 +149,7 @@ class Plan:
     mesh: MeshSpec
     pipeline: Pipeline | None
     parameters: tuple[Parameter, ...]
-    buffers: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
     stacks: tuple[Stack, ...]
     layers: tuple[int, ...]
     virtual: int
@@ -183,13 +203,16 @@ class Plan:
         )
 
     def bytes_per_device(self) -> dict[str, int]:
-        """Bytes on the fullest device: parameters, gradients, optimizer_state, activations (in flight), padding."""
+        """Bytes on the fullest device.
+
+        Parameters, buffers (arrays not trained), gradients, optimizer_state, activations (in flight), padding.
+        """
         from shardlab.pipeline.cost import Costs, cost
 
         sizes = self.mesh.sizes
         stacked = {path: stack for stack in self.stacks for path in stack.members if path}
         longest = max(self.layers, default=0)
-        totals = dict.fromkeys(("parameters", "gradients", "optimizer_state", "activations", "padding"), 0)
+        totals = dict.fromkeys(("parameters", "buffers", "gradients", "optimizer_state", "activations", "padding"), 0)
         seen: set[str] = set()
         accumulate = "float64" if self.dtype == "float64" else "float32"
         for parameter in self.parameters:
@@ -207,6 +230,11 @@ class Plan:
             totals["parameters"] += parameter.bytes_per_device * copies
             kind = computed(parameter.dtype, accumulate)
             totals["gradients"] += shard_bytes(parameter.stored_shape, kind, parameter.compute, sizes) * copies
+        for buffer in self.buffers:
+            stack = stacked.get(buffer.path)
+            if stack is None or stack.name not in seen:
+                totals["buffers"] += buffer.bytes_per_device * (1 if stack is None else longest * self.virtual)
+            seen |= set() if stack is None else {stack.name}
         totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
         peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
         totals["activations"] = self.activation_bytes * peak
@@ -228,7 +256,7 @@ class Plan:
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine == theirs:
                 continue
-            if field.name in ("parameters", "optimizer_state"):
+            if field.name in ("parameters", "buffers", "optimizer_state"):
                 lines += _diff_rows(field.name, mine, theirs)
             else:
                 lines.append(f"{field.name}: {mine} -> {theirs}")
@@ -279,7 +307,7 @@ def _decode(data: dict[str, Any]) -> Plan:
     def rows(kind: type, items: list[dict[str, Any]]) -> tuple[Any, ...]:
         return tuple(kind(**{key: plain(value) for key, value in item.items()}) for item in items)
 
-    kinds = {"parameters": Parameter, "optimizer_state": StateLeaf, "stacks": Stack}
+    kinds = {"parameters": Parameter, "buffers": Buffer, "optimizer_state": StateLeaf, "stacks": Stack}
     fields: dict[str, Any] = {}
     for key, value in data.items():
         fields[key] = rows(kinds[key], value) if key in kinds else plain(value)

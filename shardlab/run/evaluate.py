@@ -97,13 +97,13 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
 def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None:
     """The run's arrays are those of the plan's model."""
     shapes: dict[str, Any] = {parameter.path: parameter.shape for parameter in plan.parameters}
-    shapes |= dict.fromkeys(plan.buffers)
+    shapes |= {buffer.path: buffer.shape for buffer in plan.buffers}
     way_out = "give the config, with the overrides, that the run was made with"
     faults = [Fault(path, f"run {run!r} has none", way_out) for path in shapes if path not in arrays]
     for path, array in arrays.items():
         if path not in shapes:
             faults.append(Fault(path, f"is in run {run!r} and not in the model", way_out))
-        elif shapes[path] not in (None, array.shape):
+        elif shapes[path] != array.shape:
             problem = f"is {list(array.shape)} in run {run!r} and {list(shapes[path])} in the model"
             faults.append(Fault(path, problem, way_out))
     raise_faults(merged(faults))

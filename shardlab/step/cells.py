@@ -21,7 +21,7 @@ from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
 from shardlab.module.model import Model, computed
-from shardlab.module.residuals import BlockVjp
+from shardlab.module.residuals import BlockVjp, differentiable
 from shardlab.pipeline.buffers import Phase, Program, When
 from shardlab.plan.layout import slots_of
 from shardlab.plan.plan import Plan
@@ -128,7 +128,7 @@ class Cells:
 
     def _context_depends(self) -> bool:
         """Whether the context is a function of parameters, so that it has a gradient."""
-        closed = jax.make_jaxpr(lambda rest: self.context(rest, jnp.int32(0)))(self.rest)
+        closed = jax.make_jaxpr(lambda rest: differentiable(self.context(rest, jnp.int32(0))))(self.rest)
         used: set[Any] = {var for var in closed.jaxpr.outvars if not isinstance(var, Literal)}
         for equation in reversed(closed.jaxpr.eqns):
             if used & set(equation.outvars):
@@ -396,7 +396,7 @@ class Cells:
         valid, slot = row["b_microbatch"] >= 0, jnp.maximum(row["b_residual_slot"], 0)
         cut_slot = jnp.maximum(row["b_cut_slot"], 0)
         dy = self.take(carry["mail"], row["b_mail_slot"])
-        dc = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), c) if self.has_context_gradient else None
+        dc = [jnp.zeros_like(leaf) for leaf in differentiable(c)] if self.has_context_gradient else None
 
         def body(state: Any, at: Any) -> tuple[Any, None]:
             dy, dc, total, cuts = state
@@ -422,7 +422,7 @@ class Cells:
         (dx, dc, layer, cuts), _ = jax.lax.scan(body, start, self.slots_of(row["b_virtual"]), reverse=True)
         rest = carry["rest"]
         if dc is not None:
-            _, pull = jax.vjp(lambda rest: self.context(rest, row["b_microbatch"]), self.rest)
+            _, pull = jax.vjp(lambda rest: differentiable(self.context(rest, row["b_microbatch"])), self.rest)
             rest = self.add(rest, pull(dc)[0], valid)
         return carry | {"layer": layer, "rest": rest, "cuts": cuts}, dx
 

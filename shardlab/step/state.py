@@ -60,11 +60,12 @@ def buffer_specs(plan: Plan) -> dict[str, PartitionSpec]:
     """Specs of the stored buffers by name."""
     stacked = {path: stack for stack in plan.stacks for path in stack.members if path}
     specs = {}
-    for path in plan.buffers:
-        stack = stacked.get(path)
-        specs[path if stack is None else stack.name] = (
-            PartitionSpec() if stack is None else PartitionSpec(stage_axis(plan))
-        )
+    for buffer in plan.buffers:
+        stack = stacked.get(buffer.path)
+        if stack is None:
+            specs[buffer.path] = buffer.spec
+        else:
+            specs[stack.name] = PartitionSpec(stage_axis(plan), *buffer.spec)
     return specs
 
 

@@ -174,7 +174,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the head's examples do not divide": (
         {"head": "examples", "microbatches": 4},
-        "head='examples': a microbatch of 1 examples a shard does not divide by 2 stages; use head='last_stage', or "
+        "head='examples': a microbatch of 1 example a shard does not divide by 2 stages; use head='last_stage', or "
         "fewer microbatches",
     ),
     "an integer parameter": (
