@@ -204,7 +204,7 @@ def test_a_rule_for_an_array_that_is_not_trained_must_fit_it() -> None:
         planned(Tabled, mesh={"data": 4}, rules=Rules((Rule("table", P(None, "data")), ("**", None))))
     assert str(error.value) == (
         "table: dim 1 has size 6, not divisible by axis 'data' of size 4 (rule 1, \"table\"); shard another dim, pad "
-        "it to 8, or replicate it on purpose with None"
+        "it to 8 with Rule(..., pad=True), or replicate it on purpose with None"
     )
     with pytest.raises(DeclarationError) as error:
         planned(Tabled, mesh={"data": 4}, rules=Rules((Rule("table", P(None, "data"), pad=True), ("**", None))))
