@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardlab.pipeline.actions import Action, Kind, ScheduleError, Tick, needs
-from shardlab.pipeline.cost import EQUAL, Cost, Costs, Time, cost
+from shardlab.pipeline.cost import EQUAL, Cost, Costs, cost
 from shardlab.pipeline.schedules import SCHEDULES, Placement, Schedule, make_schedule
 
 
@@ -67,14 +67,16 @@ def automatic(
         )
     named: dict[str, tuple[Schedule, Cost]] = {}
     for name, made in SCHEDULES.items():
-        for count in range(1, virtual + 1) if made.any_virtual else (made.virtual,):
-            if count <= virtual:
+        for count in range(made.virtual, virtual + 1):
+            if count == made.virtual or made.any_virtual:
                 schedule = make_schedule(name, stages=stages, microbatches=microbatches, virtual=count)
-                label = f"{name} (virtual {count})" if made.any_virtual and count > 1 else name
-                named[label] = schedule, _costed(schedule, costs)
+                label = name if count == made.virtual else f"{name} (virtual {count})"
+                named[label] = schedule, cost(schedule, costs.shared(schedule))
     held = {name: max(at.peak_in_flight) / schedule.num_virtual for name, (schedule, at) in named.items()}
     fitting = {name: pair for name, pair in named.items() if held[name] <= limit}
-    built = ((schedule, _costed(schedule, costs)) for schedule in _built(stages, microbatches, limit, virtual))
+    built = (
+        (schedule, cost(schedule, costs.shared(schedule))) for schedule in _built(stages, microbatches, limit, virtual)
+    )
     best: tuple[Schedule, Cost] | None = None
     # Named ones first: of equals the one with a name is taken, and of those the one that holds the least.
     for schedule, at in itertools.chain(sorted(fitting.values(), key=lambda pair: _holds(*pair)), built):
@@ -95,15 +97,6 @@ def automatic(
 
 def _holds(schedule: Schedule, at: Cost) -> float:
     return max(at.peak_in_flight) / schedule.num_virtual
-
-
-def _costed(schedule: Schedule, costs: Costs) -> Cost:
-    def share(value: Time) -> Time:
-        if not isinstance(value, tuple):
-            return value / schedule.num_virtual
-        return tuple(value[schedule.device_of(stage)] / schedule.num_virtual for stage in range(schedule.num_stages))
-
-    return cost(schedule, Costs(share(costs.F), share(costs.I), share(costs.W), costs.send))
 
 
 _PRIORITIES: tuple[tuple[Kind, ...], ...] = (("I", "F", "W"), ("F", "I", "W"), ("I", "W", "F"))

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shardlab.pipeline.actions import KINDS, Action, Kind, ScheduleError, Tick
@@ -149,6 +149,26 @@ def program(schedule: Schedule) -> Program:
         num_residual_slots=_num_slots(slots.residuals),
         num_cut_slots=_num_slots(slots.cuts),
     )
+
+
+def breadth_first(schedule: Schedule, *, microbatches: int) -> Schedule:
+    """All forwards of a schedule's stages, then all backwards, on its devices, for any number of microbatches.
+
+    >>> from shardlab.pipeline.schedules import make_schedule
+    >>> breadth_first(make_schedule("zb_v", stages=1, microbatches=4), microbatches=1).table()
+    [['0F0'], ['1F0'], ['1B0'], ['0B0']]
+    """
+    rows = []
+    for device in range(schedule.num_devices):
+        forwards = [
+            Action(schedule.stage_of(device, virtual), "F", microbatch)
+            for virtual in range(schedule.num_virtual)
+            for microbatch in range(microbatches)
+        ]
+        backwards = [Action(forward.stage, "B", forward.microbatch) for forward in reversed(forwards)]
+        rows.append([*forwards, *backwards])
+    ticks = in_ticks(rows, num_stages=schedule.num_stages)
+    return replace(schedule, num_microbatches=microbatches, ticks=ticks)
 
 
 def forward_program(schedule: Schedule) -> Program:

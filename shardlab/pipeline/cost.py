@@ -73,6 +73,23 @@ class Costs:
             return _of(self.I, action.stage) + _of(self.W, action.stage)
         return _of({"F": self.F, "I": self.I, "W": self.W}[action.kind], action.stage)
 
+    def shared(self, schedule: Schedule) -> Costs:
+        """Costs of all that a device holds, by device where they are tuples, as those of its virtual stages.
+
+        >>> from shardlab.pipeline.schedules import make_schedule
+        >>> Costs(F=(4, 2), I=1, W=1).shared(make_schedule("zb_v", stages=2, microbatches=4)).F
+        (2.0, 1.0, 1.0, 2.0)
+        """
+        self.fit(schedule.num_devices)
+
+        def share(value: Time) -> Time:
+            if not isinstance(value, tuple):
+                return value / schedule.num_virtual
+            stages = range(schedule.num_stages)
+            return tuple(value[schedule.device_of(stage)] / schedule.num_virtual for stage in stages)
+
+        return Costs(share(self.F), share(self.I), share(self.W), self.send)
+
     def fit(self, num_stages: int) -> Costs:
         """These costs, if those given by stage are of as many stages.
 

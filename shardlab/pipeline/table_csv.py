@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 from shardlab.pipeline.actions import Action, ScheduleError, Tick, parse_action
 from shardlab.pipeline.check import check
@@ -75,6 +76,18 @@ def from_csv(text: str, name: str = "table") -> Schedule:
     schedule = Schedule(name, devices, virtual, microbatches, ticks, _placement(ticks, devices, name))
     check(schedule)
     return schedule
+
+
+def read_csv(path: str | Path) -> Schedule:
+    """The schedule in a CSV file, named after it.
+
+    Raises:
+        ScheduleError: no such file, or one that `from_csv` refuses.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ScheduleError(f"schedule {str(path)!r}: there is no such file; give a CSV with a row for each device")
+    return from_csv(file.read_text(), file.stem)
 
 
 def _placement(ticks: tuple[Tick, ...], devices: int, name: str) -> Placement:

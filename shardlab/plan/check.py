@@ -17,7 +17,8 @@ from shardlab.module.functions import path_of
 from shardlab.module.model import Model
 from shardlab.module.residuals import POLICIES, REMAT
 from shardlab.pipeline.actions import ScheduleError
-from shardlab.pipeline.schedules import make_schedule
+from shardlab.pipeline.check import check
+from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.stages import assign_layers
 from shardlab.plan.layout import axes_in
 from shardlab.plan.optimizer import changed_by_padding
@@ -105,7 +106,7 @@ def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: in
 
 
 def stage_faults(
-    model: Model, mesh: MeshSpec, schedule: str, virtual: int | None, microbatches: int, manual: bool
+    model: Model, mesh: MeshSpec, schedule: str | Schedule, virtual: int | None, microbatches: int, manual: bool
 ) -> list[Fault]:
     """What is wrong with the stages: parts, schedule, layers."""
     stages = mesh.sizes[mesh.stage] if mesh.stage else 1
@@ -127,11 +128,36 @@ def stage_faults(
             )
         )
     try:
-        made = make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1), virtual=virtual)
+        if isinstance(schedule, str):
+            made = make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1), virtual=virtual)
+        else:
+            made = schedule
+            check(made)
+            faults += _table_faults(made, mesh, stages, microbatches)
         if model.parts is not None:
             assign_layers(len(model.parts.layers), made.num_stages if stages > 1 else 1)
     except ScheduleError as error:
         raise DeclarationError(str(error)) from None
+    return faults
+
+
+def _table_faults(schedule: Schedule, mesh: MeshSpec, stages: int, microbatches: int) -> list[Fault]:
+    """A table of the user's own is for as many devices and microbatches as there are."""
+    faults = []
+    if stages not in (1, schedule.num_devices):
+        problem = f"is a table for {schedule.num_devices} devices, the stage axis {mesh.stage!r} has {stages}"
+        faults.append(
+            Fault(f"schedule {schedule.name!r}", problem, "give a table with a row for each, or another mesh")
+        )
+    if stages > 1 and schedule.num_microbatches != microbatches:
+        problem = f"is a table for {schedule.num_microbatches} microbatches, a step has {microbatches}"
+        faults.append(
+            Fault(
+                f"schedule {schedule.name!r}",
+                problem,
+                f"use microbatches={schedule.num_microbatches}, or another table",
+            )
+        )
     return faults
 
 

@@ -19,8 +19,9 @@ from shardlab.module.model import Model, abstract, computed, flowing, read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.module.written import written_by
-from shardlab.pipeline.schedules import make_schedule
+from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.stages import assign_layers
+from shardlab.pipeline.table_csv import to_csv
 from shardlab.plan.check import (
     activation_faults,
     batch_faults,
@@ -58,7 +59,7 @@ def make_plan(
     batch: Any,
     pipeline: Pipeline | None = None,
     specs: Mapping[str, PartitionSpec] | None = None,
-    schedule: str = "1f1b",
+    schedule: str | Schedule = "1f1b",
     virtual: int | None = None,
     microbatches: int = 1,
     zero: int = 0,
@@ -81,7 +82,8 @@ def make_plan(
       batch: a batch of the global size, or its shapes.
       pipeline: the names of the module's parts.
       specs: specs by path, before the rules.
-      schedule: a name of `shardlab.pipeline.schedules.SCHEDULES`.
+      schedule: a name of `shardlab.pipeline.schedules.SCHEDULES`, or a schedule of your own, as
+        `shardlab.pipeline.table_csv.read_csv` or `shardlab.pipeline.automatic.automatic` give one.
       virtual: stages that a device of the stage axis holds; None leaves it to the schedule.
       microbatches: microbatches a step; without a pipeline, gradient accumulation.
       zero: ZeRO level 0 to 3.
@@ -149,9 +151,12 @@ def make_plan(
     stacks: tuple[Stack, ...] = ()
     if stages == 1:
         if schedule != "1f1b":
-            notes.append(f"schedule {schedule} is ignored: one stage only accumulates its microbatches")
+            name = schedule if isinstance(schedule, str) else schedule.name
+            notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
         schedule, virtual = "1f1b", 1
-    table = make_schedule(schedule, stages=stages, microbatches=microbatches, virtual=virtual)
+    table = schedule
+    if isinstance(table, str):
+        table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual)
     if model.parts is not None:
         layers = assign_layers(len(model.parts.layers), table.num_stages)
         stacks = stacks_of(model, layers, table)
@@ -219,7 +224,8 @@ def make_plan(
         virtual=table.num_virtual,
         optimizer_state=optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
         update=update,
-        schedule=schedule,
+        schedule=table.name,
+        table_csv=None if isinstance(schedule, str) else to_csv(table),
         num_microbatches=microbatches,
         zero=zero,
         remat=remat,

@@ -16,6 +16,7 @@ from shardlab.mesh.spec import MeshSpec
 from shardlab.module.model import computed
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import Schedule, make_schedule
+from shardlab.pipeline.table_csv import from_csv
 from shardlab.sharding.rules import spec_from_json, spec_to_json
 
 
@@ -126,6 +127,7 @@ class Plan:
       optimizer_state: every array of the optimizer's state.
       update: ``"stacked"`` or ``"per-layer"``: on which tree the optimizer runs.
       schedule: name of the pipeline schedule.
+      table_csv: the table of a schedule that is none of those with a name, as CSV; or None.
       num_microbatches: microbatches a step.
       zero: ZeRO level, 0 to 3.
       remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), or the name of a
@@ -156,6 +158,7 @@ class Plan:
     optimizer_state: tuple[StateLeaf, ...]
     update: str
     schedule: str
+    table_csv: str | None
     num_microbatches: int
     zero: int
     remat: str
@@ -198,6 +201,8 @@ class Plan:
 
     def table(self) -> Schedule:
         """The schedule, as a table of ticks x devices."""
+        if self.table_csv is not None:
+            return from_csv(self.table_csv, self.schedule)
         return make_schedule(
             self.schedule, stages=self.num_stage_devices, microbatches=self.num_microbatches, virtual=self.virtual
         )

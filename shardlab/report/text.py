@@ -7,6 +7,7 @@ from typing import Any
 
 from shardlab.pipeline.draw import draw
 from shardlab.pipeline.schedules import make_schedule
+from shardlab.pipeline.table_csv import from_csv
 from shardlab.plan.text import NOT_ESTIMATED, bytes_label, human_bytes
 from shardlab.report.collectives import collectives_table
 
@@ -61,7 +62,11 @@ def schedule_text(report: Mapping[str, Any]) -> str:
             return "one stage, one microbatch: no bubble"
         return f"one stage: {microbatches} microbatches accumulate their gradients, no bubble"
     virtual = report["virtual"]
-    table = draw(make_schedule(report["schedule"], stages=stages, microbatches=microbatches, virtual=virtual))
+    if report["table_csv"] is not None:
+        made = from_csv(report["table_csv"], report["schedule"])
+    else:
+        made = make_schedule(report["schedule"], stages=stages, microbatches=microbatches, virtual=virtual)
+    table = draw(made)
     held = ", ".join(map(str, report["peak_in_flight"]))
     return f"{table}\nbubble {report['bubble_fraction']:.1%}; microbatches in flight at most, by device: {held}"
 

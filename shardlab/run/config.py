@@ -116,7 +116,7 @@ class Config:
       activation: spec of what flows between blocks.
       batch_size: global examples a step.
       microbatches: microbatches a step; with one stage, gradient accumulation.
-      schedule: pipeline schedule; shardlab schedule --help lists them.
+      schedule: pipeline schedule, or a CSV file with a table of your own; shardlab schedule --compare lists them.
       virtual: stages that a device of the stage axis holds; 0 leaves it to the schedule.
       zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
         steps the float32 parameters too), 3 the parameters. Gradients accumulate whole over the microbatches of a step
@@ -233,6 +233,7 @@ class Config:
         Raises:
           DeclarationError: with every fault of the declaration.
         """
+        from shardlab.pipeline.table_csv import read_csv
         from shardlab.plan.make import make_plan
 
         return make_plan(
@@ -243,7 +244,7 @@ class Config:
             batch=self.abstract_batch(),
             pipeline=self.pipeline,
             specs=self.specs,
-            schedule=self.schedule,
+            schedule=read_csv(self.schedule) if self.schedule.endswith(".csv") else self.schedule,
             virtual=self.virtual or None,
             microbatches=self.microbatches,
             zero=self.zero,

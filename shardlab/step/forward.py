@@ -13,6 +13,8 @@ from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.functions import path_of
 from shardlab.module.model import abstract, read_model
+from shardlab.pipeline.buffers import breadth_first
+from shardlab.pipeline.table_csv import to_csv
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.compile import working_copy
@@ -85,7 +87,12 @@ def _for_batch(plan: Plan, shapes: Any) -> Plan:
     each = size // (shards if plan.batch_axes_manual else 1)
     count = next(m for m in range(min(plan.num_microbatches, each), 0, -1) if each % m == 0)
     head = plan.head if each // count % plan.num_stage_devices == 0 else "last_stage"
-    return dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head)
+    plan = dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head)
+    if plan.table_csv is None:
+        return plan
+    # A table of the user's own is for the plan's microbatches; its forwards need nothing but its placement.
+    table = plan.table()
+    return dataclasses.replace(plan, table_csv=to_csv(breadth_first(table, microbatches=count)))
 
 
 def _whole(plan: Plan, region: Region, calls: Calls) -> Any:

@@ -29,6 +29,7 @@ REPORT: dict[str, Any] = {
     "microbatches": 3,
     "schedule": "1f1b",
     "virtual": 1,
+    "table_csv": None,
     "peak_in_flight": [3, 1],
     "bubble_fraction": 0.25,
     "steps_done": 4,
