@@ -14,7 +14,7 @@ from shardlab.module.model import Model, Parts, flowing, split_auxiliary
 from shardlab.plan.plan import Plan
 from shardlab.step.constraints import made_legal, uses_batch_sum
 from shardlab.step.examples import check_rows_to_rows, check_sums
-from shardlab.step.random import batched_draws, rows_key, site_key
+from shardlab.step.random import Drawn, batched_draws, rows_key, site_key
 from shardlab.step.region import Region
 from shardlab.step.state import cut
 
@@ -44,7 +44,7 @@ class Calls:
     def __init__(self, model: Model, loss: Loss | None, plan: Plan, region: Region, batch: Any, *, train: bool) -> None:
         self._model, self._plan, self._region, self._batch, self._train = model, plan, region, batch, train
         self._functions = _functions(model, loss, plan, train=train)
-        self._draws: dict[tuple[str, int], frozenset[tuple[int, ...]]] = {}
+        self._draws: dict[tuple[str, int], frozenset[Drawn]] = {}
         self._padded = {p.path: p.shape for p in plan.parameters if p.shape != p.stored_shape}
         layer = model.parts.layers[0] if model.parts is not None else {}
         self._padded_in_block = {inner: self._padded[path] for inner, path in layer.items() if path in self._padded}

@@ -3,7 +3,8 @@
 Inside a manual region every shard holds b of the batch's B rows, and a plain key would give each shard the same
 numbers. A *rows key* carries the index of its first row; a draw of shape [b, ...] with it is rows
 ``[first, first + b)`` of the [B, ...] draw with the plain key, bit for bit (partitionable threefry numbers
-element i of a draw by hashing i alone). Draws that do not depend on the batch are the plain key's.
+element i of a draw by hashing i alone). Keys split for the examples are rows of the whole split likewise. Draws that do
+not depend on the batch are the plain key's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from jax.extend.random import define_prng_impl, threefry_2x32, threefry_prng_imp
 from shardlab.mesh.faults import DeclarationError
 
 Shape = tuple[int, ...]
+Drawn = tuple[str, Shape]
+"""What an operation on a key makes: its name, of ``"random_bits"`` and its like, and the shape."""
 
 
 def site_key(key: jax.Array, site: int | jax.Array) -> jax.Array:
@@ -27,13 +30,13 @@ def site_key(key: jax.Array, site: int | jax.Array) -> jax.Array:
     return jax.random.fold_in(key, jnp.asarray(site, jnp.int32).astype(jnp.uint32))
 
 
-def rows_key(key: jax.Array, first: jax.Array, rows: int, batched: frozenset[Shape]) -> jax.Array:
+def rows_key(key: jax.Array, first: jax.Array, rows: int, batched: frozenset[Drawn]) -> jax.Array:
     """`key` for a region that holds `rows` rows, the first of them row `first` of the batch.
 
     Args:
       key: a plain threefry key.
       first: int32 scalar, may be traced.
-      batched: the shapes of the draws whose leading dim counts rows, from `batched_draws`. Empty: `key` itself.
+      batched: the draws whose leading dim counts rows, from `batched_draws`. Empty: `key` itself.
     """
     if not batched:
         return key
@@ -41,43 +44,52 @@ def rows_key(key: jax.Array, first: jax.Array, rows: int, batched: frozenset[Sha
     return jax.random.wrap_key_data(data, impl=_implementation(rows, batched))
 
 
-def batched_draws(here: Any, there: Any, rows: int, where: str) -> frozenset[Shape]:
-    """Shapes of the random draws, with `rows` rows, whose leading dim counts rows.
+def batched_draws(here: Any, there: Any, rows: int, where: str) -> frozenset[Drawn]:
+    """The random draws and splits of keys, with `rows` rows, whose leading dim counts rows.
 
     Args:
       here, there: the jaxprs of the function with `rows` rows and with twice as many.
       where: what to call the function in an error.
 
     Raises:
-      DeclarationError: a draw follows the batch with another dim than its leading one, or one shape is drawn both
-        per row and once for all.
+      DeclarationError: a draw follows the batch with another dim than its leading one, one shape is drawn both per
+        row and once for all, or gamma variates follow the batch.
     """
     mine, double = list(_draws(here)), list(_draws(there))
-    if len(mine) != len(double):
-        raise DeclarationError(
-            f"{where}: makes {len(mine)} random draws for {rows} examples and {len(double)} for {2 * rows}"
-        )
-    kinds: dict[Shape, bool] = {}
-    for shape, doubled in zip(mine, double, strict=True):
+    if [name for name, _ in mine] != [name for name, _ in double]:
+        some, more = (sum(name != "random_split" for name, _ in found) for found in (mine, double))
+        raise DeclarationError(f"{where}: makes {some} random draws for {rows} examples and {more} for {2 * rows}")
+    kinds: dict[Drawn, bool] = {}
+    for (name, shape), (_, doubled) in zip(mine, double, strict=True):
         by_row = shape != doubled
-        if by_row and (len(shape) != len(doubled) or shape[0] * 2 != doubled[0] or shape[1:] != doubled[1:]):
+        if by_row and name == "random_gamma":
             raise DeclarationError(
-                f"{where}: a random draw of shape {list(shape)} for {rows} examples has shape {list(doubled)} for "
+                f"{where}: draws gamma variates of shape {list(shape)} for {rows} examples from one key, and devices "
+                "cannot draw their own rows of them; give each example a key: jax.vmap over "
+                "jax.random.split(key, examples)"
+            )
+        if by_row and (len(shape) != len(doubled) or shape[0] * 2 != doubled[0] or shape[1:] != doubled[1:]):
+            what = "a random draw of shape" if name == "random_bits" else "a key split to shape"
+            raise DeclarationError(
+                f"{where}: {what} {list(shape)} for {rows} examples has shape {list(doubled)} for "
                 f"{2 * rows}; the batch must be its leading dim, so that each device can draw its own rows"
             )
-        if kinds.setdefault(shape, by_row) != by_row:
+        if kinds.setdefault((name, shape), by_row) != by_row:
             raise DeclarationError(
                 f"{where}: with {rows} examples a device, shape {list(shape)} is drawn once per example and once for "
                 "all; use another batch size or number of microbatches so that the two shapes differ"
             )
-    return frozenset(shape for shape, by_row in kinds.items() if by_row)
+    return frozenset(drawn for drawn, by_row in kinds.items() if by_row)
 
 
-def _draws(jaxpr: Any) -> Iterable[Shape]:
-    """Shapes of the `random_bits` of a jaxpr, in order, inner programs included."""
+def _draws(jaxpr: Any) -> Iterable[Drawn]:
+    """What a jaxpr makes of keys, in order, inner programs included."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "random_bits":
-            yield tuple(equation.params["shape"])
+        if equation.primitive.name in ("random_bits", "random_split"):
+            yield equation.primitive.name, tuple(equation.params["shape"])
+        elif equation.primitive.name == "random_gamma" and not equation.invars[0].aval.shape:
+            # It splits the key for its elements when it is lowered, where no jaxpr shows it.
+            yield "random_gamma", tuple(equation.outvars[0].aval.shape)
         for value in equation.params.values():
             for inner in value if isinstance(value, (list, tuple)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
@@ -86,19 +98,23 @@ def _draws(jaxpr: Any) -> Iterable[Shape]:
 
 
 @functools.cache
-def _implementation(rows: int, batched: frozenset[Shape]) -> Any:
+def _implementation(rows: int, batched: frozenset[Drawn]) -> Any:
     """A PRNG whose key is (two threefry words, first row)."""
 
     def split(key: jax.Array, shape: Shape) -> jax.Array:
-        children = _threefry().split(key[:2], shape)
-        return jnp.concatenate([children, jnp.broadcast_to(key[2:], (*shape, 1))], axis=-1)
+        if ("random_split", shape) in batched:
+            # Each of these keys is one example's, and what is drawn from it begins at its own first number.
+            children, first = jnp.stack(_hashed(key[:2], shape, key[2], rows), axis=-1), jnp.zeros(1, jnp.uint32)
+        else:
+            children, first = _threefry().split(key[:2], shape), key[2:]
+        return jnp.concatenate([children, jnp.broadcast_to(first, (*shape, 1))], axis=-1)
 
     def fold_in(key: jax.Array, data: Any) -> jax.Array:
         return jnp.concatenate([_threefry().fold_in(key[:2], data), key[2:]])
 
     def random_bits(key: jax.Array, bit_width: int, shape: Sequence[int]) -> jax.Array:
         shape = tuple(shape)
-        first = key[2] if shape in batched else jnp.uint32(0)
+        first = key[2] if ("random_bits", shape) in batched else jnp.uint32(0)
         return _bits(key[:2], bit_width, shape, first, rows)
 
     return define_prng_impl(
@@ -118,6 +134,14 @@ def _threefry() -> Any:
 
 def _bits(words: jax.Array, bit_width: int, shape: Shape, first: jax.Array, rows: int) -> jax.Array:
     """Random bits of the elements of `shape`, counted from row `first` of the whole draw."""
+    one, two = _hashed(words, shape, first, rows)
+    if bit_width == 64:
+        return (one.astype(jnp.uint64) << 32) | two.astype(jnp.uint64)
+    return (one ^ two).astype(jnp.dtype(f"uint{bit_width}"))
+
+
+def _hashed(words: jax.Array, shape: Shape, first: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Both words of the hash of every element's number in the whole draw."""
     inner = math.prod(shape[1:])
     per_row = shape[0] // rows if shape else 1
     start = first * jnp.uint32(per_row) if shape else first
@@ -132,10 +156,7 @@ def _bits(words: jax.Array, bit_width: int, shape: Shape, first: jax.Array, rows
     high = high + (total < low).astype(jnp.uint32)
     count = math.prod(shape)
     hashed = threefry_2x32(words, jnp.concatenate([high.reshape(count), total.reshape(count)]))
-    one, two = hashed[:count].reshape(shape), hashed[count:].reshape(shape)
-    if bit_width == 64:
-        return (one.astype(jnp.uint64) << 32) | two.astype(jnp.uint64)
-    return (one ^ two).astype(jnp.dtype(f"uint{bit_width}"))
+    return hashed[:count].reshape(shape), hashed[count:].reshape(shape)
 
 
 def _multiply(x: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
