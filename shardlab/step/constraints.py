@@ -82,6 +82,7 @@ def _rewrite(jaxpr: Any, manual: tuple[str, ...], spread: tuple[str, ...], here:
             return value.replace(jaxpr=_rewrite(value.jaxpr, manual, spread, here))
         return _rewrite(value, manual, spread, here) if hasattr(value, "eqns") else value
 
+    mesh = jax.sharding.get_abstract_mesh()
     equations = []
     for equation in jaxpr.eqns:
         if is_batch_sum(equation) and spread:
@@ -90,9 +91,11 @@ def _rewrite(jaxpr: Any, manual: tuple[str, ...], spread: tuple[str, ...], here:
             equations.append(equation.replace(params={**equation.params, "jaxpr": summed}, ctx=here))
             continue
         params = {name: value_of(value) for name, value in equation.params.items()}
-        if equation.primitive.name == "sharding_constraint" and isinstance(params["sharding"], NamedSharding):
-            mesh = jax.sharding.get_abstract_mesh()
+        # Of a constraint; of a derivative's broadcasts, which say the sharding that they were traced with.
+        if isinstance(params.get("sharding"), NamedSharding):
             spec: PartitionSpec = without(params["sharding"].spec, manual)
-            params |= {"sharding": NamedSharding(mesh, spec), "context_mesh": mesh}
+            params["sharding"] = NamedSharding(mesh, spec)
+            if equation.primitive.name == "sharding_constraint":
+                params["context_mesh"] = mesh
         equations.append(equation.replace(params=params, ctx=here))
     return jaxpr.replace(eqns=equations)
