@@ -1,4 +1,6 @@
-"""FSDP, which is ZeRO 3: parameters, gradients and optimizer state are all stored in eighths.
+"""FSDP, which is ZeRO 3: parameters and optimizer state are stored in eighths.
+
+Gradients accumulate whole over the microbatches of a step, and are cut in eighths when they are reduced, at its end.
 
 shardlab train configs/fsdp.py
 """

@@ -9,19 +9,26 @@ JAX is imported after the arguments are read: `shardlab --help` and `shardlab sc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import sysconfig
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from shardlab.mesh.emulate import emulate, environment
-from shardlab.mesh.faults import DeclarationError, suggestion
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
 from shardlab.mesh.targets import parse_target
 from shardlab.pipeline.actions import ScheduleError
+from shardlab.run.output import write
 
 if TYPE_CHECKING:
     from shardlab.run.config import Config, Scalar
@@ -49,7 +56,9 @@ options of every verb:
   --debug   the traceback of an error that is otherwise one message
   --help    of a verb: its options; after a CONFIG: with that config's values
 
-Ctrl-C ends a training run after its step, with everything written; a second one at once.
+  shardlab --version
+
+Ctrl-C ends a training run after the steps under way, with everything written; a second one at once.
 
 Exit status: 0; 1 where verify fails; 2 for a faulty declaration; 130 for what Ctrl-C left unfinished.
 """
@@ -94,10 +103,10 @@ class _Report(_Common):
 
 @dataclass(frozen=True, kw_only=True)
 class _Schedule(_Common):
-    name: str = field(metadata={"help": "1f1b or gpipe", "metavar": "NAME"})
+    name: str = field(metadata={"help": "of the schedule; a wrong one lists them", "metavar": "NAME"})
     stages: int = _option(4, "devices on the stage axis")
     microbatches: int = _option(8, "microbatches a step")
-    virtual: int = _option(1, "stages that a device holds")
+    virtual: int = _option(0, "stages that a device holds; 0 leaves it to the schedule")
     costs: str = _option("1,1,1", "times of a stage's forward, gradient of the input, gradient of the weights", "F,I,W")
 
 
@@ -105,7 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        write(HELP, sys.stdout, end="")
+        return 0
+    if arguments[0] == "--version":
+        write(f"shardlab {importlib.metadata.version('shardlab')}", sys.stdout)
         return 0
     verb, rest = arguments[0], arguments[1:]
     try:
@@ -113,16 +125,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = suggestion(verb, VERBS) + f"there are {', '.join(VERBS)}"
             raise DeclarationError(f"{verb!r} is no verb of shardlab; {known}; see shardlab --help")
         return VERBS[verb](rest, restart=argv is None)
-    except (DeclarationError, ScheduleError) as error:
-        if "--debug" in rest:
-            raise
-        print(f"shardlab: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         if "--debug" in rest:
-            raise
-        print("\nshardlab: stopped by Ctrl-C; what was under way is not finished", file=sys.stderr)
+            traceback.print_exc()
+        write("\nshardlab: stopped by Ctrl-C; what was under way is not finished", sys.stderr)
         return 130
+    except Exception as error:
+        message = str(error) if isinstance(error, DeclarationError | ScheduleError) else _users_line(error)
+        if message is None:  # none of the user's code is on the way: the fault is here
+            raise
+        if "--debug" in rest:
+            traceback.print_exc()
+        else:
+            write(f"shardlab: {message}", sys.stderr)
+        return 2
+
+
+def _users_line(error: Exception) -> str | None:
+    """The last line of the user's own code on the way to an error, and the error; None where there is none.
+
+    The user's own is what is in no library; a model of `shardlab.models` stands for the user's.
+    """
+    here = Path(__file__).resolve().parent
+    libraries = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        name = frame.f_code.co_filename
+        file = Path(name).resolve()
+        inside = file.is_relative_to(here) and not file.is_relative_to(here / "models")
+        if name.startswith("<") or inside or any(file.is_relative_to(library) for library in libraries):
+            continue
+        first = str(error).strip().partition("\n")[0]
+        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        return f"{name}:{line}, in {frame.f_code.co_name}: {what}; --debug shows the way there"
+    return None
 
 
 def schedule(arguments: list[str], *, restart: bool) -> int:
@@ -138,7 +173,7 @@ def schedule(arguments: list[str], *, restart: bool) -> int:
         raise DeclarationError(f"costs {options.costs!r}: is not three times F,I,W; write them as 1,1,1") from None
     costs = Costs(F=forward, I=inputs, W=weights)
     made = make_schedule(
-        options.name, stages=options.stages, microbatches=options.microbatches, virtual=options.virtual
+        options.name, stages=options.stages, microbatches=options.microbatches, virtual=options.virtual or None
     )
     facts: dict[str, Any] = schedule_facts(made, costs)
     lines = [draw(made)]
@@ -173,6 +208,7 @@ def verify(arguments: list[str], *, restart: bool) -> int:
     _start(call.config, restart=restart)
     from itertools import islice
 
+    from shardlab.step.compile import check_batch
     from shardlab.step.verify import verify as prove
 
     config, view = call.config, call.view()
@@ -182,8 +218,16 @@ def verify(arguments: list[str], *, restart: bool) -> int:
         view.say(f"note: {note}")
     with view.phase("reading the data"):
         batches = list(islice(config.data.train(config.batch_size, seed=config.seed), config.steps))
-    with view.phase(f"running {config.steps} steps on {made.mesh}, and on one device"):
-        found = prove(config.model, config.loss, config.optimizer(), made, batches, seed=config.seed)
+    if len(batches) < config.steps:
+        raise DeclarationError(
+            f"data: train gives {len(batches)} batches, and verify is to run {config.steps} steps; make it endless, or "
+            "give fewer steps"
+        )
+    for batch in batches:
+        check_batch(batch, made.batch, "make data.abstract_batch say what data.train gives")
+    steps = f"{config.steps} step{'s' if config.steps > 1 else ''}"
+    with view.phase(f"running {steps} on {made.mesh}, and on one device"):
+        found = prove(config.model, config.loss, config.make_optimizer(), made, batches, seed=config.seed)
     facts = {**dataclasses.asdict(found), "passed": found.passed, "mesh": made.mesh.sizes}
     _show(call.options, facts, str(found))
     return 0 if found.passed else 1
@@ -275,7 +319,9 @@ def _configured(kind: type, arguments: list[str], verb: str, about: str, **defau
             f"{verb}: CONFIG is missing; give a config file first: shardlab {verb} configs/quickstart.py"
         )
     path, rest = arguments[place], arguments[:place] + arguments[place + 1 :]
-    config = dataclasses.replace(load_config(path), **defaults)
+    with _interrupted_afterwards():
+        config = load_config(path)
+    config = dataclasses.replace(config, **defaults)
     known = scalars(config)
     options = _read(kind, rest, prog=prog, about=about, scalars=known)
     given = {}
@@ -297,6 +343,30 @@ def _configured(kind: type, arguments: list[str], verb: str, about: str, **defau
 
         jax.config.update("jax_enable_x64", True)
     return _Call(options, path, config, given, _remarks(config, rest))
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Until it is left, the first Ctrl-C waits; the second is a KeyboardInterrupt.
+
+    A config imports JAX and NumPy, and makes an ImportError of a Ctrl-C that comes meanwhile.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _is_config(place: int, text: str) -> bool:
@@ -361,6 +431,15 @@ def _read(
     for owner, items in inner.items():
         made = dataclasses.make_dataclass(owner, items, frozen=True, kw_only=True)
         fields.append((owner, Annotated[made, tyro.conf.arg(help="")], made()))
+    names = [item[0] for item in fields if item[0] not in inner and len(item) == 3]  # what has no default is positional
+    names += [f"{owner}.{name}" for owner, items in inner.items() for name, *_ in items]
+    known = [f"--{name.replace('_', '-')}" for name in names]
+    given = [text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("--")]
+    raise_faults(
+        Fault(name, f"is no option of {prog}", f"{suggestion(name, known)}--help lists them")
+        for name in given
+        if name not in (*known, "--help", "--") and not name.startswith("--tyro-")
+    )
     options = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
     return tyro.cli(options, prog=prog, description=about, args=arguments)
 
@@ -392,7 +471,7 @@ def _show(options: Any, facts: Mapping[str, Any], text: str | None) -> int:
     from shardlab.run.record import plain
 
     if options.json:
-        print(json.dumps(plain(facts), allow_nan=False))
+        write(json.dumps(plain(facts), allow_nan=False), sys.stdout)
     elif text is not None:
-        print(text)
+        write(text, sys.stdout)
     return 0

@@ -24,6 +24,10 @@ def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collecti
       axes: sizes of the mesh axes in mesh order.
       stage: the axis whose positions take different branches.
 
+    Raises:
+      ValueError: no conditional of three branches: the compiler has made something else of them, which was not looked
+        at.
+
     >>> could_hang('''
     ... HloModule step, num_partitions=4
     ... %idle (x: f32[6]) -> f32[6] {
@@ -46,7 +50,10 @@ def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collecti
     """
     module = parse(text)
     once = each_once(module, axes)
-    inside = {name for branch in _branches(module) for name in _reached(module, branch)}
+    branches = list(_branches(module))
+    if not branches:
+        raise ValueError("the compiled program has no conditional of three branches; what it runs instead is not known")
+    inside = {name for branch in branches for name in _reached(module, branch)}
     return tuple(
         one
         for (computation, _), one in once.items()

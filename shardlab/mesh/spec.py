@@ -271,7 +271,11 @@ def _sized(pairs: Pairs, machine: Target) -> tuple[Pairs, list[Fault]]:
     if known != count:
         names = "devices" if known != 1 else "device"
         problem = f"{product} is {known} {names}, target {machine} has {count}"
-        retarget = f", or declare target='cpu:{known}'" if machine.platform == "cpu" else ", or declare another target"
+        retarget = (
+            f", or declare target='cpu:{known}' (--target cpu:{known})"
+            if machine.platform == "cpu"
+            else ", or declare another target"
+        )
         return pairs, [Fault("mesh", problem, f"make the sizes multiply to {count}{retarget}")]
     return pairs, []
 

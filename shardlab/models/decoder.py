@@ -36,6 +36,7 @@ class DecoderConfig:
       mlp_dim: width of the gated MLP.
       dropout: rate on the embedding and on what each half of a block adds; 0 draws nothing.
       tied: the embedding is the output kernel too.
+      query_chunk: queries that attention takes at a time, which bounds its memory; 0 takes all. Divides S.
       rope_base: the longest rotary wavelength is about ``2 pi rope_base`` tokens.
 
     >>> DecoderConfig(num_layers=1, model_dim=32)(nnx.Rngs(0)).tokens.embedding.shape
@@ -52,6 +53,7 @@ class DecoderConfig:
     dropout: float = 0.0
     tied: bool = False
     rope_base: float = 10_000.0
+    query_chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -131,7 +133,7 @@ class Attention(nnx.Module):
     """Causal grouped-query attention over [B, S, D]."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.head_dim = config.head_dim
+        self.head_dim, self.query_chunk = config.head_dim, config.query_chunk
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = nnx.Linear(config.model_dim, queries, use_bias=False, rngs=rngs)
         self.k = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
@@ -140,7 +142,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
         q, k, v = (heads(layer(x), self.head_dim) for layer in (self.q, self.k, self.v))
-        out = causal_attention(rotate(q, c), rotate(k, c), v)
+        out = causal_attention(rotate(q, c), rotate(k, c), v, query_chunk=self.query_chunk)
         return self.o(out.reshape(*x.shape[:2], -1))
 
 
@@ -195,18 +197,35 @@ def rotate(x: jax.Array, c: Angles) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, query_chunk: int = 0) -> jax.Array:
     """Attention of each token to itself and those before it, [B, S, H, K].
 
     Args:
       q: [B, S, H, K].
       k: [B, S, G, K], G dividing H; query head h reads key-value head ``h // (H / G)``.
       v: like k.
+      query_chunk: queries taken at a time, their weights computed again for the backward (Rabe & Staats, 2021, arXiv
+        2112.05682); 0: all at once.
     """
+    b, s, h, d = q.shape
+    if not query_chunk or query_chunk == s:
+        return attend(q, k, v, 0)
+
+    def chunk(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, attend(at[0], k, v, at[1])
+
+    chunks = jnp.moveaxis(q.reshape(b, s // query_chunk, query_chunk, h, d), 1, 0)
+    firsts = jnp.arange(0, s, query_chunk)
+    _, out = jax.lax.scan(jax.checkpoint(chunk), None, (chunks, firsts))
+    return jnp.moveaxis(out, 0, 1).reshape(b, s, h, d)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | int) -> jax.Array:
+    """`causal_attention` of queries of which the first is token `first`."""
     b, s, h, d = q.shape
     grouped = q.reshape(b, s, k.shape[2], -1, d)
     scores = jnp.einsum("bqgnd,bkgd->bgnqk", grouped, k) * d**-0.5
-    visible = jnp.arange(s)[:, None] >= jnp.arange(s)[None, :]
+    visible = first + jnp.arange(s)[:, None] >= jnp.arange(k.shape[1])[None, :]
     scores = jnp.where(visible, scores.astype(jnp.promote_types(q.dtype, jnp.float32)), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bgnqk,bkgd->bqgnd", weights, v).reshape(b, s, h, d)

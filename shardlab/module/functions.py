@@ -51,12 +51,14 @@ def read_functions(functions: Functions, batch: Any, pipeline: Pipeline | None) 
     """`Functions` as a `Model`.
 
     Raises:
-      DeclarationError: when neither `apply` nor all of `before`, `block`, `after` are given, or ``params`` has no
-        list of layers.
+      DeclarationError: when neither `apply` nor all of `before`, `block`, `after` are given, or ``params`` is an array
+        alone or has no list of layers.
     """
     shapes = jax.eval_shape(functions.init, jax.eval_shape(lambda: jax.random.key(0)))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     paths = [path_of(keys) for keys, _ in leaves]
+    if "" in paths:
+        raise DeclarationError("model: init returns an array and no tree of them; give it a name: {'kernel': array}")
     whole = (functions.before, functions.block, functions.after)
     if functions.apply is None and None in whole:
         raise DeclarationError("model: Functions needs apply=, or all of before=, block= and after=")

@@ -40,7 +40,13 @@ def recipes(initialise: Callable[[jax.Array], dict[str, Any]]) -> dict[str, Reci
         paths.extend(values)
         return list(values.values())
 
-    closed = jax.make_jaxpr(flat)(jax.eval_shape(lambda: jax.random.key(0)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    closed = jax.make_jaxpr(flat)(key)
+    if any(_is_remat(equation) for equation in closed.jaxpr.eqns):
+        traced = closed
+        # Flax runs a layer to make its parameters. Under remat that is one equation, so that the parameters of a layer
+        # would depend on all layers before it.
+        closed = jax.make_jaxpr(lambda key: _without_remat(traced.jaxpr, traced.consts, [key]))(key)
     jaxpr = closed.jaxpr
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     producer: dict[Any, Any] = {}
@@ -60,6 +66,26 @@ def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     """The outputs of one equation."""
     outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
     return outputs if equation.primitive.multiple_results else [outputs]
+
+
+def _is_remat(equation: Any) -> bool:
+    return equation.primitive.name in ("remat", "remat2", "checkpoint")
+
+
+def _without_remat(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """The outputs of a program, with that of every `jax.checkpoint` in place of the call."""
+    env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    for equation in jaxpr.eqns:
+        inputs = [_value(var, env) for var in equation.invars]
+        if _is_remat(equation):
+            inner = equation.params["jaxpr"]
+            outputs: Sequence[Any] = _without_remat(
+                getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs
+            )
+        else:
+            outputs = apply_equation(equation, inputs)
+        env.update(zip(equation.outvars, outputs, strict=True))
+    return [_value(var, env) for var in jaxpr.outvars]
 
 
 def _value(var: Any, known: dict[Any, Any]) -> Any:
@@ -123,9 +149,18 @@ def _slice(out: Any, key_var: Any, known: dict[Any, Any], producer: dict[Any, An
 
 
 def _parameters(params: dict[str, Any]) -> str:
-    """Parameters as text that is equal only for equal programs: inner constants do not print, so they count by id."""
-    texts = []
-    for key, value in params.items():
-        consts = [id(const) for const in getattr(value, "consts", ())]
-        texts.append(f"{key}={value}{consts or ''}")
-    return " ".join(texts)
+    """Parameters as text that is equal only for equal programs: inner arrays do not print, so they count by id."""
+    return " ".join(f"{key}={value}{_arrays(value) or ''}" for key, value in params.items())
+
+
+def _arrays(value: Any) -> list[int]:
+    """Ids of the constant arrays in a parameter, programs inside programs included."""
+    if isinstance(value, (list, tuple)):
+        return [found for one in value for found in _arrays(one)]
+    jaxpr = getattr(value, "jaxpr", value)
+    if not hasattr(jaxpr, "eqns"):
+        return [id(value)] if isinstance(value, (jax.Array, np.ndarray)) else []
+    variables = [var for equation in jaxpr.eqns for var in equation.invars] + list(jaxpr.outvars)
+    literals = [var.val for var in variables if isinstance(var, jex.Literal) and np.shape(var.val)]
+    inner = [found for equation in jaxpr.eqns for one in equation.params.values() for found in _arrays(one)]
+    return [id(array) for array in (*getattr(value, "consts", ()), *literals)] + inner

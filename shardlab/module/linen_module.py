@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ from flax.core import meta
 
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, Parts, call, call_after
+from shardlab.module.model import Model, Parts, accepted, as_held, call, call_after
 from shardlab.module.pipeline import Pipeline
+from shardlab.module.written import written_by
 from shardlab.sharding.annotations import from_linen
 
 
@@ -21,7 +22,7 @@ def read_linen(module: nn.Module, batch: Any, pipeline: Pipeline | None) -> Mode
     """A Linen module as a `Model`; ``module(batch)`` must be callable, since it creates the parameters.
 
     Paths are those of ``variables["params"]``; other collections are buffers, their paths begin with the
-    collection's name.
+    collection's name. What the module hands out by `nn.Module.sow` is left out.
 
     Raises:
       DeclarationError: naming the method the pipeline names and the module lacks, with the lines to add.
@@ -29,19 +30,32 @@ def read_linen(module: nn.Module, batch: Any, pipeline: Pipeline | None) -> Mode
     streams = ("params", "dropout")
 
     def init(key: Any, batch: Any) -> Any:
-        return module.init({"params": key, "dropout": key}, batch, **_accepted(module.__call__, train=False))
+        args, named = _accepted(module.__call__, (batch,), train=False)
+        return module.init({"params": key, "dropout": key}, *args, **named)
 
     boxed = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch)
     shapes = meta.unbox(boxed)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes["params"])
     parameters = {path_of(keys): leaf for keys, leaf in leaves}
-    others = {name: tree for name, tree in shapes.items() if name != "params"}
-    held, others_def = jax.tree_util.tree_flatten_with_path(others)
-    buffers = {path_of(keys): leaf for keys, leaf in held}
     boxes = jax.tree_util.tree_flatten_with_path(
         boxed["params"], is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata)
     )[0]
     annotations = {path_of(keys): found for keys, box in boxes if (found := from_linen(box)) is not None}
+
+    def apply(variables: Any, batch: Any, key: Any, train: bool, mutable: list[str]) -> tuple[Any, Any]:
+        rngs = None if key is None else dict.fromkeys(streams, key)
+        args, named = _accepted(module.__call__, (batch,), train)
+        out = module.apply(variables, *args, rngs=rngs, mutable=mutable or False, **named)
+        return out if mutable else (out, {})
+
+    others = {name: tree for name, tree in shapes.items() if name != "params"}
+    if others:
+        # What `Module.sow` added to in `init` is longer after a call: it is what a call hands out, and nothing held.
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        after = jax.eval_shape(lambda v, b, k: apply(v, b, k, True, list(others))[1], shapes, batch, key)
+        others = _kept(others, meta.unbox(after))
+    held, others_def = jax.tree_util.tree_flatten_with_path(others)
+    buffers = {path_of(keys): leaf for keys, leaf in held}
 
     def variables(values: Any) -> dict[str, Any]:
         rest = jax.tree.unflatten(others_def, [values[path] for path in buffers])
@@ -50,29 +64,22 @@ def read_linen(module: nn.Module, batch: Any, pipeline: Pipeline | None) -> Mode
     def initialise(key: jax.Array) -> dict[str, Any]:
         example = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), batch)
         made = meta.unbox(init(key, example))
-        rest = {name: tree for name, tree in made.items() if name != "params"}
         values = dict(zip(parameters, jax.tree.leaves(made["params"]), strict=True))
-        return values | dict(zip(buffers, jax.tree.leaves(rest), strict=True))
+        rest = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(made)[0]}
+        return values | {path: rest[path] for path in buffers}
 
     def forward(values: Any, batch: Any, key: Any, train: bool) -> tuple[Any, dict[str, Any]]:
-        rngs = None if key is None else dict.fromkeys(streams, key)
-        mutable = list(others) if train else []
-        out = module.apply(
-            variables(values), batch, rngs=rngs, mutable=mutable or False, **_accepted(module.__call__, train)
-        )
-        y, written = out if mutable else (out, {})
-        return y, {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(meta.unbox(written))[0]}
+        y, after = apply(variables(values), batch, key, train, list(others) if train else [])
+        found = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(meta.unbox(after))[0]}
+        return y, {
+            path: as_held(path, found[path], leaf)
+            for path, leaf in buffers.items()
+            if path in found and found[path] is not values[path]
+        }
 
     parts = None
     if pipeline is not None:
-        raise_faults(
-            Fault(
-                path,
-                "a collection beside the parameters is written by one microbatch of one shard at a time in a stack",
-                "train it without pipeline=, with microbatches=1 (all axes are then automatic)",
-            )
-            for path in buffers
-        )
+        _refuse_collections(buffers, forward, {**parameters, **buffers}, batch)
         parts = _parts(module, pipeline, parameters)
     return Model(
         name=type(module).__name__,
@@ -86,9 +93,49 @@ def read_linen(module: nn.Module, batch: Any, pipeline: Pipeline | None) -> Mode
     )
 
 
-def _accepted(function: Callable[..., Any], train: bool) -> dict[str, Any]:
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in (("train", train), ("deterministic", not train)) if name in names}
+def _accepted(
+    function: Callable[..., Any], args: tuple[Any, ...], train: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return accepted(function, args, {"train": train, "deterministic": not train})
+
+
+def _refuse_collections(buffers: Any, forward: Callable[..., Any], values: Any, batch: Any) -> None:
+    """A stack of Linen blocks is given parameters alone."""
+    if not buffers:
+        return
+
+    def after(held: Any, values: Any, batch: Any, key: Any) -> Any:
+        return forward({**values, **held}, batch, key, True)[1]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    written = written_by(after, buffers, values, batch, key)
+    raise_faults(
+        Fault(
+            path,
+            "a collection beside the parameters is written by one microbatch of one shard at a time in a stack",
+            "train it without pipeline=, with microbatches=1 (all axes are then automatic)",
+        )
+        if path in written
+        else Fault(
+            path,
+            "a stack of blocks is given its parameters, and no other collection",
+            "compute it where it is used, or train it without pipeline=",
+        )
+        for path in buffers
+    )
+
+
+def _kept(before: Any, after: Any) -> Any:
+    """The variables that are a tree of the same structure after a call as before it."""
+    kept = {}
+    for name, value in before.items():
+        there = after.get(name, value)
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            if inner := _kept(value, there):
+                kept[name] = inner
+        elif str(jax.tree.structure(value)) == str(jax.tree.structure(there)):
+            kept[name] = value
+    return kept
 
 
 def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
@@ -142,9 +189,10 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
         return run(values, pipeline.context, batch, key=key, train=train)
 
     def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
-        args = (x,) if pipeline.context is None else (x, c)
+        args: tuple[Any, ...] = (x,) if pipeline.context is None else (x, c)
         rngs = None if key is None else {"params": key, "dropout": key}
-        return template.apply({"params": _nest(layer)}, *args, rngs=rngs, **_accepted(template.__call__, train))
+        args, named = _accepted(template.__call__, args, train)
+        return template.apply({"params": _nest(layer)}, *args, rngs=rngs, **named)
 
     def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return run(values, pipeline.after, x, key=key, train=train, last=batch)
@@ -168,12 +216,27 @@ def _blocks(module: nn.Module, pipeline: Pipeline) -> dict[str, nn.Module]:
     children = {str(block.name): block.clone(parent=None, name=None) for block in found}
     templates = list(children.values())
     for child, block in children.items():
-        if block != templates[0]:
+        if not _same(block, templates[0]):
             raise DeclarationError(
                 f"{child}: {block!r} is not the first block, {templates[0]!r}; every block of a stack runs the same "
                 "program, so pass what differs as an array"
             )
     return children
+
+
+def _same(block: nn.Module, other: nn.Module) -> bool:
+    """Whether two blocks, neither of them bound, are the same program.
+
+    `nn.remat` makes a new class whenever it is called; what it wraps decides, since it changes no number.
+    """
+    mine, theirs = type(block), type(other)
+    if mine is theirs:
+        return block == other
+    remat = f"Checkpoint{mine.__bases__[0].__name__}"
+    if mine.__bases__ != theirs.__bases__ or (mine.__name__, theirs.__name__) != (remat, remat):
+        return False
+    names = [field.name for field in dataclasses.fields(block) if field.compare and field.init]
+    return all(getattr(block, name) == getattr(other, name) for name in names)
 
 
 def _nest(values: Any) -> dict[str, Any]:

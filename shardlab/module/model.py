@@ -88,8 +88,33 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def computed(kind: Any, dtype: str) -> str:
+    """What a step in `dtype` computes with numbers of dtype `kind` in: for complex ones the complex dtype of its width.
+
+    >>> computed("bfloat16", "float32"), computed("complex64", "float64"), computed("complex64", "bfloat16")
+    ('float32', 'complex128', 'complex64')
+    """
+    if not jax.numpy.issubdtype(kind, jax.numpy.complexfloating):
+        return dtype
+    return "complex128" if dtype == "float64" else "complex64"
+
+
+def as_held(path: str, value: Any, held: Any) -> Any:
+    """What a model writes to the array `held` at `path`, in its dtype.
+
+    Raises:
+      DeclarationError: it has another shape.
+    """
+    if value.shape != held.shape:
+        raise DeclarationError(
+            f"{path}: the model writes {list(value.shape)} to it, and it is {list(held.shape)}; keep its shape: a step "
+            "is compiled once"
+        )
+    return value if value.dtype == held.dtype else value.astype(held.dtype)
+
+
 def flowing(x: Any, dtype: str) -> Any:
-    """What flows between blocks: floating point, in the dtype that the step computes in.
+    """What flows between blocks: floating point (or complex), in the dtype that the step computes in.
 
     Without this one layer that fixes its dtype when it is made (`nnx.Embed` does) would set the dtype of all blocks.
     """
@@ -101,7 +126,7 @@ def flowing(x: Any, dtype: str) -> Any:
                 f"before: x {path} has dtype {leaf.dtype}; what flows between blocks is floating point, other arrays "
                 "belong in context(batch)"
             )
-        return leaf.astype(dtype)
+        return leaf.astype(computed(leaf.dtype, dtype))
 
     return jax.tree_util.tree_map_with_path(one, x)
 
@@ -111,32 +136,69 @@ def split_auxiliary(x: Any, out: Any) -> tuple[Any, Any]:
 
     Args:
       x: what went into the block; tells x from ``(x, (sum, weight))`` by its structure.
+
+    Raises:
+      DeclarationError: what it returned beside x is not ``(sum, weight)``.
     """
     structure = str(jax.tree.structure(x))
     if isinstance(out, tuple) and len(out) == 2 and str(jax.tree.structure(out)) != structure:
         y, auxiliary = out
-        if isinstance(auxiliary, tuple) and len(auxiliary) == 2 and str(jax.tree.structure(y)) == structure:
-            return y, auxiliary
+        if str(jax.tree.structure(y)) == structure:
+            if isinstance(auxiliary, tuple) and len(auxiliary) == 2:
+                return y, auxiliary
+            raise DeclarationError(
+                f"block: returns x and {jax.tree.structure(auxiliary)} beside it; beside x there is room for an "
+                "auxiliary loss alone, as its sum and the weight that it is over: return (x, (sum, weight))"
+            )
     return out, None
 
 
 def call(function: Callable[..., Any], *args: Any, key: Any = None, train: bool) -> Any:
     """`function` of `args`, and of ``key``, ``train`` or ``deterministic`` where its signature has them."""
-    names = inspect.signature(function).parameters
-    offered = {"key": key, "train": train, "deterministic": not train}
-    return function(*args, **{name: value for name, value in offered.items() if name in names})
+    return _offered(function, args, {"key": key, "train": train, "deterministic": not train})
 
 
 def call_after(function: Callable[..., Any], *args: Any, batch: Any, key: Any = None, train: bool) -> Any:
-    """Like `call`; ``batch`` is passed last where the function has a positional place for it."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind in kinds and name not in ("key", "train", "deterministic")
-    ]
-    more = (batch,) if len(names) > len(args) else ()
-    return call(function, *args, *more, key=key, train=train)
+    """Like `call`; it is given ``batch`` too if it has a parameter of that name, or needs one more than `args`."""
+    offered = {"key": key, "train": train, "deterministic": not train}
+    parameters = list(inspect.signature(function).parameters.values())
+    places = [parameter for parameter in parameters if parameter.kind in _PLACES and parameter.name not in offered]
+    if "batch" in [parameter.name for parameter in parameters if parameter not in places[: len(args)]]:
+        offered["batch"] = batch
+    elif len(places) > len(args) and places[len(args)].default is inspect.Parameter.empty:
+        args = (*args, batch)
+    return _offered(function, args, offered)
+
+
+_PLACES = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _offered(function: Callable[..., Any], args: tuple[Any, ...], offered: Mapping[str, Any]) -> Any:
+    """`function` of `args` and of those of `offered` that its signature names."""
+    args, named = accepted(function, args, offered)
+    return function(*args, **named)
+
+
+def accepted(
+    function: Callable[..., Any], args: tuple[Any, ...], offered: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`args` and those of `offered` that the signature of `function` names: by position where that is possible.
+
+    A flag that `nn.remat` or `jax.checkpoint` is told of by ``static_argnums`` must not come by keyword.
+
+    >>> accepted(lambda x, mask=None, train=False, *, key: x, (1,), {"train": True, "key": 2, "other": 3})
+    ((1, None, True), {'key': 2})
+    """
+    parameters = inspect.signature(function).parameters
+    named = {name: value for name, value in offered.items() if name in parameters}
+    given = list(args)
+    places = [parameter for parameter in parameters.values() if parameter.kind in _PLACES]
+    last = max((place for place, parameter in enumerate(places) if parameter.name in named), default=-1)
+    for parameter in places[len(args) : last + 1]:
+        if parameter.name not in named and parameter.default is inspect.Parameter.empty:
+            break  # The call is wrong, and Python says so best.
+        given.append(named.pop(parameter.name) if parameter.name in named else parameter.default)
+    return tuple(given), named
 
 
 def read_model(model: Any, batch: Any, pipeline: Pipeline | None = None) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
-from shardlab.module.model import Model, Parts, Values, call, call_after
+from shardlab.module.model import Model, Parts, Values, as_held, call, call_after
 from shardlab.module.pipeline import Pipeline
+from shardlab.module.written import written_by
 from shardlab.sharding.annotations import from_nnx
 
 
@@ -20,16 +21,14 @@ class Graph:
     """A module taken apart: its structure, and for every leaf its path and the kind of variable."""
 
     def __init__(self, module: nnx.Module) -> None:
-        graphdef, state = nnx.split(module)
+        self.graphdef, state = nnx.split(module)
         flat = {tuple(path): variable for path, variable in nnx.to_flat_state(state)}
-        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(state)
-        self.graphdef = graphdef
+        self.treedef = jax.tree.structure(state)
         self.paths: list[str] = []
         self.kinds: list[type] = []
         self.variables: dict[str, Any] = {}
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
-        for keys, leaf in leaves:
-            names = tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+        for names, leaf in _leaves(state):
             path = "/".join(map(str, names))
             self.paths.append(path)
             self.kinds.append(type(flat[names]))
@@ -48,24 +47,45 @@ class Graph:
         return [path for path in self.paths if path not in held]
 
     def run(self, values: Values, key: Any, function: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
-        """`function` of the module made of `values`, and the buffers it wrote to, by path.
+        """`function` of the module made of `values`, and the buffers it may have written to, by path.
 
-        Every random stream of the module gets its own key: `key` folded with the stream's path.
+        Every random stream of the module gets its own key: `key` folded with the stream's path; of streams that are
+        stacked, each its own. What `function` adds to the module, by `nnx.Module.sow`, is left out.
         """
         leaves = []
         for path, kind in zip(self.paths, self.kinds, strict=True):
+            shape = self.shapes[path].shape
             if issubclass(kind, nnx.RngKey):
                 base = jax.random.key(0) if key is None else key
-                leaves.append(jax.random.fold_in(base, zlib.crc32(path.encode())))
+                stream = jax.random.fold_in(base, zlib.crc32(path.encode()))
+                leaves.append(jax.random.split(stream, shape) if shape else stream)
             elif issubclass(kind, nnx.RngState):
-                leaves.append(jnp.zeros((), jnp.uint32))
+                leaves.append(jnp.zeros(shape, jnp.uint32))
             else:
                 leaves.append(values[path])
         module = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
         out = function(module)
-        after = dict(zip(self.paths, jax.tree.leaves(nnx.state(module)), strict=True))
+        after = {"/".join(map(str, names)): leaf for names, leaf in _leaves(nnx.state(module))}
         written = {path: after[path] for path in self.buffers if after[path] is not values[path]}
-        return out, written
+        return out, {path: as_held(path, value, self.shapes[path]) for path, value in written.items()}
+
+    def refuse_writing(self, values: Values, key: Any, function: Callable[[Any], Any], prefix: str = "") -> Any:
+        """`function` of the module made of `values`.
+
+        Raises:
+          DeclarationError: it writes to a buffer.
+        """
+        out, written = self.run(values, key, function)
+        if written:
+            held = {path: values[path] for path in written}
+            _refuse_written(written_by(lambda held: self.run({**values, **held}, key, function)[1], held), prefix)
+        return out
+
+
+def _leaves(state: nnx.State) -> list[tuple[tuple[Any, ...], Any]]:
+    """The arrays of a state, each with the names that lead to it."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return [(tuple(key.key for key in keys if isinstance(key, jax.tree_util.DictKey)), leaf) for keys, leaf in leaves]
 
 
 class _Stream(nnx.RngStream):
@@ -83,8 +103,12 @@ class _Stream(nnx.RngStream):
 def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | None) -> Model:
     """The module that `factory` makes, as a `Model`; the module is traced, never built.
 
+    Training calls ``module.train()``, evaluation ``module.eval()``, whatever the module was made with: batch statistics
+    are frozen, and dropout is switched off, in the call (``self.norm(x, use_running_average=True)``).
+
     Raises:
-      DeclarationError: naming the attribute the pipeline names and the module lacks, or the shared parameter.
+      DeclarationError: naming the attribute the pipeline names and the module lacks, the shared parameter, or a module
+        made to be frozen beside others that are not.
     """
 
     def build(key: Any) -> nnx.Module:
@@ -94,9 +118,20 @@ def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | Non
             module = factory(rngs)
         if not isinstance(module, nnx.Module):
             raise DeclarationError(f"model: {factory!r} returned {type(module).__name__}, not an nnx.Module")
+        _hold_arrays(module)
         return module
 
-    traced = nnx.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+    made = []
+
+    def arrays(key: Any) -> nnx.State:
+        graphdef, state = nnx.split(build(key))
+        made.append(graphdef)
+        return state
+
+    # Not `nnx.eval_shape`: it leaves tracers in arrays that are attributes and no `nnx.Variable`.
+    shapes = jax.eval_shape(arrays, jax.eval_shape(lambda: jax.random.key(0)))
+    traced = nnx.merge(made[-1], shapes)
+    _refuse_frozen(traced)
     for _, node in nnx.iter_graph(traced):
         # Embed fixes its dtype at creation, by default its parameter's; what follows the parameter must go on
         # following it when the step computes in another dtype.
@@ -137,6 +172,15 @@ def read_nnx(factory: Callable[[nnx.Rngs], nnx.Module], pipeline: Pipeline | Non
     )
 
 
+def _hold_arrays(module: nnx.Module) -> None:
+    """Makes leaves of the arrays that are plain attributes; Flax does, but for those being traced."""
+    for node in [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)]:
+        for name, value in list(vars(node).items()):
+            plain = isinstance(value, (jax.Array, list, tuple, dict))
+            if plain and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+                setattr(node, name, nnx.data(value))
+
+
 def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
     """The module cut at the list `pipeline.blocks`; the rest keeps an empty list in its place."""
     model = mode(True)
@@ -150,7 +194,7 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
         for role, wanted in _named(pipeline)
         if wanted is not None and not hasattr(model, wanted)
     )
-    blocks = list(getattr(model, pipeline.blocks))
+    blocks = _list_of_blocks(model, pipeline.blocks)
     if not blocks:
         raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
     _refuse_shared(model, pipeline.blocks, blocks)
@@ -167,9 +211,7 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
     layers = tuple({path: f"{pipeline.blocks}/{i}/{path}" for path in inner} for i in range(len(blocks)))
 
     def outside(values: Any, key: Any, train: bool, function: Callable[[Any], Any]) -> Any:
-        out, written = stages[train][0].run(values, key, function)
-        _refuse_written(written, "")
-        return out
+        return stages[train][0].refuse_writing(values, key, function)
 
     def before(values: Any, batch: Any, key: Any, train: bool) -> Any:
         return outside(values, key, train, lambda m: call(getattr(m, pipeline.before), batch, key=key, train=train))
@@ -181,9 +223,11 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
 
     def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         args = (x,) if pipeline.context is None else (x, c)
-        out, written = stages[train][1].run(layer, key, lambda m: call(m.__call__, *args, key=key, train=train))
-        _refuse_written(written, f"{pipeline.blocks}/*/")
-        return out
+
+        def run(module: Any) -> Any:
+            return call(module.__call__, *args, key=key, train=train)
+
+        return stages[train][1].refuse_writing(layer, key, run, f"{pipeline.blocks}/*/")
 
     def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return outside(
@@ -203,6 +247,17 @@ def _named(pipeline: Pipeline) -> tuple[tuple[str, str | None], ...]:
         ("after", pipeline.after),
         ("context", pipeline.context),
     )
+
+
+def _list_of_blocks(model: nnx.Module, attribute: str) -> list[nnx.Module]:
+    held, name = getattr(model, attribute), type(model).__name__
+    if not isinstance(held, (nnx.List, list, tuple)) or not all(isinstance(block, nnx.Module) for block in held):
+        raise DeclarationError(
+            f"pipeline blocks={attribute!r}: {name}.{attribute} is {type(held).__name__}, no list of modules; write\n"
+            f"    self.{attribute} = nnx.List([Block(...) for _ in range(...)])\n"
+            f"and call them one after another in {name}.__call__"
+        )
+    return list(held)
 
 
 def _variables(node: Any) -> dict[int, str]:
@@ -259,7 +314,25 @@ def _refuse_different(members: list[Graph], attribute: str) -> None:
             )
 
 
-def _refuse_written(written: dict[str, Any], prefix: str) -> None:
+def _refuse_frozen(model: nnx.Module) -> None:
+    """A module made to be frozen beside others that are not: `nnx.Module.train` sets all of them free."""
+    for attribute in ("use_running_average", "deterministic"):
+        nodes = [("/".join(map(str, path)), node) for path, node in nnx.iter_graph(model)]
+        set_to = {path: getattr(node, attribute, None) for path, node in nodes if isinstance(node, nnx.Module)}
+        free = next((path for path, value in set_to.items() if value is False), None)
+        if free is not None:
+            raise_faults(
+                Fault(
+                    path,
+                    f"is made with {attribute}=True and {free} with False, and training sets both to False",
+                    f"freeze it where it is called, (x, {attribute}=True), and leave the argument out where it is made",
+                )
+                for path, value in set_to.items()
+                if value is True
+            )
+
+
+def _refuse_written(written: Iterable[str], prefix: str) -> None:
     raise_faults(
         Fault(
             f"{prefix}{path}",

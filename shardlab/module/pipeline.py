@@ -16,7 +16,9 @@ class Pipeline:
 
     ``x`` is a pytree of floating point arrays whose shapes no block changes and whose leading dim is the batch; between
     blocks it is in the dtype that the step computes in.
-    A method that takes ``train`` or ``deterministic`` is given it.
+    A method that takes ``train`` or ``deterministic`` is given it; `after` is given the batch if it has a parameter
+    ``batch``, or one more than x that needs a value. In a block what comes with x is an auxiliary loss alone:
+    ``(x, (sum, weight))``.
 
     >>> Pipeline(before="embed", blocks="blocks", after="head")
     Pipeline(before='embed', blocks='blocks', after='head', context=None)

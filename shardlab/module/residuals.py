@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 Run = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
-"""``(layer, x, c, extra) -> (x, auxiliary)``; differentiated in layer, x and (if asked) c, never in extra.
+"""``(layer, x, c, extra) -> (x, auxiliary)``; differentiated in layer, x and (if asked) floating c, never in extra.
 
 The auxiliary loss is (sum, weight), or None; the backward takes the derivative of its sum to be 1.
 """
@@ -36,6 +36,25 @@ def rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., An
     return jax.checkpoint(function, policy=policy)
 
 
+def differentiable(tree: Any) -> list[Any]:
+    """The floating point arrays of a tree: what a context has a gradient in, whatever masks and positions are beside.
+
+    >>> differentiable({"bias": jnp.ones(2), "mask": jnp.ones(2, bool)})
+    [Array([1., 1.], dtype=float32)]
+    """
+    return [leaf for leaf in jax.tree.leaves(tree) if _is_floating(leaf)]
+
+
+def _with_differentiable(tree: Any, given: list[Any]) -> Any:
+    """`tree` with `given` in place of its `differentiable` arrays."""
+    left = iter(given)
+    return jax.tree.map(lambda leaf: next(left) if _is_floating(leaf) else leaf, tree)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
+
+
 class BlockVjp:
     """The forward of a block that hands out its residuals, and the backward that takes them.
 
@@ -51,8 +70,11 @@ class BlockVjp:
     def forward(self, layer: Any, x: Any, c: Any, extra: Any) -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
         """The block's output, and the arrays its backward needs beside layer, c and extra."""
         if self._context:
-            function = rematerialised(lambda layer, x, c: self._run(layer, x, c, extra), self._remat)
-            y, pull = jax.vjp(function, layer, x, c)
+
+            def run(layer: Any, x: Any, given: list[Any]) -> tuple[Any, Any]:
+                return self._run(layer, x, _with_differentiable(c, given), extra)
+
+            y, pull = jax.vjp(rematerialised(run, self._remat), layer, x, differentiable(c))
         else:
             function = rematerialised(lambda layer, x: self._run(layer, x, c, extra), self._remat)
             y, pull = jax.vjp(function, layer, x)
@@ -73,7 +95,7 @@ class BlockVjp:
         return y, tuple(stored.values())
 
     def backward(self, stored: tuple[jax.Array, ...], layer: Any, c: Any, extra: Any, dy: Any) -> tuple[Any, Any, Any]:
-        """Cotangents of layer, x and c (None unless differentiated), for the cotangent of the output."""
+        """Cotangents of layer, x and `differentiable` c (None unless asked for), for the cotangent of the output."""
         assert self._recipe is not None, "the forward has not been traced"
         treedef, places = self._recipe
         known = jax.tree.leaves((layer, c, extra))

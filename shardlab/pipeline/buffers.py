@@ -478,7 +478,8 @@ class _Simulation:
         if phase.cell[kind] == "F":
             return self._forward(phase, index, device)
         if phase.cell[kind] == "W":
-            return self._weights(phase, index, device)
+            self._weights(phase, index, device)
+            return None
         return self._backward(phase, index, device)
 
     def _forward(self, phase: Phase, index: int, device: int) -> _Symbol | None:

@@ -14,7 +14,6 @@ free), and the bubble fraction (P-1)/(M+P-1).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -96,6 +95,10 @@ def _of(value: Time, stage: int) -> float:
     return value[stage] if isinstance(value, tuple) else value
 
 
+EQUAL = Costs()
+"""F, I and W of one unit each, sends of none."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a schedule costs on one clock, in the unit of the `Costs`."""
@@ -119,7 +122,7 @@ class Cost:
         return 1 - self.ideal / self.makespan
 
 
-def cost(schedule: Schedule, costs: Costs = Costs(), mode: Mode = "lockstep") -> Cost:
+def cost(schedule: Schedule, costs: Costs = EQUAL, mode: Mode = "lockstep") -> Cost:
     """The cost of a schedule that the checker passes.
 
     Raises:
@@ -130,19 +133,51 @@ def cost(schedule: Schedule, costs: Costs = Costs(), mode: Mode = "lockstep") ->
     >>> c.makespan, c.ideal, round(c.bubble_fraction, 4), c.peak_in_flight
     (33.0, 24.0, 0.2727, (7, 5, 3, 1))
     """
-    costs.fit(schedule.num_stages)
-    spans = _lockstep(schedule, costs) if mode == "lockstep" else _async(schedule, costs)
-    rows = [schedule.row(device) for device in range(schedule.num_devices)]
-    busy = [float(sum(map(costs.of, row))) for row in rows]
-    makespan = spans.makespan
+    timeline = times(schedule, costs, mode)
+    devices = range(schedule.num_devices)
+    of = [[span for span in timeline.spans if span.device == device] for device in devices]
+    busy = [sum(span.end - span.start for span in row) for row in of]
     return Cost(
-        makespan=makespan,
-        ideal=max(busy),
-        idle=tuple(makespan - time for time in busy),
-        waiting=tuple(end - start - time for start, end, time in zip(spans.starts, spans.ends, busy, strict=True)),
+        makespan=timeline.makespan,
+        ideal=float(max(busy)),
+        idle=tuple(timeline.makespan - time for time in busy),
+        waiting=tuple(row[-1].end - row[0].start - time if row else 0.0 for row, time in zip(of, busy, strict=True)),
         peak_in_flight=peak_in_flight(schedule),
-        sends=tuple(sum(sends(schedule, action) for action in row) for row in rows),
+        sends=tuple(sum(sends(schedule, action) for action in schedule.row(device)) for device in devices),
     )
+
+
+@dataclass(frozen=True)
+class Span:
+    """One action on a device, from its start to its end."""
+
+    device: int
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When every action runs, each device's in order, and when the step ends."""
+
+    makespan: float
+    spans: tuple[Span, ...]
+
+
+def times(schedule: Schedule, costs: Costs = EQUAL, mode: Mode = "lockstep") -> Timeline:
+    """When every action of a schedule runs, on one of the two clocks.
+
+    Raises:
+        ScheduleError: on the async clock, a table that deadlocks; costs given for another number of stages.
+
+    >>> from shardlab.pipeline.schedules import make_schedule
+    >>> one = times(make_schedule("gpipe", stages=1, microbatches=1), Costs(F=2, I=1, W=1))
+    >>> [(str(span.action), span.start, span.end) for span in one.spans]
+    [('0F0', 0.0, 2.0), ('0B0', 2.0, 4.0)]
+    """
+    costs.fit(schedule.num_stages)
+    return _lockstep(schedule, costs) if mode == "lockstep" else _async(schedule, costs)
 
 
 def sends(schedule: Schedule, action: Action) -> bool:
@@ -181,7 +216,7 @@ class ClockFacts(TypedDict):
     bubble_fraction: float
 
 
-def schedule_facts(schedule: Schedule, costs: Costs = Costs()) -> dict[str, object]:
+def schedule_facts(schedule: Schedule, costs: Costs = EQUAL) -> dict[str, object]:
     """The facts of a schedule, fit for JSON: its `table`, `lockstep`, `async`, `peak_in_flight` and what it
     is.
 
@@ -208,34 +243,22 @@ def schedule_facts(schedule: Schedule, costs: Costs = Costs()) -> dict[str, obje
     }
 
 
-@dataclass(frozen=True)
-class _Spans:
-    """When each device starts its first action and ends its last, and when the step ends."""
-
-    makespan: float
-    starts: Sequence[float]
-    ends: Sequence[float]
-
-
-def _lockstep(schedule: Schedule, costs: Costs) -> _Spans:
+def _lockstep(schedule: Schedule, costs: Costs) -> Timeline:
     now = 0.0
-    starts: list[float | None] = [None] * schedule.num_devices
-    ends = [0.0] * schedule.num_devices
+    spans = []
     for tick in schedule.ticks:
-        for device, action in enumerate(tick):
-            if action is not None:
-                starts[device] = now if starts[device] is None else starts[device]
-                ends[device] = now + costs.of(action)
-        now += max((costs.of(action) for action in tick if action), default=0)
-        now += costs.send if any(action and sends(schedule, action) for action in tick) else 0
-    return _Spans(now, [start or 0.0 for start in starts], ends)
+        working = [(device, action, costs.of(action)) for device, action in enumerate(tick) if action is not None]
+        spans += [Span(device, action, now, now + time) for device, action, time in working]
+        now += max((time for *_, time in working), default=0)
+        now += costs.send if any(sends(schedule, action) for _, action, _ in working) else 0
+    return Timeline(now, tuple(spans))
 
 
-def _async(schedule: Schedule, costs: Costs) -> _Spans:
+def _async(schedule: Schedule, costs: Costs) -> Timeline:
     rows = [schedule.row(device) for device in range(schedule.num_devices)]
     fronts = [0] * schedule.num_devices
     clocks = [0.0] * schedule.num_devices
-    starts: dict[int, float] = {}
+    spans: list[Span] = []
     ended: dict[Action, float] = {}
 
     def arrival(alternatives: tuple[Action, ...], device: int) -> float | None:
@@ -255,10 +278,10 @@ def _async(schedule: Schedule, costs: Costs) -> _Spans:
                 if any(time is None for time in arrivals):
                     break
                 start = max([clocks[device], *(time for time in arrivals if time is not None)])
-                starts.setdefault(device, start)
                 ended[action] = clocks[device] = start + costs.of(action)
+                spans.append(Span(device, action, start, clocks[device]))
                 fronts[device] += 1
                 moved = True
         if not moved:
             raise ScheduleError(f"schedule '{schedule.name}': deadlock; run the checker to see where")
-    return _Spans(max(clocks), [starts.get(device, 0.0) for device in range(schedule.num_devices)], clocks)
+    return Timeline(max(clocks), tuple(spans))

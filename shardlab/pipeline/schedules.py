@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from shardlab.pipeline import uniform, zero_bubble
 from shardlab.pipeline.actions import Action, ScheduleError, Tick, parse_action
+from shardlab.pipeline.uniform import gpipe, interleaved_1f1b, looped_bfs, one_f_one_b, one_f_one_b_split
+from shardlab.pipeline.zero_bubble import dualpipe_v, zb_h1, zb_h2, zb_v
 
 Placement = Literal["loop", "v"]
 
@@ -118,15 +119,15 @@ class Published:
 
 
 SCHEDULES: Mapping[str, Published] = {
-    "gpipe": Published(uniform.gpipe),
-    "1f1b": Published(uniform.one_f_one_b),
-    "interleaved_1f1b": Published(uniform.interleaved_1f1b, virtual=2, any_virtual=True),
-    "looped_bfs": Published(uniform.looped_bfs, virtual=2, any_virtual=True),
-    "1f1b_split": Published(uniform.one_f_one_b_split, any_virtual=True),
-    "zb_h1": Published(zero_bubble.zb_h1),
-    "zb_h2": Published(zero_bubble.zb_h2),
-    "zb_v": Published(zero_bubble.zb_v, virtual=2, placement="v"),
-    "dualpipe_v": Published(zero_bubble.dualpipe_v, virtual=2, placement="v"),
+    "gpipe": Published(gpipe),
+    "1f1b": Published(one_f_one_b),
+    "interleaved_1f1b": Published(interleaved_1f1b, virtual=2, any_virtual=True),
+    "looped_bfs": Published(looped_bfs, virtual=2, any_virtual=True),
+    "1f1b_split": Published(one_f_one_b_split, any_virtual=True),
+    "zb_h1": Published(zb_h1),
+    "zb_h2": Published(zb_h2),
+    "zb_v": Published(zb_v, virtual=2, placement="v"),
+    "dualpipe_v": Published(dualpipe_v, virtual=2, placement="v"),
 }
 """The schedules by name."""
 

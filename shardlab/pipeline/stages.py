@@ -32,10 +32,9 @@ def assign_layers(num_layers: int, num_stages: int, costs: Sequence[float] | Non
     if num_stages < 1:
         raise ScheduleError(f"{num_layers} layers on {num_stages} stages; there must be at least 1 stage")
     if num_layers < num_stages:
-        raise ScheduleError(
-            f"{num_layers} layers on {num_stages} stages: a stage holds at least 1 layer; "
-            f"use {max(num_layers, 1)} stages or fewer, or more layers"
-        )
+        fewer = f"{num_layers} stages or fewer, or more layers" if num_layers > 1 else "1 stage, or more layers"
+        layers = f"{num_layers} layer{'s' if num_layers != 1 else ''}"
+        raise ScheduleError(f"{layers} on {num_stages} stages: a stage holds at least 1 layer; use {fewer}")
     if costs is None:
         short, longer = divmod(num_layers, num_stages)
         return (short + 1,) * longer + (short,) * (num_stages - longer)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
+from jax.sharding import PartitionSpec
 
-from shardlab.mesh.faults import DeclarationError, Fault
+from shardlab.mesh.faults import DeclarationError, Fault, suggestion
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model
@@ -18,9 +19,10 @@ from shardlab.module.residuals import POLICIES, REMAT
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
+from shardlab.plan.layout import axes_in
 from shardlab.plan.optimizer import changed_by_padding
-from shardlab.plan.plan import Stack
-from shardlab.sharding.resolve import Placement
+from shardlab.plan.plan import Parameter, Stack
+from shardlab.sharding.rules import axes_of
 
 DTYPES = ("float32", "bfloat16", "float64")
 HEADS = ("auto", "examples", "last_stage")
@@ -35,13 +37,14 @@ def choice_faults(**given: Any) -> list[Fault]:
         "dtype": DTYPES,
         "reduce_dtype": ("auto", *DTYPES),
         "head": HEADS,
+        "gather": ("step", "layer"),
+        "accumulate": ("full", "sharded"),
         "batch_axes": ("manual", "automatic"),
     }
     faults = []
     for name, value in given.items():
         if value not in allowed[name]:
-            near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed[name]], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = suggestion(value, map(str, allowed[name])) if isinstance(value, str) else ""
             faults.append(
                 Fault(
                     f"{name}={value!r}",
@@ -82,11 +85,12 @@ def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: in
         faults.append(Fault(f"microbatches={microbatches}", "is not a positive number", "write 1 or more"))
     elif size % (shards * microbatches):
         up = math.ceil(size / (shards * microbatches)) * shards * microbatches
+        fewer = next((count for count in range(microbatches, 0, -1) if size % (shards * count) == 0), 0)
         faults.append(
             Fault(
                 "batch",
                 f"{size} examples do not divide by {shards} shards ({axes}) x {microbatches} microbatches",
-                f"use a batch of {up}, or fewer microbatches",
+                f"use a batch of {up}" + (f", or {fewer} microbatch{'es' if fewer > 1 else ''}" if fewer else ""),
             )
         )
     if not manual and microbatches > 1:
@@ -131,6 +135,36 @@ def stage_faults(
     return faults
 
 
+def sharding_faults(
+    blocks: Sequence[Parameter], mesh: MeshSpec, zero: int, gather: str, accumulate: str
+) -> list[Fault]:
+    """Choices about shards of blocks that lie in none."""
+
+    def cut(which: str) -> bool:
+        return any(set(mesh.batch) & axes_in(getattr(block, which)) for block in blocks)
+
+    faults = []
+    if gather == "layer" and not cut("storage"):
+        faults.append(
+            Fault(
+                "gather='layer'",
+                f"at ZeRO level {zero} no block's parameter lies in shards of the batch axes",
+                "use zero=3 on batch axes of more than one device, with the blocks named by pipeline=; or "
+                "gather='step'",
+            )
+        )
+    if accumulate == "sharded" and (zero < 2 or not cut("state")):
+        faults.append(
+            Fault(
+                "accumulate='sharded'",
+                f"at ZeRO level {zero} no block's gradient lies in shards of the batch axes",
+                "use zero=2 or 3 on batch axes of more than one device, with the blocks named by pipeline=; or "
+                "accumulate='full'",
+            )
+        )
+    return faults
+
+
 def layer_faults(stacks: tuple[Stack, ...], placements: Mapping[str, Any]) -> list[Fault]:
     """Blocks are stacked, so the same array has the same spec in each."""
     faults = []
@@ -150,25 +184,124 @@ def layer_faults(stacks: tuple[Stack, ...], placements: Mapping[str, Any]) -> li
     return faults
 
 
-def padding_faults(
-    optimizer: optax.GradientTransformation, model: Model, placements: Mapping[str, Placement]
-) -> list[Fault]:
-    """Padded parameters whose update would be another than without padding."""
-    padded = {path: placement.padded for path, placement in placements.items() if placement.padded}
-    if not padded:
-        return []
-    extra = {
-        path: tuple(int(m != n) for m, n in zip(model.parameters[path].shape, shape, strict=True))
-        for path, shape in padded.items()
-    }
+def dtype_faults(model: Model) -> list[Fault]:
+    """Parameters that have no gradient."""
     return [
         Fault(
-            f"{path} ({placements[path].source})",
-            f"pad=True would change its update, by {difference:.0e} of the largest: this optimizer looks at more than "
-            "each number alone",
+            path,
+            f"is a parameter of dtype {leaf.dtype}, and only floating-point and complex numbers are trained",
+            "make it a buffer: an nnx.Variable that is no nnx.Param, a Linen collection beside params, or a constant "
+            "of the function",
+        )
+        for path, leaf in model.parameters.items()
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)
+    ]
+
+
+def random_faults() -> list[Fault]:
+    """Settings of JAX under which a draw depends on the mesh, or initialisation is not Flax's own."""
+    faults = []
+    impl = getattr(jax.config, "jax_default_prng_impl")  # noqa: B009
+    if impl != "threefry2x32":
+        faults.append(
+            Fault(
+                f"jax_default_prng_impl={impl!r}",
+                "its draws depend on how an array is sharded",
+                "use jax.config.update('jax_default_prng_impl', 'threefry2x32')",
+            )
+        )
+    if not getattr(jax.config, "jax_threefry_partitionable"):  # noqa: B009
+        faults.append(
+            Fault(
+                "jax_threefry_partitionable=False",
+                "a device would draw all of an array to keep its share",
+                "use jax.config.update('jax_threefry_partitionable', True)",
+            )
+        )
+    return faults
+
+
+@contextlib.contextmanager
+def traced_in(dtype: str) -> Iterator[None]:
+    """Names the cause where a loop of the model does not keep its dtypes once parameters are in `dtype`."""
+    try:
+        yield
+    except TypeError as error:
+        if "carry" not in str(error):
+            raise
+        detail = next((line.strip(" *;") for line in str(error).splitlines() if " has type " in line), str(error))
+        raise DeclarationError(
+            f"dtype={dtype!r}: a loop of the model starts in a dtype of its own and goes on in that of its parameters "
+            f"({detail}); start it in the dtype of its input, or use dtype='float32'"
+        ) from error
+
+
+def activation_faults(activation: PartitionSpec | None, x: Any, mesh: MeshSpec) -> list[Fault]:
+    """What is wrong with the spec of what flows between blocks.
+
+    Args:
+      x: shapes of a microbatch on one shard; None for a model without parts.
+    """
+    if activation is None:
+        return []
+    name = f"activation={activation}"
+    if x is None:
+        return [
+            Fault(
+                name,
+                "the model's parts are not named, so that nothing flows between blocks",
+                "pass pipeline=Pipeline(before=..., blocks=..., after=...), or leave activation out",
+            )
+        ]
+    faults = []
+    for axis in sorted(axes_in(activation)):
+        if axis not in mesh.sizes:
+            hint = suggestion(axis, mesh.names)
+            there = ", ".join(mesh.names)
+            faults.append(Fault(name, f"the mesh has no axis {axis!r}, it has {there}", f"{hint}name one of them"))
+        elif axis == mesh.stage:
+            faults.append(Fault(name, f"{axis!r} is the stage axis, and x is on one stage at a time", "leave it out"))
+    if faults:
+        return faults
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(x)[0]:
+        path = f"x {path_of(keys)}".rstrip()
+        if len(activation) > leaf.ndim:
+            problem = f"has {len(activation)} entries, and {path} {leaf.ndim} dims, {list(leaf.shape)}"
+            faults.append(Fault(name, problem, "give one entry for each dim, or fewer"))
+            continue
+        for dim, entry in enumerate(activation):
+            axes = [axis for axis in axes_of(entry) if axis not in mesh.batch]
+            size = math.prod(mesh.sizes[axis] for axis in axes)
+            if leaf.shape[dim] % size:
+                problem = (
+                    f"dim {dim} of {path} has size {leaf.shape[dim]}, not divisible by "
+                    f"{' x '.join(f'{axis}={mesh.sizes[axis]}' for axis in axes)}"
+                )
+                faults.append(Fault(name, problem, "shard another dim"))
+    return faults
+
+
+def padding_faults(
+    optimizer: optax.GradientTransformation,
+    model: Model,
+    parameters: Sequence[Parameter],
+) -> list[Fault]:
+    """Padded parameters whose update might be another than without padding."""
+    padded = {p.path: p.stored_shape for p in parameters if p.stored_shape != p.shape}
+    if not padded:
+        return []
+    shapes = {p.path: jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parameters}
+    changed = changed_by_padding(optimizer, model, shapes, padded)
+    if changed is None:
+        return []
+    first = next((p for p in parameters if p.path in padded and changed.endswith(f" of {p.path}")), None)
+    first = first or next(p for p in parameters if p.path in padded)
+    return [
+        Fault(
+            f"{first.path} ({first.source})",
+            f"pad=True may change the optimizer's {changed}: it looks at more than each number alone",
             "shard another dim, or replicate it on purpose with None",
         )
-        for path, difference in changed_by_padding(optimizer, model, extra).items()
     ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,15 +12,28 @@ import optax
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.build import abstract_mesh
-from shardlab.mesh.faults import DeclarationError, raise_faults
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, flowing, read_model, split_auxiliary
+from shardlab.module.model import Model, abstract, computed, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
+from shardlab.module.written import written_by
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import assign_layers
-from shardlab.plan.check import batch_faults, check_flow, choice_faults, layer_faults, padding_faults, stage_faults
+from shardlab.plan.check import (
+    activation_faults,
+    batch_faults,
+    check_flow,
+    choice_faults,
+    dtype_faults,
+    layer_faults,
+    padding_faults,
+    random_faults,
+    sharding_faults,
+    stage_faults,
+    traced_in,
+)
 from shardlab.plan.layout import (
     axes_in,
     optimizer_shapes,
@@ -29,9 +43,9 @@ from shardlab.plan.layout import (
     storage_of,
 )
 from shardlab.plan.optimizer import state_specs, why_per_layer
-from shardlab.plan.plan import Parameter, Plan, Stack, StateLeaf, shard_bytes
-from shardlab.sharding.resolve import resolve
-from shardlab.sharding.rules import Rules
+from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
+from shardlab.sharding.resolve import Placement, flatten, resolve
+from shardlab.sharding.rules import Rules, read_rules
 from shardlab.sharding.zero import without
 
 
@@ -39,7 +53,7 @@ def make_plan(
     model: Any,
     *,
     mesh: MeshSpec,
-    rules: Rules,
+    rules: Rules | Iterable[Any],
     optimizer: optax.GradientTransformation,
     batch: Any,
     pipeline: Pipeline | None = None,
@@ -52,6 +66,8 @@ def make_plan(
     dtype: str = "float32",
     reduce_dtype: str = "auto",
     head: str = "auto",
+    gather: str = "step",
+    accumulate: str = "full",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
 ) -> Plan:
@@ -60,7 +76,7 @@ def make_plan(
     Args:
       model: what `read_model` takes.
       mesh: the declared mesh.
-      rules: specs by path pattern, and logical names.
+      rules: specs by path pattern, and logical names; pairs (pattern, spec) are made rules.
       optimizer: any optax transformation.
       batch: a batch of the global size, or its shapes.
       pipeline: the names of the module's parts.
@@ -76,6 +92,10 @@ def make_plan(
         what is sent and rounds every shard's gradient.
       head: ``"examples"`` spreads `before` and `after` over the stages by example, ``"last_stage"`` runs them whole
         on every stage and uses one; ``"auto"`` takes the first that divides.
+      gather: when weights that lie in shards (ZeRO 3) are gathered. ``"step"``: all once a step, a whole working copy;
+        ``"layer"``: each block's whenever it is used, in every tick.
+      accumulate: how the gradients of blocks add up over microbatches (from ZeRO 2). ``"full"``: each shard's own,
+        reduced once a step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
         ``"automatic"``: XLA places every reduction, which models that compute across examples need.
       activation: spec of what flows between blocks, for sequence parallelism: ``P("data", "tensor", None)``.
@@ -83,25 +103,41 @@ def make_plan(
     Raises:
       DeclarationError: with every fault of the declaration.
     """
+    raise_faults(random_faults())
     shapes = abstract(batch)
     model = read_model(model, shapes, pipeline)
-    sizes = mesh.sizes
+    rules, sizes = read_rules(rules), mesh.sizes
+    # A rule need not speak of what is not trained.
+    spoken_of = [
+        path
+        for path in model.buffers
+        if path in flatten(specs or {}) or any(rule.matches(path) for rule in rules.rules)
+    ]
     resolution = resolve(
-        {path: leaf.shape for path, leaf in model.parameters.items()},
+        {path: leaf.shape for path, leaf in model.parameters.items()}
+        | {path: model.buffers[path].shape for path in spoken_of},
         mesh=mesh,
         rules=rules,
         annotations=model.annotations,
         specs=specs,
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
-    faults = list(resolution.faults)
+    faults = [*resolution.faults, *dtype_faults(model), *_padded_buffers(spoken_of, resolution.placements)]
     faults += choice_faults(
-        zero=zero, remat=remat, dtype=dtype, reduce_dtype=reduce_dtype, head=head, batch_axes=batch_axes
+        zero=zero,
+        remat=remat,
+        dtype=dtype,
+        reduce_dtype=reduce_dtype,
+        head=head,
+        batch_axes=batch_axes,
+        gather=gather,
+        accumulate=accumulate,
     )
     notes: list[str] = []
-    if model.buffers and model.parts is None and batch_axes == "manual":
+    written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
+    if written:
         batch_axes = "automatic"
-        notes.append(f"{next(iter(model.buffers))} follows the whole batch: all axes are automatic")
+        notes.append(f"{written[0]} follows the whole batch: all axes are automatic")
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
@@ -122,12 +158,11 @@ def make_plan(
         raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
     if stages > 1:
-        head = _head(head, rows, stages, notes)
+        head = _head(head, rows, stages, _not_by_example(model, shapes, mesh, rows, stages, dtype), notes)
     elif head == "auto":
         head = "last_stage"
 
     inside = {path for stack in stacks for path in stack.members}
-    wide = "float64" if dtype == "float64" else None
     mixed = jnp.dtype(dtype).itemsize < 4
     parameters = []
     for path, leaf in model.parameters.items():
@@ -144,7 +179,7 @@ def make_plan(
         )
         if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
             notes.append(f"{path}: no dim of {list(stored)} divides by the batch axes; replicated over them")
-        kind = wide or str(leaf.dtype)
+        kind = _master_dtype(leaf.dtype, dtype)
         parameters.append(
             Parameter(
                 path=path,
@@ -159,20 +194,30 @@ def make_plan(
                 stored_shape=stored,
             )
         )
-    raise_faults(padding_faults(optimizer, model, resolution.placements))
-    reason = why_per_layer(optimizer, model, stacks) if stacks else None
+    widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
+    if widened and dtype != "float64":
+        more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
+        kinds = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
+        notes.append(f"{widened[0]}{more}: {kinds}")
+    stacked = [parameter for parameter in parameters if parameter.path in inside]
+    raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
+    raise_faults(padding_faults(optimizer, model, parameters))
+    with traced_in(dtype):
+        x, activation_bytes = _activations(model, shapes, mesh, rows, max(layers, default=0), dtype, remat)
+    raise_faults(activation_faults(activation, x, mesh))
+    reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
     if reason is not None:
         notes.append(f"the optimizer runs per layer: {reason}")
-    update = "per-layer" if reason is not None else "stacked"
+    update = "stacked" if reason is None else "per-layer"
     return Plan(
         mesh=mesh,
         pipeline=pipeline,
         parameters=tuple(parameters),
-        buffers=tuple(model.buffers),
+        buffers=_buffer_rows(model, resolution.placements, sizes),
         stacks=stacks,
         layers=layers,
         virtual=table.num_virtual,
-        optimizer_state=_optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
+        optimizer_state=optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
         update=update,
         schedule=schedule,
         num_microbatches=microbatches,
@@ -183,10 +228,64 @@ def make_plan(
         head=head,
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
-        activation_bytes=_activation_bytes(model, shapes, mesh, rows, max(layers, default=0), dtype, remat),
+        activation_bytes=activation_bytes,
+        gather=gather,
+        accumulate=accumulate,
         activation_spec=activation,
         notes=tuple(notes),
     )
+
+
+def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformation) -> Plan:
+    """The plan with another optimizer.
+
+    Raises:
+      DeclarationError: the optimizer needs what a step does not know.
+    """
+    reason = why_per_layer(optimizer, model, optimizer_shapes(plan.parameters, plan.stacks, "per-layer"), plan.stacks)
+    update = "stacked" if reason is None else "per-layer"
+    rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, update, plan.mesh)
+    return dataclasses.replace(plan, optimizer_state=rows, update=update)
+
+
+def _master_dtype(kind: Any, dtype: str) -> str:
+    """What a parameter declared in `kind` is stored and updated in: float32 at least, float64 for a step in float64."""
+    return computed(kind, "float64") if dtype == "float64" else jnp.promote_types(kind, jnp.float32).name
+
+
+def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:
+    """The buffers that a step of the model taken whole writes to."""
+    if not model.buffers or model.parts is not None:
+        return ()
+
+    def after(held: Any, values: Any, batch: Any, key: Any) -> Any:
+        return model.forward({**values, **held}, batch, key, True)[1]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        return written_by(after, model.buffers, model.parameters, batch, key)
+
+
+def _padded_buffers(paths: list[str], placements: Mapping[str, Placement]) -> list[Fault]:
+    return [
+        Fault(
+            f"{path} ({placements[path].source})",
+            "pad=True pads parameters, and it is not trained",
+            f'give it a rule of its own, before that one: ("{path}", None) replicates it',
+        )
+        for path in paths
+        if path in placements and placements[path].padded
+    ]
+
+
+def _buffer_rows(model: Model, placements: Mapping[str, Placement], sizes: Mapping[str, int]) -> tuple[Buffer, ...]:
+    rows = []
+    for path, leaf in model.buffers.items():
+        placed = placements.get(path, Placement(PartitionSpec(), "no rule: replicated"))
+        kind = str(leaf.dtype)
+        size = shard_bytes(leaf.shape, kind, placed.spec, sizes)
+        rows.append(Buffer(path, leaf.shape, kind, placed.spec, placed.source, size))
+    return tuple(rows)
 
 
 def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
@@ -206,24 +305,46 @@ def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
     return asked
 
 
-def _head(head: str, rows: int, stages: int, notes: list[str]) -> str:
-    if head == "examples" and rows % stages:
-        raise DeclarationError(
-            f"head='examples': a microbatch of {rows} examples a shard does not divide by {stages} stages; use "
-            "head='last_stage', or fewer microbatches"
-        )
-    if head == "auto":
-        if rows % stages == 0:
-            return "examples"
+def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:
+    if rows % stages:
         counted = f"{rows} example{'s' if rows != 1 else ''}"
-        notes.append(f"head last_stage: a microbatch of {counted} a shard does not divide by {stages} stages")
-        return "last_stage"
-    return head
+        problem, way_out = f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
+    elif other is not None:
+        problem, way_out = (
+            f"{other}, and stages share x by example",
+            "give every array of x the examples as its first dim",
+        )
+    else:
+        return "examples" if head == "auto" else head
+    if head == "examples":
+        raise DeclarationError(f"head='examples': {problem}; use head='last_stage', or {way_out}")
+    if head == "auto":
+        notes.append(f"head last_stage: {problem}")
+    return "last_stage"
 
 
-def _optimizer_rows(
-    optimizer: Any, model: Model, parameters: Any, stacks: tuple[Stack, ...], update: str, mesh: MeshSpec
+def _not_by_example(model: Model, batch: Any, mesh: MeshSpec, rows: int, stages: int, dtype: str) -> str | None:
+    """The first array of x whose leading dim is not the examples, in words."""
+    assert model.parts is not None
+    if rows % stages:
+        return None
+    share = rows // stages
+    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (share, rows))
+    for (keys, here), there in zip(jax.tree_util.tree_flatten_with_path(few)[0], jax.tree.leaves(all_of), strict=True):
+        if (share, *there.shape[1:]) != here.shape or there.shape[:1] != (rows,):
+            return f"x {path_of(keys)}".rstrip() + f" is {list(there.shape)} for {rows} examples"
+    return None
+
+
+def optimizer_rows(
+    optimizer: optax.GradientTransformation,
+    model: Model,
+    parameters: Sequence[Parameter],
+    stacks: tuple[Stack, ...],
+    update: str,
+    mesh: MeshSpec,
 ) -> tuple[StateLeaf, ...]:
+    """The arrays of an optimizer's state, on the tree that `update` says."""
     shapes = optimizer_shapes(parameters, stacks, update)
     specs = optimizer_specs(parameters, stacks, update, mesh)
     tree = optimizer_tree(model, shapes, stacks, update)
@@ -240,21 +361,33 @@ def _optimizer_rows(
     return tuple(rows)
 
 
-def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str) -> int:
-    """Residuals of one microbatch in the longest stage, as if no automatic axis split them."""
-    if model.parts is None:
-        return 0
-    parts = model.parts
+def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> tuple[Any, ...]:
+    """Shapes of x of some examples; of all arrays, the examples and a key, from which it is made."""
+    assert model.parts is not None
+    before = model.parts.before
     key = jax.eval_shape(lambda: jax.random.key(0))
-    kinds = {path: jnp.dtype(dtype) for path in model.parameters}
+    kinds = {path: computed(leaf.dtype, dtype) for path, leaf in model.parameters.items()}
     values = {
         path: jax.ShapeDtypeStruct(leaf.shape, kinds.get(path, leaf.dtype))
         for path, leaf in {**model.parameters, **model.buffers}.items()
     }
     part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        x = jax.eval_shape(lambda v, b, k: flowing(before(v, b, k, True), dtype), values, part, key)
+    return x, values, part, key
+
+
+def _activations(
+    model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str
+) -> tuple[Any, int]:
+    """Shapes of x, and bytes of the residuals of one microbatch in the longest stage, as if no automatic axis split
+    them; None and 0 without parts."""
+    if model.parts is None:
+        return None, 0
+    parts = model.parts
+    x, values, part, key = _entering(model, batch, mesh, rows, dtype)
     layer = {inner: values[path] for inner, path in parts.layers[0].items()}
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-        x = jax.eval_shape(lambda v, b, k: flowing(parts.before(v, b, k, True), dtype), values, part, key)
         context = parts.context or (lambda values, batch, key, train: None)
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
 
@@ -264,4 +397,4 @@ def _activation_bytes(model: Model, batch: Any, mesh: MeshSpec, rows: int, layer
             return flowing(y, dtype), auxiliary
 
         block = BlockVjp(run, remat, context=False)
-        return layers * residual_bytes(residual_shapes(block, layer, x, c, key))
+        return x, layers * residual_bytes(residual_shapes(block, layer, x, c, key))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
+from shardlab.mesh.faults import DeclarationError
 from shardlab.module.model import Model
 from shardlab.plan.plan import Stack
-
-_CAP = 130  # above adafactor's threshold for factoring (128), so that a probe factors what the model will
-_SAME = 2e-6  # relative, in float32: what another order of summation gives
+from shardlab.plan.proof import Form, Traced, differing, place_of
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def state_specs(state: Any, parameters: Any, specs: Any) -> Any:
       specs: a `PartitionSpec` for each of them, by place.
     """
     owners = {
-        _names(keys): (leaf.shape, spec)
+        place_of(keys): (leaf.shape, spec)
         for (keys, leaf), spec in zip(
             jax.tree_util.tree_flatten_with_path(parameters)[0],
             jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)),
@@ -67,7 +67,7 @@ def state_specs(state: Any, parameters: Any, specs: Any) -> Any:
     }
 
     def one(keys: Any, leaf: Any) -> PartitionSpec:
-        names = _names(keys)
+        names = place_of(keys)
         for length in range(len(names), -1, -1):
             found = owners.get(names[len(names) - length :])
             if found is not None:
@@ -75,10 +75,6 @@ def state_specs(state: Any, parameters: Any, specs: Any) -> Any:
         return PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(one, state)
-
-
-def _names(keys: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def _fit(shape: tuple[int, ...], owner: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
@@ -106,76 +102,103 @@ def stack(values: Mapping[str, Any], stacks: Sequence[Stack]) -> dict[str, Any]:
     return out
 
 
-def why_per_layer(optimizer: optax.GradientTransformation, model: Model, stacks: Sequence[Stack]) -> str | None:
-    """Why the optimizer must not see stacked layers, or None if it computes the same on them.
+def updated(
+    optimizer: optax.GradientTransformation, gradients: Any, state: Any, parameters: Any, loss: Any
+) -> tuple[Any, Any]:
+    """Parameters and optimizer state after one update; the state keeps its dtypes.
 
-    Three updates of a small copy of the parameters (every dim capped; the ranks and the number of layers real) are
-    computed on the user's tree and on the stacked one, and compared.
+    The update is passed what a step knows beside gradients and parameters: ``value``, the loss, and ``grad``.
     """
-    draws = _small_draws(model)
-    per_layer = _updated(optimizer, draws, model.tree)
+    updates, new = with_arguments(optimizer).update(gradients, state, parameters, value=loss, grad=gradients)
+    return optax.apply_updates(parameters, updates), jax.tree.map(_as_before, new, state)
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def with_arguments(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optimizer`, its update taking arguments by name, whether it needs them or not."""
+    whole = getattr(optimizer, "gradient_transformation", None)  # of an optax.MultiSteps given as it is
+    wide = optax.with_extra_args_support(optimizer if whole is None else whole())
+    names = inspect.signature(wide.update).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
+        return wide
+
+    def update(gradients: Any, state: Any, parameters: Any = None, **given: Any) -> Any:
+        return wide.update(gradients, state, parameters, **{k: value for k, value in given.items() if k in names})
+
+    return optax.GradientTransformationExtraArgs(wide.init, update)
+
+
+def why_per_layer(
+    optimizer: optax.GradientTransformation,
+    model: Model,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    stacks: Sequence[Stack],
+) -> str | None:
+    """Why the optimizer must not see stacked layers, or None if it is proved to compute the same on them.
+
+    State at first, updates and state afterwards are compared as `shardlab.plan.terms` says; pad slots are zeros.
+
+    Args:
+      shapes: of the parameters as they are stored, by the user's paths.
+
+    Raises:
+      DeclarationError: the optimizer does not take the user's own tree, or needs what a step does not know.
+    """
+    names = dict(zip(shapes, shapes, strict=True))
+    plain = _traced(optimizer, model.tree(names), model.tree(shapes))
+    inside = {path for each in stacks for path in each.members}
+    other = {path: leaf for path, leaf in shapes.items() if path not in inside}
+    forms = {}
+    for each in stacks:
+        first = shapes.get(next(path for path in each.members if path))
+        if first is not None:
+            other[each.name] = jax.ShapeDtypeStruct((len(each.members), *first.shape), first.dtype)
+            forms[each.name] = Form(each.members, other[each.name].shape, (first.shape,) * len(each.members))
+    if not forms:
+        return None
     try:
-        stacked = _updated(optimizer, draws, lambda values: nest(stack(values, stacks)))
+        stacked = Traced(with_arguments(optimizer), nest(dict(zip(other, other, strict=True))), nest(other))
     except Exception as error:  # whatever an optimizer raises when the tree is not the one it was made for
         return f"it does not accept a tree of stacked layers ({type(error).__name__})"
-    expected = stack(model.flat(per_layer), stacks)
-    found = unnest(stacked, expected)
-    for path, value in expected.items():
-        if not (difference := _difference(found[path], value)) <= _SAME:
-            return f"on stacked layers its update of {path} differs by {difference:.0e}"
-    return None
+    found = differing(plain, stacked, forms)
+    return None if found is None else f"on stacked layers its {found} is not that of each layer"
 
 
 def changed_by_padding(
-    optimizer: optax.GradientTransformation, model: Model, extra: Mapping[str, tuple[int, ...]]
-) -> dict[str, float]:
-    """By path, the relative difference of an update when parameters are padded with zeros; where there is one.
+    optimizer: optax.GradientTransformation,
+    model: Model,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    padded: Mapping[str, tuple[int, ...]],
+) -> str | None:
+    """What of the optimizer is not proved to be the same where parameters are padded with zeros; None if all is.
 
     Args:
-      extra: by path, how much to add to each dim.
+      shapes: of the parameters without padding, by path.
+      padded: the shapes with it, of those that have some.
+
+    Raises:
+      DeclarationError: as `why_per_layer`.
     """
-
-    def padded(values: Mapping[str, Any]) -> Any:
-        return model.tree(
-            {
-                path: jnp.pad(value, [(0, more) for more in extra[path]]) if path in extra else value
-                for path, value in values.items()
-            }
-        )
-
-    draws = _small_draws(model)
-    expected, found = (model.flat(_updated(optimizer, draws, form)) for form in (model.tree, padded))
-    wanted = model.flat(padded(expected))
-    differences = {path: _difference(found[path], value) for path, value in wanted.items()}
-    return {path: difference for path, difference in differences.items() if not difference <= _SAME}
+    names = model.tree(dict(zip(shapes, shapes, strict=True)))
+    wide = {path: jax.ShapeDtypeStruct(padded.get(path, leaf.shape), leaf.dtype) for path, leaf in shapes.items()}
+    forms = {path: Form((path, None), shape, (shapes[path].shape, shape)) for path, shape in padded.items()}
+    plain, other = (_traced(optimizer, names, model.tree(leaves)) for leaves in (shapes, wide))
+    return differing(plain, other, forms)
 
 
-def _small_draws(model: Model) -> list[dict[str, Any]]:
-    """Parameters and three gradients, each dim capped."""
-    rng = np.random.default_rng(0)
-    shapes = {path: tuple(min(size, _CAP) for size in leaf.shape) for path, leaf in model.parameters.items()}
-    return [
-        {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()} for _ in range(4)
-    ]
-
-
-def _updated(
-    optimizer: optax.GradientTransformation, draws: list[dict[str, Any]], form: Callable[[Mapping[str, Any]], Any]
-) -> Any:
-    """The parameters after three updates, on the tree that `form` makes."""
-
-    @jax.jit
-    def update(gradient: Any, state: Any, values: Any) -> Any:
-        updates, state = optimizer.update(gradient, state, values)
-        return optax.apply_updates(values, updates), state
-
-    parameters, *gradients = draws
-    values = form(parameters)
-    state = jax.jit(optimizer.init)(values)
-    for gradient in gradients:
-        values, state = update(form(gradient), state, values)
-    return values
-
-
-def _difference(found: Any, expected: Any) -> float:
-    return float(jnp.max(jnp.abs(found - expected)) / (jnp.max(jnp.abs(expected)) + 1e-30))
+def _traced(optimizer: optax.GradientTransformation, names: Any, tree: Any) -> Traced:
+    """The trace on the user's own tree; what the optimizer raises there is a fault of the declaration."""
+    try:
+        return Traced(with_arguments(optimizer), names, tree)
+    except DeclarationError:
+        raise
+    except Exception as error:
+        needed = re.findall(r"'(\w+)'", str(error)) if "required" in str(error) else []
+        problem = f"needs {' and '.join(needed)}" if needed else f"raises {type(error).__name__}: {error}"
+        raise DeclarationError(
+            f"optimizer: {problem}; a step calls init(parameters) and update(gradients, state, parameters, value=loss, "
+            "grad=gradients): use an optimizer that needs no more"
+        ) from error

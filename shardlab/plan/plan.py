@@ -13,6 +13,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.spec import MeshSpec
+from shardlab.module.model import computed
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.sharding.rules import spec_from_json, spec_to_json
@@ -24,11 +25,14 @@ def shard_bytes(shape: tuple[int, ...], dtype: str, spec: PartitionSpec, sizes: 
     >>> shard_bytes((8, 4), "float32", PartitionSpec("data"), {"data": 2})
     64
     """
-    total = math.prod(shape) * jax.numpy.dtype(dtype).itemsize
+    total = math.prod(shape) * (_KEY_BYTES.get(dtype) or jax.numpy.dtype(dtype).itemsize)
     for entry in spec:
         for axis in () if entry is None else entry if isinstance(entry, tuple) else (entry,):
             total //= sizes[axis]
     return total
+
+
+_KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}  # of a random key, which is no number to NumPy
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,26 @@ class Parameter:
     state: PartitionSpec
     bytes_per_device: int
     stored_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array that the model holds and that is not trained.
+
+    Attributes:
+      path: where it sits in the user's model.
+      shape, dtype: of the whole array, as it is stored and computed with.
+      spec: how it lies between steps; over the batch axes it is gathered before use.
+      source: the rule or spec that said so, or that none did.
+      bytes_per_device: for a block of a pipeline, on the devices of its stage.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec
+    source: str
+    bytes_per_device: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +119,7 @@ class Plan:
       mesh: the declared mesh and the roles of its axes.
       pipeline: the parts of the model, or None when it is taken whole.
       parameters: every parameter of the user's tree, in its order.
-      buffers: paths of arrays that the model holds and that are not trained; replicated.
+      buffers: every array that the model holds and that is not trained; replicated unless a rule says otherwise.
       stacks: how the arrays of the blocks are stored together.
       layers: number of blocks in each stage; empty without parts.
       virtual: stages that a device of the stage axis holds.
@@ -114,6 +138,10 @@ class Plan:
       batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
         reduction (needed where the model computes statistics over the batch).
       activation_bytes: residuals of one microbatch in one stage, per device; 0 without parts.
+      gather: when weights that lie in shards of the batch axes are gathered: ``"step"``, all once a step, or
+        ``"layer"``, each layer's whenever it is used.
+      accumulate: gradients of blocks over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each
+        layer's reduce-scattered in every backward.
       activation_spec: the spec of what flows between blocks, or None.
       notes: what was decided and not declared.
     """
@@ -121,7 +149,7 @@ class Plan:
     mesh: MeshSpec
     pipeline: Pipeline | None
     parameters: tuple[Parameter, ...]
-    buffers: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
     stacks: tuple[Stack, ...]
     layers: tuple[int, ...]
     virtual: int
@@ -137,6 +165,8 @@ class Plan:
     batch: tuple[tuple[str, tuple[int, ...], str], ...]
     batch_axes_manual: bool
     activation_bytes: int
+    gather: str
+    accumulate: str
     activation_spec: PartitionSpec | None
     notes: tuple[str, ...]
 
@@ -173,13 +203,16 @@ class Plan:
         )
 
     def bytes_per_device(self) -> dict[str, int]:
-        """Bytes on the fullest device: parameters, gradients, optimizer_state, activations (in flight), padding."""
+        """Bytes on the fullest device.
+
+        Parameters, buffers (arrays not trained), gradients, optimizer_state, activations (in flight), padding.
+        """
         from shardlab.pipeline.cost import Costs, cost
 
         sizes = self.mesh.sizes
         stacked = {path: stack for stack in self.stacks for path in stack.members if path}
         longest = max(self.layers, default=0)
-        totals = dict.fromkeys(("parameters", "gradients", "optimizer_state", "activations", "padding"), 0)
+        totals = dict.fromkeys(("parameters", "buffers", "gradients", "optimizer_state", "activations", "padding"), 0)
         seen: set[str] = set()
         accumulate = "float64" if self.dtype == "float64" else "float32"
         for parameter in self.parameters:
@@ -195,7 +228,13 @@ class Plan:
             padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)
             totals["padding"] += round(parameter.bytes_per_device * padded) * copies
             totals["parameters"] += parameter.bytes_per_device * copies
-            totals["gradients"] += shard_bytes(parameter.stored_shape, accumulate, parameter.compute, sizes) * copies
+            kind = computed(parameter.dtype, accumulate)
+            totals["gradients"] += shard_bytes(parameter.stored_shape, kind, parameter.compute, sizes) * copies
+        for buffer in self.buffers:
+            stack = stacked.get(buffer.path)
+            if stack is None or stack.name not in seen:
+                totals["buffers"] += buffer.bytes_per_device * (1 if stack is None else longest * self.virtual)
+            seen |= set() if stack is None else {stack.name}
         totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
         peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
         totals["activations"] = self.activation_bytes * peak
@@ -217,7 +256,7 @@ class Plan:
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine == theirs:
                 continue
-            if field.name in ("parameters", "optimizer_state"):
+            if field.name in ("parameters", "buffers", "optimizer_state"):
                 lines += _diff_rows(field.name, mine, theirs)
             else:
                 lines.append(f"{field.name}: {mine} -> {theirs}")
@@ -268,7 +307,7 @@ def _decode(data: dict[str, Any]) -> Plan:
     def rows(kind: type, items: list[dict[str, Any]]) -> tuple[Any, ...]:
         return tuple(kind(**{key: plain(value) for key, value in item.items()}) for item in items)
 
-    kinds = {"parameters": Parameter, "optimizer_state": StateLeaf, "stacks": Stack}
+    kinds = {"parameters": Parameter, "buffers": Buffer, "optimizer_state": StateLeaf, "stacks": Stack}
     fields: dict[str, Any] = {}
     for key, value in data.items():
         fields[key] = rows(kinds[key], value) if key in kinds else plain(value)

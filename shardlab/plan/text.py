@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,8 @@ def describe(plan: Plan) -> str:
     """The plan's table: sibling layers on one line, totals per device, notes."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for p in plan.parameters:
-        pattern = re.sub(r"(?<![^/_])\d+(?=/)", "*", p.path, count=1)
         key = (
-            pattern,
+            _pattern(p.path),
             p.shape,
             p.dtype,
             p.spec,
@@ -75,30 +75,62 @@ def describe(plan: Plan) -> str:
                 human_bytes(size),
             )
         )
+    held: dict[Any, list[str]] = {}
+    for buffer in plan.buffers:
+        same = dataclasses.replace(buffer, path=_pattern(buffer.path), source=_same_source(buffer.source))
+        held.setdefault(same, []).append(buffer.path)
+    for one, paths in held.items():
+        path = paths[0] if len(paths) == 1 else f"{one.path} x{len(paths)}"
+        shape, size = "x".join(map(str, one.shape)) or "scalar", human_bytes(one.bytes_per_device)
+        rows.append((path, shape, one.dtype, spec_text(one.spec), "as declared", "not trained", one.source, size))
     mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.sizes.items())
     roles = f"batch axes {', '.join(plan.mesh.batch) or 'none'}; stage axis {plan.mesh.stage or 'none'}"
+    microbatches = _of(plan.num_microbatches, "microbatch", "es")
     lines = [
         f"mesh {mesh} on {plan.mesh.target} ({roles})",
         f"{plan.num_parameters:,} parameters, computed in {plan.dtype}, gradients summed in {plan.reduce_dtype}; "
         f"ZeRO {plan.zero}; remat {plan.remat}",
-        f"batch of {plan.batch_size}, {plan.num_microbatches} microbatches of {plan.microbatch_rows} a shard",
+        f"batch of {plan.batch_size}, {microbatches} of {plan.microbatch_rows} a shard",
     ]
     if plan.num_stages > 1:
-        held = f", {plan.virtual} on each device" if plan.virtual > 1 else ""
+        each = f", {plan.virtual} on each device" if plan.virtual > 1 else ""
+        alike = len(set(plan.layers)) == 1
+        blocks = f"{_of(plan.layers[0], 'layer')} each" if alike else f"{', '.join(map(str, plan.layers))} layers"
         lines.append(
-            f"{plan.num_stages} stages of {', '.join(map(str, plan.layers))} layers{held}, schedule {plan.schedule}, "
+            f"{plan.num_stages} stages of {blocks}{each}, schedule {plan.schedule}, "
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
-    held = {name: size for name, size in plan.bytes_per_device().items() if size}
-    lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in held.items()]
+    totals = {name: size for name, size in plan.bytes_per_device().items() if size}
+    lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in totals.items()]
+    if not plan.layers:
+        lines.append(f"  {NOT_ESTIMATED}")
+    if plan.zero > 1 and plan.batch_axes_manual and plan.accumulate == "full":
+        whole = "gradients accumulate whole over the microbatches of a step, and are cut once they are reduced"
+        otherwise = "; accumulate='sharded' keeps a piece on each device" if plan.layers else ""
+        lines.append(f"note: ZeRO {plan.zero}: {whole}{otherwise}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
+NOT_ESTIMATED = "activations not estimated: the model is taken whole"
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_LABELS = {"activations": "activations, at most", "padding": "of the parameters, padding"}
+_LABELS = {
+    "buffers": "arrays not trained",
+    "activations": "activations, at most",
+    "padding": "of the parameters, padding",
+}
 _HEADER = ("path", "shape", "dtype", "spec", "stored", "optimizer state", "from", "a device")
+
+
+def _of(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{plural if count > 1 else ''}"
+
+
+def _pattern(path: str) -> str:
+    """The path of an array of a layer with ``*`` for the layer's number."""
+    return re.sub(r"(?<![^/_])\d+(?=/)", "*", path, count=1)
 
 
 def _same_source(source: str) -> str:

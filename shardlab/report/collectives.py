@@ -49,7 +49,7 @@ def collective_rows(text: str, axes: Mapping[str, int], *, sliced_as_reduce_scat
 
 
 def collectives_table(rows: Sequence[Row]) -> str:
-    """The rows as text, their total last; `>=` marks lower bounds.
+    """The rows as text, their total last; `>=` marks lower bounds, `?` groups that are no product of mesh axes.
 
     >>> sums = Row(kind="all-reduce", axes=["data"], count=2, payload_bytes=4096, wire_bytes=6144, exact=True)
     >>> sends = Row(kind="permute", axes=["stage"], count=70, payload_bytes=512, wire_bytes=512, exact=False)
@@ -58,6 +58,7 @@ def collectives_table(rows: Sequence[Row]) -> str:
     all-reduce  data       2  4.0 KiB  6.0 KiB
     permute     stage  >= 70    512 B    512 B
     total              >= 72  4.5 KiB  6.5 KiB
+    >=: in a loop of unknown length
     """
     if not rows:
         return "no collectives"
@@ -70,10 +71,15 @@ def collectives_table(rows: Sequence[Row]) -> str:
     payload, wire = (sum(row[key] for row in rows) for key in ("payload_bytes", "wire_bytes"))
     lines.append(["total", "", count, human_bytes(payload), human_bytes(wire)])
     widths = [max(len(line[k]) for line in lines) for k in range(5)]
-    return "\n".join(
+    text = [
         "  ".join(
             cell.ljust(width) if k < 2 else cell.rjust(width)
             for k, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
-    )
+    ]
+    if any("?" in row["axes"] for row in rows):
+        text.append("?: between devices that no mesh axes name")
+    if not all(row["exact"] for row in rows):
+        text.append(">=: in a loop of unknown length")
+    return "\n".join(text)

@@ -39,12 +39,13 @@ def draw_curve(path: Path, train: Points, held_out: Points, *, unit: str, title:
         # No line between them: nothing was measured there, and the first steps fall far below it. Not clipped, since
         # the first lies on the axis.
         axes.plot(*zip(*held_out, strict=True), "o", color="#c8501e", markersize=6, clip_on=False, label="held-out")
+        at_axis = held_out[-1][0] == 0
         axes.annotate(
             f"{held_out[-1][1]:.3f}",
             held_out[-1],
-            xytext=(0, 9),
+            xytext=(6 if at_axis else 0, 9),
             textcoords="offset points",
-            ha="center",
+            ha="left" if at_axis else "center",
             color="#c8501e",
             fontweight="bold",
         )

@@ -28,13 +28,15 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "remat": plan.remat,
         "batch_size": plan.batch_size,
         "microbatches": plan.num_microbatches,
-        "stages": plan.num_stages,
+        "stages": plan.num_stage_devices,
+        "virtual": plan.virtual,
         "layers": list(plan.layers),
         "head": plan.head,
         "schedule": plan.schedule,
         "bubble_fraction": at.bubble_fraction,
         "peak_in_flight": list(at.peak_in_flight),
-        "bytes_per_device": plan.bytes_per_device(),
+        # Of a model taken whole there is no estimate of the activations, which is not to say that there are none.
+        "bytes_per_device": plan.bytes_per_device() | ({} if plan.layers else {"activations": None}),
         "notes": list(plan.notes),
     }
 

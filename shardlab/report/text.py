@@ -7,7 +7,7 @@ from typing import Any
 
 from shardlab.pipeline.draw import draw
 from shardlab.pipeline.schedules import make_schedule
-from shardlab.plan.text import bytes_label, human_bytes
+from shardlab.plan.text import NOT_ESTIMATED, bytes_label, human_bytes
 from shardlab.report.collectives import collectives_table
 
 
@@ -43,25 +43,27 @@ def bytes_table(report: Mapping[str, Any]) -> str:
     rows = [("planned", bytes_label(name), size) for name, size in report["bytes_per_device"].items()]
     memory = report.get("memory", {})
     rows += [("compiled", text, memory[name]) for name, text in names.items() if name in memory]
+    unknown = [f"planned   {NOT_ESTIMATED}"] if any(size is None for *_, size in rows) else []
     rows = [row for row in rows if row[2]]
     width = max(len(name) for _, name, _ in rows)
     sizes = [human_bytes(size) for *_, size in rows]
     right = max(map(len, sizes))
-    return "\n".join(
-        f"{who:<8}  {name:<{width}}  {size:>{right}}" for (who, name, _), size in zip(rows, sizes, strict=True)
-    )
+    lines = [f"{who:<8}  {name:<{width}}  {size:>{right}}" for (who, name, _), size in zip(rows, sizes, strict=True)]
+    planned = sum(who == "planned" for who, *_ in rows)
+    return "\n".join([*lines[:planned], *unknown, *lines[planned:]])
 
 
 def schedule_text(report: Mapping[str, Any]) -> str:
-    """The schedule drawn, its bubble and what each stage holds; one line where there is one stage."""
+    """The schedule drawn, its bubble and what each device holds; one line where there is one stage."""
     stages, microbatches = report["stages"], report["microbatches"]
     if stages == 1:
         if microbatches == 1:
             return "one stage, one microbatch: no bubble"
         return f"one stage: {microbatches} microbatches accumulate their gradients, no bubble"
-    table = draw(make_schedule(report["schedule"], stages=stages, microbatches=microbatches))
+    virtual = report["virtual"]
+    table = draw(make_schedule(report["schedule"], stages=stages, microbatches=microbatches, virtual=virtual))
     held = ", ".join(map(str, report["peak_in_flight"]))
-    return f"{table}\nbubble {report['bubble_fraction']:.1%}; microbatches in flight at most, by stage: {held}"
+    return f"{table}\nbubble {report['bubble_fraction']:.1%}; microbatches in flight at most, by device: {held}"
 
 
 def result_text(report: Mapping[str, Any]) -> str:
@@ -74,9 +76,13 @@ def result_text(report: Mapping[str, Any]) -> str:
     held-out loss 5.500 -> 2.250 nats
     """
     unit = report["unit"]
+    a_step = report["tokens_per_second"] * report["seconds_per_step"]
+    name = "examples" if round(a_step) == report.get("batch_size") else "tokens"
+    steps = f"{report['steps_done']} of {report['steps']} step{'s' if report['steps'] > 1 else ''}"
+    stopped = ", stopped by Ctrl-C" if report["interrupted"] else ""
     lines = [
-        f"{report['steps_done']} of {report['steps']} steps{', stopped by Ctrl-C' if report['interrupted'] else ''}"
-        f", {report['seconds_per_step']:.3f} s a step (median), {report['tokens_per_second']:,.0f} tokens/s"
+        f"{steps}{stopped}, {report['seconds_per_step']:.3f} s a step (median), "
+        f"{report['tokens_per_second']:,.0f} {name}/s"
     ]
     if report["final_loss"] is not None:
         lines.append(f"training loss {report['final_loss']:.3f} {unit} at the last step")

@@ -11,7 +11,7 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,7 +49,7 @@ class AdamW:
 
     Attributes:
       learning_rate: at its peak.
-      warmup: steps in which it rises from 0.
+      warmup: steps in which it rises in equal parts, the first of them a part above 0.
       decay: the step at which its cosine ends, whatever the steps trained; 0 keeps it at the peak.
       final: what it ends at, as a part of the peak.
       b1: decay of the gradient's mean.
@@ -58,8 +58,8 @@ class AdamW:
       clip_norm: global norm that gradients are cut to; 0 cuts nothing.
 
     >>> rate = AdamW(learning_rate=1e-3, warmup=10).rate
-    >>> float(rate(0)), round(float(rate(5)), 6)
-    (0.0, 0.0005)
+    >>> [round(float(rate(steps_done)), 6) for steps_done in (0, 4, 9)]
+    [0.0001, 0.0005, 0.001]
     """
 
     learning_rate: float = 1e-3
@@ -89,16 +89,14 @@ class AdamW:
         """The learning rate as a function of the steps done."""
         import optax
 
+        # Not from 0, at which the first step would change nothing.
+        first, rising = self.learning_rate / max(self.warmup, 1), max(self.warmup - 1, 0)
         if self.decay:
             return optax.warmup_cosine_decay_schedule(
-                0.0 if self.warmup else self.learning_rate,
-                self.learning_rate,
-                self.warmup,
-                self.decay,
-                self.learning_rate * self.final,
+                first, self.learning_rate, rising, self.decay, self.learning_rate * self.final
             )
-        if self.warmup:
-            return optax.linear_schedule(0.0, self.learning_rate, self.warmup)
+        if rising:
+            return optax.linear_schedule(first, self.learning_rate, rising)
         return optax.constant_schedule(self.learning_rate)
 
 
@@ -109,10 +107,10 @@ class Config:
     Attributes:
       model: what `make_plan` takes; a frozen dataclass called with `nnx.Rngs` lets its scalars be overridden.
       loss: ``(y, batch) -> (sum, weight)``.
-      optimizer: called without arguments, makes the optax optimizer.
+      optimizer: an optax optimizer, or what makes one when called without arguments.
       data: batches to train on and to hold out.
       mesh: the devices, and the roles of the axes.
-      rules: a spec for every parameter, by path pattern.
+      rules: a spec for every parameter, by path pattern; pairs (pattern, spec) are made rules.
       pipeline: names of the model's parts; None takes it whole.
       specs: specs by path, before the rules.
       activation: spec of what flows between blocks.
@@ -120,12 +118,16 @@ class Config:
       microbatches: microbatches a step; with one stage, gradient accumulation.
       schedule: pipeline schedule; shardlab schedule --help lists them.
       virtual: stages that a device of the stage axis holds; 0 leaves it to the schedule.
-      zero: ZeRO level, 0 to 3.
+      zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
+        steps the float32 parameters too), 3 the parameters. Gradients accumulate whole over the microbatches of a step
+        and are cut, from 1 on, when they are reduced at its end; from 2 on accumulate=sharded cuts them before.
       remat: what the forward pass keeps: none (everything), full (a block's input), or a policy of
         jax.checkpoint_policies.
       dtype: what the step computes in: float32, bfloat16, float64.
       reduce_dtype: what gradients are summed over the batch axes in: auto (float32, or a wider dtype), bfloat16.
       head: how the parts before and after the blocks are spread: examples, last_stage, auto.
+      gather: when weights in shards are gathered: step (all once a step) or layer (each when it is used).
+      accumulate: gradients of blocks over the microbatches: full (reduced once a step) or sharded (in every backward).
       batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).
       steps: train steps.
       seed: of the parameters, dropout and the order of the data.
@@ -136,10 +138,10 @@ class Config:
 
     model: Any
     loss: Callable[[Any, Any], tuple[Any, Any]]
-    optimizer: Callable[[], optax.GradientTransformation]
+    optimizer: optax.GradientTransformation | Callable[[], optax.GradientTransformation]
     data: DataSet
     mesh: MeshSpec
-    rules: Rules
+    rules: Rules | Iterable[Any]
     pipeline: Pipeline | None = None
     specs: Mapping[str, PartitionSpec] | None = None
     activation: PartitionSpec | None = None
@@ -152,6 +154,8 @@ class Config:
     dtype: str = "float32"
     reduce_dtype: str = "auto"
     head: str = "auto"
+    gather: str = "step"
+    accumulate: str = "full"
     batch_axes: str = "manual"
     steps: int = 100
     seed: int = 0
@@ -160,12 +164,64 @@ class Config:
     unit: str = "nats"
 
     def __post_init__(self) -> None:
+        from jax.sharding import PartitionSpec
+
+        from shardlab.sharding.rules import axes_of, read_rules, spec_faults
+
         least = {"batch_size": 1, "steps": 1, "virtual": 0, "eval_every": 0, "eval_batches": 1, "seed": 0}
-        raise_faults(
+        faults = [
             Fault(name, f"is {getattr(self, name)!r}", f"give a whole number, {low} or more")
             for name, low in least.items()
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low
-        )
+        ]
+        faults += self._type_faults() + spec_faults("activation", self.activation)
+        raise_faults(faults)
+        object.__setattr__(self, "rules", read_rules(self.rules))
+        if self.activation is not None:
+            object.__setattr__(self, "activation", PartitionSpec(*self.activation))
+            raise_faults(
+                Fault(
+                    "activation",
+                    f"axis {axis!r} is not in the mesh ({', '.join(self.mesh.names)})",
+                    f"{suggestion(axis, self.mesh.names)}name a mesh axis, or None",
+                )
+                for axes in self.activation
+                for axis in axes_of(axes)
+                if axis not in self.mesh.names
+            )
+
+    def _type_faults(self) -> list[Fault]:
+        """Fields that hold something of another kind than can be used."""
+        from shardlab.module.pipeline import Pipeline
+
+        kinds: dict[str, tuple[Any, str]] = {
+            "mesh": (MeshSpec, "MeshSpec({'data': 8}, batch='data', target='cpu:8')"),
+            "pipeline": (Pipeline | None, "Pipeline(before=..., blocks=..., after=...), or None"),
+            "specs": (Mapping | None, "specs by path, as {'norm/scale': P()}, or None"),
+            "microbatches": (int, "a whole number"),
+            "zero": (int, "a whole number, 0 to 3"),
+        }
+        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "batch_axes", "unit")
+        kinds |= dict.fromkeys(names, (str, "a text"))
+        faults = [
+            Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")
+            for name, (kind, way_out) in kinds.items()
+            if not isinstance(getattr(self, name), kind)
+        ]
+        if not callable(self.loss):
+            faults.append(Fault("loss", f"is {_shown(self.loss)}", "give a function (y, batch) -> (sum, weight)"))
+        if not callable(self.optimizer) and not hasattr(self.optimizer, "update"):
+            way_out = "give an optax optimizer, or a function that makes one"
+            faults.append(Fault("optimizer", f"is {_shown(self.optimizer)}", way_out))
+        lacking = [name for name in ("abstract_batch", "train", "held_out") if not hasattr(self.data, name)]
+        if lacking:
+            way_out = "give an object that has them, as shardlab.run.data.ByteText does"
+            faults.append(Fault("data", f"is {_shown(self.data)}, which has no {', '.join(lacking)}", way_out))
+        return faults
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optax optimizer: `optimizer` where it is one, otherwise what it makes."""
+        return self.optimizer if hasattr(self.optimizer, "update") else self.optimizer()
 
     def abstract_batch(self) -> Any:
         """Shapes of a global batch."""
@@ -183,7 +239,7 @@ class Config:
             self.model,
             mesh=self.mesh,
             rules=self.rules,
-            optimizer=self.optimizer(),
+            optimizer=self.make_optimizer(),
             batch=self.abstract_batch(),
             pipeline=self.pipeline,
             specs=self.specs,
@@ -195,6 +251,8 @@ class Config:
             dtype=self.dtype,
             reduce_dtype=self.reduce_dtype,
             head=self.head,
+            gather=self.gather,
+            accumulate=self.accumulate,
             batch_axes=self.batch_axes,
             activation=self.activation,
         )
@@ -275,7 +333,7 @@ def load_config(path: str | Path) -> Config:
     except DeclarationError:
         raise
     except (Exception, SystemExit) as error:
-        raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
+        raise DeclarationError(f"config {str(path)!r}: {_told(error, file)}") from error
     if not callable(names.get("config")):
         raise DeclarationError(f"config {str(path)!r}: has no function config(); write {example}")
     try:
@@ -283,13 +341,31 @@ def load_config(path: str | Path) -> Config:
     except DeclarationError:
         raise
     except (Exception, SystemExit) as error:
-        raise DeclarationError(f"config {str(path)!r}: {_where(error, file)}{type(error).__name__}: {error}") from error
+        raise DeclarationError(f"config {str(path)!r}: {_told(error, file)}") from error
     if not isinstance(made, Config):
         raise DeclarationError(
             f"config {str(path)!r}: config() returns {type(made).__name__}, not shardlab.run.config.Config; "
             f"write {example}"
         )
     return made
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short values whole, of others only what they are.
+
+    >>> _shown([1, 2]), _shown("x" * 100)
+    ('[1, 2], a list', 'a str')
+    """
+    kind = f"a{'n' if type(value).__name__[0] in 'aeiouAEIOU' else ''} {type(value).__name__}"
+    text = repr(value)
+    return f"{text}, {kind}" if len(text) <= 40 else kind
+
+
+def _told(error: BaseException, file: Path) -> str:
+    """The line of the config file, the error, and the nearest name for a field that `Config` does not have."""
+    typo = re.search(r"Config\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    hint = suggestion(typo[1], [field.name for field in dataclasses.fields(Config)]) if typo else ""
+    return f"{_where(error, file)}{type(error).__name__}: {error}{'; ' + hint.rstrip() if hint else ''}"
 
 
 def _where(error: BaseException, file: Path) -> str:
@@ -333,7 +409,7 @@ def attribute_help(kind: type) -> dict[str, str]:
     """What the ``Attributes:`` of a class's docstring say, by name.
 
     >>> attribute_help(AdamW)["warmup"]
-    'steps in which it rises from 0.'
+    'steps in which it rises in equal parts, the first of them a part above 0.'
     """
     text = (kind.__doc__ or "").partition("Attributes:\n")[2]
     found: dict[str, str] = {}

@@ -141,9 +141,12 @@ class ByteText:
         windows = Windows(text.held_out if held_out else text.train, self.seq_len)
         if len(windows) < at_least:
             part = "held-out" if held_out else "training"
+            size = (text.held_out if held_out else text.train).size
+            longest = (size - 1) // at_least
+            shorter = f"make seq_len {longest} at most, " if longest else ""
             raise DeclarationError(
                 f"data: {why} {at_least} examples, the {part} text of {text.root} has {len(windows)} "
-                f"windows of {self.seq_len} bytes; raise max_megabytes ({self.max_megabytes:g}), or use fewer"
+                f"windows of {self.seq_len} bytes; {shorter}raise max_megabytes ({self.max_megabytes:g}), or use fewer"
             )
         return windows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from shardlab.module.model import read_model
 from shardlab.plan.plan import Plan
 from shardlab.run.config import Config
 from shardlab.run.record import read_arrays
-from shardlab.run.view import Silent, View
+from shardlab.run.view import Silent, View, loss_text
+from shardlab.sharding.resolve import merged
+from shardlab.step.compile import check_batch
 from shardlab.step.forward import compile_forward
 from shardlab.step.state import buffer_specs, initial_values, shardings, storage_specs
 
@@ -26,6 +29,8 @@ class Evaluation:
     """
 
     def __init__(self, config: Config, plan: Plan, batches: Sequence[Any]) -> None:
+        for batch in batches:
+            check_batch(batch, plan.batch, "make data.abstract_batch say what data.held_out gives")
         self._forward = compile_forward(config.model, plan, config.abstract_batch(), config.loss)
         self._batches = batches
         self.mesh = self._forward.mesh
@@ -37,7 +42,8 @@ class Evaluation:
             # Reading the numbers waits for them, which bounds how many passes are in flight.
             part, counted = self._forward(parameters, buffers, batch)
             total, weight = total + float(part), weight + float(counted)
-        return total / weight, round(weight)
+        # Of nothing there is no mean; a train step says the same.
+        return total / weight if weight else math.nan, round(weight)
 
 
 def evaluate(config: Config, run: str | Path | None = None, *, view: View | None = None) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
             {name: values[name] for name in names},
             {name: value for name, value in values.items() if name not in names},
         )
-    view.say(f"held-out loss {loss:.3f} {config.unit}")
+    view.say(f"held-out loss {loss_text(loss, config.unit)}")
     return {
         "eval_loss": loss,
         "unit": config.unit,
@@ -91,16 +97,16 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
 def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None:
     """The run's arrays are those of the plan's model."""
     shapes: dict[str, Any] = {parameter.path: parameter.shape for parameter in plan.parameters}
-    shapes |= dict.fromkeys(plan.buffers)
+    shapes |= {buffer.path: buffer.shape for buffer in plan.buffers}
     way_out = "give the config, with the overrides, that the run was made with"
     faults = [Fault(path, f"run {run!r} has none", way_out) for path in shapes if path not in arrays]
     for path, array in arrays.items():
         if path not in shapes:
             faults.append(Fault(path, f"is in run {run!r} and not in the model", way_out))
-        elif shapes[path] not in (None, array.shape):
+        elif shapes[path] != array.shape:
             problem = f"is {list(array.shape)} in run {run!r} and {list(shapes[path])} in the model"
             faults.append(Fault(path, problem, way_out))
-    raise_faults(faults)
+    raise_faults(merged(faults))
 
 
 def _placed(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -92,8 +92,9 @@ class Board:
                 self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Writes what is left."""
-        self._writer.close()
+        """Writes what is left; nothing where there was no row."""
+        if "_writer" in vars(self):
+            self._writer.close()
 
 
 @contextlib.contextmanager
@@ -110,7 +111,7 @@ def stop_after_the_step(view: View) -> Iterator[Sequence[Any]]:
     def note(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        view.say("Ctrl-C: stopping after this step; once more to stop at once")
+        view.say("Ctrl-C: stopping after the steps under way; once more to stop at once")
 
     before = signal.signal(signal.SIGINT, note)
     try:

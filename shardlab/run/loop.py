@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
+import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
 from shardlab.plan.plan import Plan
 from shardlab.report.curve import draw_curve
@@ -23,7 +28,6 @@ from shardlab.run.instruments import Board, Profiler, stop_after_the_step
 from shardlab.run.record import (
     CURVE,
     FILES,
-    METRICS,
     PLAN,
     MetricsFile,
     Row,
@@ -33,7 +37,7 @@ from shardlab.run.record import (
     write_report,
 )
 from shardlab.run.view import Silent, View
-from shardlab.step.compile import CompiledStep, compile_train_step
+from shardlab.step.compile import CompiledStep, check_batch, compile_train_step
 from shardlab.step.state import TrainState, users_own
 
 # Steps handed to the devices before the metrics of an earlier one are waited for. Enough to keep them busy; many
@@ -52,11 +56,12 @@ def train(
 ) -> RunRecord:
     """Trains, and leaves in `out` what `shardlab.run.record` lists.
 
-    Ctrl-C ends the run after the step it is in, with everything written; a second one ends it at once.
+    Ctrl-C ends the run after the steps under way, with everything written; a second one ends it at once.
 
     Args:
       config: the run.
-      out: a directory; made where it is not there, its earlier run replaced.
+      out: a directory; made where it is not there. Its earlier run is replaced once this one is compiled: until then
+        it is as it was, whatever happens.
       view: what is told of what happens; None shows nothing.
       profile: write a JAX profile of this many steps to ``out/profile``; 0 writes none.
       tensorboard: write the metrics to ``out/tensorboard`` as well.
@@ -69,19 +74,23 @@ def train(
     start = time.perf_counter()
     profiler = Profiler(out / "profile", steps=profile, of=config.steps)
     board = Board(out / "tensorboard") if tensorboard else None
+    _check_place(out)
     with view.phase("planning"):
         plan = config.plan()
+        build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
     for note in plan.notes:
         view.say(f"note: {note}")
     with view.phase("reading the data"):
-        batches = config.data.train(config.batch_size, seed=config.seed)
+        source = config.data.train(config.batch_size, seed=config.seed)
+        batches = _batches(source, plan, config.steps)
         held_out = config.data.held_out(config.batch_size, config.eval_batches) if config.eval_every else []
     if hasattr(config.data, "describe"):
         view.say(config.data.describe())
-    _make_room(out, plan, view)
+    if any((out / name).exists() for name in FILES):
+        view.say(f"{out} holds an earlier run, which this one replaces at its first step")
 
     with view.phase(f"compiling the train step for {plan.mesh}"):
-        step = compile_train_step(config.model, config.loss, config.optimizer(), plan, config.abstract_batch())
+        step = compile_train_step(config.model, config.loss, config.make_optimizer(), plan, config.abstract_batch())
     evaluation = None
     if held_out:
         with view.phase("compiling the evaluation"):
@@ -91,12 +100,16 @@ def train(
         jax.block_until_ready(state)
     before = time.perf_counter() - start
 
-    with MetricsFile(out) as file, stop_after_the_step(view) as stopped, profiler:
+    _make_room(out, plan)
+    with (
+        MetricsFile(out) as file,
+        stop_after_the_step(view) as stopped,
+        profiler,
+        contextlib.closing(board) if board is not None else contextlib.nullcontext(),
+    ):
         loop = _Loop(config, step, evaluation, view, file, board, profiler, stopped)
-        with view.steps(config.steps, config.unit):
+        with view.steps(config.steps, config.unit, config.batch_size):
             state = loop.run(state, batches)
-    if board is not None:
-        board.close()
     with view.phase("writing the report"):
         write_arrays(out, users_own(plan, {**state.parameters, **state.buffers}))
         report = plain(
@@ -109,7 +122,7 @@ def train(
                 "seconds_before_the_first_step": before,
                 "jax": jax.__version__,
                 "device": jax.devices()[0].device_kind,
-                "data": batches.get_state() if hasattr(batches, "get_state") else None,
+                "data": source.get_state() if hasattr(source, "get_state") else None,
             }
         )
         write_report(out, report)
@@ -137,26 +150,28 @@ class _Loop:
         """The state after the last step, or after the one in which the run was stopped."""
         every, last = self.config.eval_every, self.config.steps
         if self.evaluation is not None:
-            self.initial_eval_loss = self._evaluate(0, state)
+            self.initial_eval_loss = self._evaluate(state)
+            self.view.evaluation(0, self.initial_eval_loss)
         waiting: deque[tuple[int, dict[str, jax.Array]]] = deque()
         self._clock = time.perf_counter()
         for number in range(1, last + 1):
             self.profiler.before(number)
             state, metrics = self.step(state, next(batches))
             waiting.append((number, metrics))
-            due = self.evaluation is not None and (number % every == 0 or number == last)
-            catch_up = due or number == last or self.profiler.ends_with(number)
-            while len(waiting) > (0 if catch_up or self.stopped else RUN_AHEAD):
+            while len(waiting) > RUN_AHEAD:
+                self._write(self._row(*waiting.popleft()))
+            # Asked after the wait, in which Ctrl-C is most likely pressed.
+            ends = number == last or bool(self.stopped)
+            due = self.evaluation is not None and (ends or number % every == 0)
+            while waiting and (ends or due or self.profiler.ends_with(number)):
                 row = self._row(*waiting.popleft())
-                if due and row["step"] == number and not self.stopped:
-                    row["eval_loss"] = self._evaluate(number, state)
+                if due and not waiting:
+                    row["eval_loss"] = self._evaluate(state)
                     self._clock = time.perf_counter()
                 self._write(row)
             self.profiler.after(number)
-            if self.stopped:
+            if ends or (due and self.stopped):
                 break
-        while waiting:
-            self._write(self._row(*waiting.popleft()))
         return state
 
     def _row(self, number: int, metrics: dict[str, jax.Array]) -> Row:
@@ -166,11 +181,9 @@ class _Loop:
         seconds, self._clock = now - self._clock, now
         return Row(step=number, loss=loss, grad_norm=norm, seconds=seconds, tokens=round(weight))
 
-    def _evaluate(self, number: int, state: TrainState) -> float:
+    def _evaluate(self, state: TrainState) -> float:
         assert self.evaluation is not None
-        loss, _ = self.evaluation(state.parameters, state.buffers)
-        self.view.evaluation(number, loss)
-        return loss
+        return self.evaluation(state.parameters, state.buffers)[0]
 
     def _write(self, row: Row) -> None:
         row = plain(row)
@@ -181,18 +194,49 @@ class _Loop:
         if self.board is not None:
             self.board.write(row)
         self.view.step(row)
+        if "eval_loss" in row:
+            self.view.evaluation(row["step"], row["eval_loss"])
 
 
-def _make_room(out: Path, plan: Plan, view: View) -> None:
-    """The directory, without an earlier run's files: none of them may be taken for this run's."""
-    if out.exists() and not out.is_dir():
+def _batches(given: Iterable[Any], plan: Plan, steps: int) -> Iterator[Any]:
+    """What `data.train` gives, the first batch looked at before anything is compiled.
+
+    Raises:
+      DeclarationError: the first batch is not as planned; later, there are no more batches.
+    """
+    iterator = iter(given)
+    first = list(itertools.islice(iterator, 1))
+    for batch in first:
+        check_batch(batch, plan.batch, "make data.abstract_batch say what data.train gives")
+
+    def counted() -> Iterator[Any]:
+        number = 0
+        for batch in itertools.chain(first, iterator):
+            yield batch
+            number += 1
+        raise DeclarationError(
+            f"data: train gives {number} batches, and the run has {steps} steps; make it endless, or give fewer steps"
+        )
+
+    return counted()
+
+
+def _check_place(out: Path) -> None:
+    """That the directory is there or can be made, and can be written to; nothing is made yet."""
+    if out.is_file():
         raise DeclarationError(f"out {str(out)!r}: is a file; give a directory")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+        raise DeclarationError(f"out {str(out)!r}: {os.strerror(code)}; give a directory that can be made")
+
+
+def _make_room(out: Path, plan: Plan) -> None:
+    """The directory, without an earlier run's files: none of them may be taken for this run's."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DeclarationError(f"out {str(out)!r}: {error.strerror}; give a directory that can be made") from error
-    if (out / METRICS).exists():
-        view.say(f"{out} holds an earlier run, which this one replaces")
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     (out / PLAN).write_text(plan.to_json() + "\n")

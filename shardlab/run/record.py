@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +95,13 @@ def read_run(directory: str | Path) -> RunRecord:
     """
     directory = Path(directory)
     if not (directory / REPORT).is_file():
-        near = sorted(str(path.parent) for path in directory.parent.glob(f"*/{REPORT}"))
-        why = "has no report.json" if directory.is_dir() else "is no directory"
-        raise DeclarationError(
-            f"run {str(directory)!r}: {why}; {suggestion(str(directory), near)}give the --out directory of a run "
-            "that has ended"
-        )
+        if directory.is_dir():
+            ended = "the run in it has not ended" if (directory / METRICS).is_file() else "there is no run in it"
+            why, hint = f"has no {REPORT}: {ended}", ""
+        else:
+            near = sorted(str(path.parent) for path in directory.parent.glob(f"*/{REPORT}"))
+            why, hint = "is no directory", suggestion(str(directory), near)
+        raise DeclarationError(f"run {str(directory)!r}: {why}; {hint}give the --out directory of a run that has ended")
     report = json.loads((directory / REPORT).read_text())
     return RunRecord(directory, tuple(read_rows(directory)), report)
 
@@ -112,9 +114,18 @@ def read_rows(directory: Path) -> Iterator[Row]:
 
 
 def write_arrays(directory: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes `DIR/parameters.npz`: whole arrays by path, so that any mesh can take them."""
-    with (directory / PARAMETERS).open("wb") as file:
-        np.savez(file, allow_pickle=False, **{path: np.asarray(value) for path, value in arrays.items()})
+    """Writes `DIR/parameters.npz`: whole arrays by path, so that any mesh can take them.
+
+    An array of a dtype that is not NumPy's own, such as bfloat16, is written as float32, which holds its every number.
+    """
+    # Not np.savez, for which a path such as `file` is an argument of its own.
+    with zipfile.ZipFile(directory / PARAMETERS, "w") as archive:
+        for path, value in arrays.items():
+            array = np.asarray(value)
+            if array.dtype.kind == "V":
+                array = array.astype(np.float32)  # a file would call it raw bytes
+            with archive.open(f"{path}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def read_arrays(directory: str | Path) -> dict[str, np.ndarray]:

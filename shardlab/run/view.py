@@ -6,11 +6,13 @@ A run tells a `View` what happens; a view decides what is shown.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import IO, Protocol
 
+from shardlab.run.output import write
 from shardlab.run.record import Row
 
 
@@ -23,13 +25,13 @@ class View(Protocol):
     def phase(self, text: str) -> AbstractContextManager[None]:
         """Says that something long has begun, and how long it took."""
 
-    def steps(self, total: int, unit: str) -> AbstractContextManager[None]:
-        """Around the steps."""
+    def steps(self, total: int, unit: str, batch_size: int) -> AbstractContextManager[None]:
+        """Around the steps: how many, what the loss is counted in, examples of each."""
 
     def step(self, row: Row) -> None:
         """A step has ended."""
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float | None) -> None:
         """An evaluation on held-out data has ended."""
 
 
@@ -48,14 +50,14 @@ class Silent:
         """Nothing."""
         return contextlib.nullcontext()
 
-    def steps(self, total: int, unit: str) -> AbstractContextManager[None]:
+    def steps(self, total: int, unit: str, batch_size: int) -> AbstractContextManager[None]:
         """Nothing."""
         return contextlib.nullcontext()
 
     def step(self, row: Row) -> None:
         """Nothing."""
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float | None) -> None:
         """Nothing."""
 
 
@@ -64,40 +66,40 @@ class PlainView:
 
     >>> import sys
     >>> view = PlainView(sys.stdout)
-    >>> with view.steps(100, "nats"):
-    ...     view.step(Row(step=1, loss=5.5, grad_norm=1.25, seconds=0.5, tokens=4096))
-    step 1/100  loss 5.500 nats  grad norm 1.25  8,192 tokens/s  50s left
+    >>> with view.steps(100, "nats", 16):
+    ...     view.step(Row(step=2, loss=5.5, grad_norm=1.25, seconds=0.5, tokens=4096))
+    step 2/100  loss 5.500 nats  grad norm 1.25  8,192 tokens/s  49s left
     """
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
         self._open = False  # whether a phase's line waits for its seconds
-        self._total, self._unit, self._pace = 0, "", Pace()
+        self._total, self._unit, self._pace = 0, "", Pace(0)
 
     def say(self, text: str) -> None:
         """The text."""
-        print("\n" * self._open + text, file=self._file, flush=True)
+        write("\n" * self._open + text, self._file)
         self._open = False
 
     @contextlib.contextmanager
     def phase(self, text: str) -> Iterator[None]:
         """A line, begun with the phase and ended with it."""
-        print(f"{text} ... ", end="", file=self._file, flush=True)
+        write(f"{text} ... ", self._file, end="")
         self._open, start = True, time.perf_counter()
         try:
             yield
         except BaseException:
-            print("failed" if self._open else f"{text}: failed", file=self._file, flush=True)
+            write("failed" if self._open else f"{text}: failed", self._file)
             self._open = False
             raise
         taken = f"{time.perf_counter() - start:.1f} s"
-        print(taken if self._open else f"{text}: {taken}", file=self._file, flush=True)
+        write(taken if self._open else f"{text}: {taken}", self._file)
         self._open = False
 
     @contextlib.contextmanager
-    def steps(self, total: int, unit: str) -> Iterator[None]:
+    def steps(self, total: int, unit: str, batch_size: int) -> Iterator[None]:
         """Nothing of its own."""
-        self._total, self._unit, self._pace = total, unit, Pace()
+        self._total, self._unit, self._pace = total, unit, Pace(batch_size)
         yield
 
     def step(self, row: Row) -> None:
@@ -105,16 +107,14 @@ class PlainView:
         self._pace.add(row)
         number = row["step"]
         if number <= 3 or number == self._total or number % max(self._total // 40, 1) == 0:
-            left = duration(self._pace.seconds * (self._total - number))
             self.say(
-                f"step {number}/{self._total}  loss {_number(row['loss'], '.3f')} {self._unit}  "
-                f"grad norm {_number(row['grad_norm'], '#.3g')}  "
-                f"{self._pace.tokens_per_second:,.0f} tokens/s  {left} left"
+                f"step {number}/{self._total}  loss {loss_text(row['loss'], self._unit)}  "
+                f"grad norm {_number(row['grad_norm'], '#.3g')}  {self._pace.text(number, self._total)}"
             )
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float | None) -> None:
         """A line."""
-        self.say(f"step {step}: held-out loss {loss:.3f} {self._unit}")
+        self.say(f"step {step}: held-out loss {loss_text(loss, self._unit)}")
 
 
 class LiveView:
@@ -124,8 +124,8 @@ class LiveView:
         from rich.console import Console
 
         self._console = Console(file=file, highlight=False)
-        self._unit, self._pace = "", Pace()
-        self._held_out: float | None = None
+        self._unit, self._pace = "", Pace(0)
+        self._held_out = ""
 
     def say(self, text: str) -> None:
         """The text, above the bar where there is one."""
@@ -144,11 +144,11 @@ class LiveView:
         self.say(f"{text}: {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
-    def steps(self, total: int, unit: str) -> Iterator[None]:
+    def steps(self, total: int, unit: str, batch_size: int) -> Iterator[None]:
         """The bar."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self._unit, self._pace = unit, Pace()
+        self._unit, self._pace = unit, Pace(batch_size)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -165,31 +165,33 @@ class LiveView:
         """Moves the bar."""
         self._pace.add(row)
         total = int(self._progress.tasks[0].total or 0)
-        facts = f"loss {_number(row['loss'], '.3f')} {self._unit}"
-        if self._held_out is not None:
-            facts += f", held-out {self._held_out:.3f}"
-        left = duration(self._pace.seconds * (total - row["step"]))
-        facts += f"  {self._pace.tokens_per_second:,.0f} tokens/s  {left} left"
+        facts = f"loss {loss_text(row['loss'], self._unit)}{self._held_out}  {self._pace.text(row['step'], total)}"
         self._progress.update(self._task, completed=row["step"], facts=facts)
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float | None) -> None:
         """A line that stays, and a number beside the bar."""
-        self._held_out = loss
-        self.say(f"step {step}: held-out loss {loss:.3f} {self._unit}")
+        text = loss_text(loss, self._unit)
+        self._held_out = f", held-out {text.removesuffix(self._unit).rstrip()}"
+        self.say(f"step {step}: held-out loss {text}")
 
 
 class Pace:
-    """Seconds and tokens of a step, averaged over the last thirty or so."""
+    """Seconds and tokens of a step, averaged over the last thirty or so; of the first, which warms up, only at first.
 
-    def __init__(self) -> None:
+    Args:
+      batch_size: examples of a step: where a step learns from as many tokens, they are called examples.
+    """
+
+    def __init__(self, batch_size: int) -> None:
         self.seconds = 0.0
+        self._batch_size = batch_size
         self._tokens = 0.0
         self._count = 0
 
     def add(self, row: Row) -> None:
         """Takes a step into the averages."""
         self._count += 1
-        share = max(1 / self._count, 1 / 30)
+        share = max(1 / max(self._count - 1, 1), 1 / 30)
         self.seconds += share * (row["seconds"] - self.seconds)
         self._tokens += share * (row["tokens"] - self._tokens)
 
@@ -197,6 +199,21 @@ class Pace:
     def tokens_per_second(self) -> float:
         """The averages' quotient."""
         return self._tokens / self.seconds if self.seconds else 0.0
+
+    def text(self, step: int, total: int) -> str:
+        """What a line says of it after a step; time left from the second step on."""
+        name = "examples" if round(self._tokens) == self._batch_size else "tokens"
+        left = f"  {duration(self.seconds * (total - step))} left" if step > 1 else ""
+        return f"{self.tokens_per_second:,.0f} {name}/s{left}"
+
+
+def loss_text(loss: float | None, unit: str) -> str:
+    """A loss with its unit.
+
+    >>> loss_text(2.5, "nats"), loss_text(float("nan"), "nats")
+    ('2.500 nats', 'not finite nats')
+    """
+    return f"{_number(loss, '.3f')} {unit}"
 
 
 def duration(seconds: float) -> str:
@@ -212,4 +229,4 @@ def duration(seconds: float) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)

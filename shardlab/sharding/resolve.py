@@ -71,15 +71,15 @@ def resolve(
     >>> found = resolve({"up/kernel": (8, 9)}, mesh=mesh, rules=Rules((("**/kernel", P(None, "tensor")),)))
     >>> print(found.faults[0])  # doctest: +NORMALIZE_WHITESPACE
     up/kernel: dim 1 has size 9, not divisible by axis 'tensor' of size 2 (rule 1, "**/kernel");
-    shard another dim, pad it to 10, or replicate it on purpose with None
+    shard another dim, pad it to 10 with Rule(..., pad=True), or replicate it on purpose with None
     """
     annotations = annotations or {}
     given = flatten(specs or {})
     faults = [
         *_axis_faults(mesh, rules),
         *_unused(list(shapes), rules, given),
-        *_merge([_no_path("specs", path, shapes) for path in given if path not in shapes]),
-        *_merge([_no_path("annotation", path, shapes) for path in annotations if path not in shapes]),
+        *merged([_no_path("specs", path, shapes) for path in given if path not in shapes]),
+        *merged([_no_path("annotation", path, shapes) for path in annotations if path not in shapes]),
     ]
     placements: dict[str, Placement] = {}
     found: list[Fault] = []
@@ -117,7 +117,7 @@ def resolve(
                 )
             )
         placements[path] = Placement(canonical(spec), source, _padded(spec, shape, mesh) if pad and not wrong else None)
-    return Resolution(placements, (*faults, *_merge(found)))
+    return Resolution(placements, (*faults, *merged(found)))
 
 
 def flatten(specs: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,10 +151,14 @@ def _names(spec: P) -> list[str]:
 
 
 def _axis_faults(mesh: MeshSpec, rules: Rules) -> list[Fault]:
-    """Axes the mesh lacks or a rule names twice: told once per rule, not once per parameter."""
+    """Axes the mesh lacks, told once with a count of the rules, and axes that a rule names twice."""
     faults = []
+    strangers: dict[str, list[Fault]] = {}
     for number, rule in enumerate(rules.rules, start=1):
-        faults += _strangers(_source(rule, number), rule.spec, mesh) + _twice(_source(rule, number), rule.spec)
+        for fault in _strangers(_source(rule, number), rule.spec, mesh):
+            strangers.setdefault(fault.problem, []).append(fault)
+        faults += _twice(_source(rule, number), rule.spec)
+    faults[:0] = [_counted(same, "rule") for same in strangers.values()]
     for name, axes in rules.logical:
         faults += _strangers(f"logical rule {name!r}", P(axes), mesh)
     return faults
@@ -280,11 +284,12 @@ def _fit(path: str, spec: P, shape: Shape, source: str, mesh: MeshSpec, *, pad: 
         free = [other for other in range(len(shape)) if other >= len(spec) or not axes_of(spec[other])]
         another = "shard another dim, " if any(shape[other] and shape[other] % product == 0 for other in free) else ""
         up = -(-shape[dim] // product) * product
+        how = " with Rule(..., pad=True)" if source.startswith("rule ") else ""  # nothing else has it
         faults.append(
             Fault(
                 path,
                 f"dim {dim} has size {shape[dim]}, not divisible by {by} ({source})",
-                f"{another}pad it to {up}, or replicate it on purpose with None",
+                f"{another}pad it to {up}{how}, or replicate it on purpose with None",
             )
         )
     return faults
@@ -311,17 +316,17 @@ def _siblings(path: str) -> str:
     return re.sub(r"""(^|[/"'])([^/"']*_)?\d+(?=[/"']|$)""", r"\1\2*", path)
 
 
-def _merge(faults: Sequence[Fault]) -> list[Fault]:
+def merged(faults: Sequence[Fault]) -> list[Fault]:
     """The faults, those that siblings share once and with a count."""
     groups: dict[tuple[str, str, str], list[Fault]] = {}
     for fault in faults:
         key = (_siblings(fault.where), fault.problem, _siblings(fault.way_out))
         groups.setdefault(key, []).append(fault)
-    return [
-        Fault(
-            same[0].where + (f" and {len(same) - 1} more like it" if len(same) > 1 else ""),
-            same[0].problem,
-            same[0].way_out,
-        )
-        for same in groups.values()
-    ]
+    return [_counted(same, "like it") for same in groups.values()]
+
+
+def _counted(same: Sequence[Fault], noun: str) -> Fault:
+    """The first of some faults that are the same, with how many more there are."""
+    more = len(same) - 1
+    plural = "s" if more > 1 and noun == "rule" else ""
+    return dataclasses.replace(same[0], where=same[0].where + (f" and {more} more {noun}{plural}" if more else ""))

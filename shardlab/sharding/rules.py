@@ -120,6 +120,29 @@ class Rules:
         return cls(rules, [(name, axes) for name, axes in data["logical"]])
 
 
+def read_rules(rules: Any) -> Rules:
+    """The rules themselves, or rules made of pairs (pattern, spec).
+
+    Raises:
+      DeclarationError: it is neither.
+
+    >>> read_rules([("**", None)])
+    Rules(rules=(Rule(pattern='**', spec=P(), pad=False),), logical=())
+    """
+    if isinstance(rules, Rules):
+        return rules
+    way_out = "give Rules, or pairs as [('**/kernel', P(None, 'tensor')), ('**', None)]"
+    if not isinstance(rules, Iterable) or isinstance(rules, str):
+        raise_faults([Fault("rules", f"is {rules!r}", way_out)])
+    given = list(rules.items() if isinstance(rules, Mapping) else rules)
+    raise_faults(
+        Fault(f"rules, number {number}", f"is {rule!r}, neither a Rule nor a pair", way_out)
+        for number, rule in enumerate(given, start=1)
+        if not isinstance(rule, Rule) and not (isinstance(rule, tuple | list) and len(rule) in (2, 3))
+    )
+    return Rules(given)
+
+
 def spec_to_json(spec: P) -> list[Any]:
     """The spec as a list of axis names, lists of them, and None.
 

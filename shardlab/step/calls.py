@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.module.functions import path_of
-from shardlab.module.model import Model, Parts, flowing, split_auxiliary
+from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
 from shardlab.plan.plan import Plan
 from shardlab.step.constraints import made_legal, uses_batch_sum
 from shardlab.step.examples import ROWS, Value, check_rows_to_rows, check_sums
@@ -123,8 +122,8 @@ class Calls:
     def _arguments(self, rows: int) -> dict[str, tuple[Any, ...]]:
         """Shapes of the arguments of every function with `rows` examples."""
         model, functions = self._model, self._functions
-        dtype = self._plan.dtype
-        values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in model.parameters.items()}
+        kinds = {path: computed(leaf.dtype, self._plan.dtype) for path, leaf in model.parameters.items()}
+        values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in model.parameters.items()}
         values |= model.buffers
         examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
         key = jax.eval_shape(lambda: jax.random.key(0)) if self._train else None
@@ -159,8 +158,6 @@ class Calls:
                         f"{name}: calls shardlab.batch_sum, and each of {self._plan.num_microbatches} microbatches is "
                         "only a part of the batch; use microbatches=1"
                     )
-                if name == "before" and self.shared:
-                    _check_dealt(jax.eval_shape(function, *some[name]), several)
                 given = _given(name, some[name], known)
                 if name == "loss":
                     check_sums(here, there, name, several, given=given)
@@ -174,18 +171,6 @@ class Calls:
 
     def _traced(self, name: str, rows: int) -> Any:
         return jax.make_jaxpr(self._functions[name])(*self._arguments(rows)[name])
-
-
-def _check_dealt(x: Any, rows: int) -> None:
-    """Every array of x leads with the examples, so that stages can deal them among themselves."""
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(x)[0]:
-        if leaf.shape[:1] != (rows,):
-            path = f" {path_of(keys)}" if keys else ""
-            raise DeclarationError(
-                f"before: x{path} has shape {list(leaf.shape)} for {rows} examples; stages deal the examples of x "
-                "among themselves: give every array of it the examples as its leading dim, put it into "
-                "context(batch), or write head='last_stage'"
-            )
 
 
 # Where the arguments of a function come from: by name and position, which function returned them.

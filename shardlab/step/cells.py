@@ -20,8 +20,8 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
-from shardlab.module.model import Model
-from shardlab.module.residuals import BlockVjp
+from shardlab.module.model import Model, computed
+from shardlab.module.residuals import BlockVjp, differentiable
 from shardlab.pipeline.buffers import Phase, Program, When
 from shardlab.plan.layout import slots_of
 from shardlab.plan.plan import Plan
@@ -77,6 +77,16 @@ class Cells:
         self.inner = arrays.inner
         compute = storage_specs(plan, "compute")
         self.specs = {name: region.automatic_part(compute[name]) for name in values}
+        self.gather, self.sharded = plan.gather == "layer", plan.accumulate == "sharded"
+        # Of one layer, by its name in the block.
+        self.layer_specs = {
+            which: {
+                arrays.inner[name]: PartitionSpec(*spec[1:])
+                for name, spec in storage_specs(plan, which).items()
+                if name in arrays.inner
+            }
+            for which in ("storage", "compute", "state")
+        }
         self.layer = {arrays.inner[name]: value for name, value in values.items() if name in arrays.inner}
         self.frozen = {arrays.inner[name]: value for name, value in buffers.items() if name in arrays.inner}
         self.rest = {name: value for name, value in values.items() if name not in arrays.inner}
@@ -118,7 +128,7 @@ class Cells:
 
     def _context_depends(self) -> bool:
         """Whether the context is a function of parameters, so that it has a gradient."""
-        closed = jax.make_jaxpr(lambda rest: self.context(rest, jnp.int32(0)))(self.rest)
+        closed = jax.make_jaxpr(lambda rest: differentiable(self.context(rest, jnp.int32(0))))(self.rest)
         used: set[Any] = {var for var in closed.jaxpr.outvars if not isinstance(var, Literal)}
         for equation in reversed(closed.jaxpr.eqns):
             if used & set(equation.outvars):
@@ -135,8 +145,20 @@ class Cells:
         return (places, first + places, *mine)
 
     def layer_of(self, slot: jax.Array) -> tuple[Arrays, Arrays]:
+        """The arrays of a block, whole over the batch axes: trained, and the others."""
         take = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False)  # noqa: E731
-        return jax.tree.map(take, self.layer), jax.tree.map(take, self.frozen)
+        layer = jax.tree.map(take, self.layer)
+        if self.gather:
+            layer = self.region.gathered(layer, self.layer_specs["storage"])
+        return layer, jax.tree.map(take, self.frozen)
+
+    def accumulated(self, dlayer: Arrays) -> Arrays:
+        """A block's gradients as they are added up: this shard's sum, or of all shards this shard's piece."""
+        wide = {name: value.astype(self._wide_of(value)) for name, value in dlayer.items()}
+        if not self.sharded:
+            return wide
+        axes = dict.fromkeys(wide, self.region.batch)
+        return self.region.reduced(wide, axes, self.layer_specs["compute"], self.layer_specs["state"])
 
     # Buffers.
 
@@ -169,6 +191,8 @@ class Cells:
             self.split = Split(self._block_backward, (residuals, layer, c, extra), self.x)
             cuts = jax.eval_shape(lambda *args: self.split.first(*args)[1], (residuals, layer, c, extra), self.x)
 
+        pieces = jax.eval_shape(self.accumulated, layer)
+
         def buffers(leaves: Any, slots: int) -> Any:
             return jax.tree.map(lambda leaf: self._empty(leaf, slots, self.per_stage), leaves)
 
@@ -176,16 +200,22 @@ class Cells:
             "residuals": buffers(residuals, table.num_residual_slots),
             "cuts": buffers(cuts, table.num_cut_slots),
             "layer": {
-                self.inner[name]: laid(jnp.zeros(self.layer[self.inner[name]].shape, self.wide), spec)
+                self.inner[name]: laid(self._accumulator(pieces[self.inner[name]], self.blocks.shape[0]), spec)
                 for name, spec in self.specs.items()
                 if name in self.inner
             },
             "rest": {
-                name: laid(jnp.zeros(self.rest[name].shape, self.wide), spec)
+                name: laid(self._accumulator(self.rest[name]), spec)
                 for name, spec in self.specs.items()
                 if name not in self.inner
             },
         }
+
+    def _accumulator(self, value: Any, *leading: int) -> jax.Array:
+        return jnp.zeros((*leading, *value.shape), self._wide_of(value))
+
+    def _wide_of(self, value: Any) -> str:
+        return computed(value.dtype, jnp.dtype(self.wide).name)
 
     def _empty(self, leaf: Any, *leading: int) -> jax.Array:
         fill = self.fill if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
@@ -223,15 +253,22 @@ class Cells:
     def _divergent(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
         """Each device its own cell, in a branch; what spans devices before and after it."""
         x = self.entering(phase, row)
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
-        branches: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]] = {
-            "F": lambda carry: self.forward(carry, row, x),
-            "B": lambda carry: self.backward(carry, row, split=False),
-            "I": lambda carry: self.backward(carry, row, split=True),
-            "W": lambda carry: (self.weights(carry, row), nothing),
+        out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
+        cells: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]]] = {
+            "F": (("residuals", "auxiliary"), lambda carry: self.forward(carry, row, x)),
+            "B": (("layer", "rest"), lambda carry: self.backward(carry, row, split=False)),
+            "I": (("cuts", "rest"), lambda carry: self.backward(carry, row, split=True)),
+            "W": (("layer",), lambda carry: (self.weights(carry, row), out)),
         }
-        choices = [lambda carry: (carry, nothing), *(branches[kind] for kind in phase.cell)]
-        carry, out = jax.lax.switch(row["kind"] + 1, choices, carry)
+        for index, kind in enumerate(phase.cell):
+            written, cell = cells[kind]
+
+            # Only what a cell writes goes through its branch: XLA would copy the rest.
+            state = {name: carry[name] for name in written}, out
+            # Three branches mark what diverges: `shardlab.hlo.hang` looks at conditionals of three or more.
+            branches = [_skip, _chosen(cell, written, carry), _skip]
+            state = jax.lax.switch((row["kind"] == index).astype(jnp.int32), branches, state)
+            carry, out = carry | state[0], state[1]
         carry = self.head(phase, carry, row, out)
         carry = self.finish(phase, carry, row, out)
         mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
@@ -359,7 +396,7 @@ class Cells:
         valid, slot = row["b_microbatch"] >= 0, jnp.maximum(row["b_residual_slot"], 0)
         cut_slot = jnp.maximum(row["b_cut_slot"], 0)
         dy = self.take(carry["mail"], row["b_mail_slot"])
-        dc = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), c) if self.has_context_gradient else None
+        dc = [jnp.zeros_like(leaf) for leaf in differentiable(c)] if self.has_context_gradient else None
 
         def body(state: Any, at: Any) -> tuple[Any, None]:
             dy, dc, total, cuts = state
@@ -373,7 +410,8 @@ class Cells:
                 cuts = jax.tree.map(lambda buffer, leaf: _write(buffer, leaf, (cut_slot, place), valid), cuts, cut)
             else:
                 (dx, more), dlayer = self._block_backward(kept, dy)
-                total = {name: _add(held, dlayer[name], where, keep) for name, held in total.items()}
+                new = self.accumulated(dlayer)
+                total = {name: _add(held, new[name], where, keep) for name, held in total.items()}
             if not self.even:
                 dx = tree_where(used, dx, dy)
             if dc is not None:
@@ -384,7 +422,7 @@ class Cells:
         (dx, dc, layer, cuts), _ = jax.lax.scan(body, start, self.slots_of(row["b_virtual"]), reverse=True)
         rest = carry["rest"]
         if dc is not None:
-            _, pull = jax.vjp(lambda rest: self.context(rest, row["b_microbatch"]), self.rest)
+            _, pull = jax.vjp(lambda rest: differentiable(self.context(rest, row["b_microbatch"])), self.rest)
             rest = self.add(rest, pull(dc)[0], valid)
         return carry | {"layer": layer, "rest": rest, "cuts": cuts}, dx
 
@@ -400,9 +438,9 @@ class Cells:
             layer, frozen = self.layer_of(where)
             stored = tuple(_read(buffer, (slot, place)) for buffer in carry["residuals"])
             cut = jax.tree.map(lambda buffer: _read(buffer, (cut_slot, place)), carry["cuts"])
-            dlayer = self.split.second((stored, layer, c, (frozen, index, *key)), cut)
+            new = self.accumulated(self.split.second((stored, layer, c, (frozen, index, *key)), cut))
             keep = valid if self.even else valid & used
-            return {name: _add(held, dlayer[name], where, keep) for name, held in total.items()}, None
+            return {name: _add(held, new[name], where, keep) for name, held in total.items()}, None
 
         return carry | {"layer": jax.lax.scan(body, carry["layer"], self.slots_of(row["w_virtual"]), reverse=True)[0]}
 
@@ -478,9 +516,26 @@ class Cells:
         """Gradients summed over batch (and, outside blocks, stages), each reduced once; what `sums` gives."""
         region = self.region
         layer = {name: carry["layer"][inner] for name, inner in self.inner.items() if name in specs}
-        axes = dict.fromkeys(layer, region.batch) | dict.fromkeys(carry["rest"], region.manual)
+        # Sharded ones have been summed layer by layer.
+        axes = dict.fromkeys(layer, () if self.sharded else region.batch) | dict.fromkeys(carry["rest"], region.manual)
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
+
+
+def _skip(state: Any) -> Any:
+    return state
+
+
+def _chosen(
+    cell: Callable[[dict[str, Any]], tuple[dict[str, Any], Any]], written: tuple[str, ...], carry: dict[str, Any]
+) -> Callable[[Any], Any]:
+    """The branch that runs a cell: of (what it writes, what it sends)."""
+
+    def do(state: tuple[dict[str, Any], Any]) -> tuple[dict[str, Any], Any]:
+        new, made = cell(carry | state[0])
+        return {name: new[name] for name in written}, made
+
+    return do
 
 
 def _own(row: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from shardlab.hlo.hang import could_hang
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, read_model
+from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.pipeline.buffers import program
+from shardlab.plan.check import random_faults, traced_in
 from shardlab.plan.layout import optimizer_shapes, optimizer_tree
+from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.pipelined import pipelined_gradients
@@ -65,6 +67,7 @@ class CompiledStep:
     compiled: Any
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        check_batch(batch, self.plan.batch, "give every batch the shapes that were planned, or make the plan anew")
         return self.compiled(state, jax.tree.map(_placed, batch, self.batch_shardings))
 
     def init(self, seed: int) -> TrainState:
@@ -108,6 +111,8 @@ def compile_train_step(
     plan: Plan,
     batch: Any,
     *,
+    devices: Sequence[jax.Device] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     prove: bool = False,
 ) -> CompiledStep:
     """The train step of `plan`, compiled.
@@ -119,28 +124,35 @@ def compile_train_step(
       optimizer: as given to `make_plan`.
       plan: what to compile.
       batch: a global batch, or its shapes.
+      devices: to compile for, in place of those JAX sees here; compile-only devices of a topology do.
+      compiler_options: of XLA, for this executable alone.
       prove: for tests: metrics hold the ``gradients`` too, by stored name, and unused activation buffers are filled
         with NaN, so that a bubble that reaches a result is seen.
 
     Raises:
       DeclarationError: model, batch or optimizer are not those of the plan, or XLA changed a declared sharding.
     """
+    raise_faults(random_faults())
     shapes = abstract(batch)
     model = read_model(model, shapes, plan.pipeline)
     _same_as_planned(model, plan, shapes)
-    mesh = build_mesh(plan.mesh)
+    _may_be_stacked(model, plan, optimizer)
+    abstract_state = _abstract_state(model, plan, optimizer)
+    _same_optimizer(plan, abstract_state.optimizer)
+    mesh = build_mesh(plan.mesh, devices)
     specs = state_spec_tree(model, plan, optimizer)
     state_shardings = shardings(mesh, specs)
     rows = NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
     batch_shardings = jax.tree.map(lambda _: rows, shapes)
     region = make_region(plan, mesh)
-    calls = Calls(model, loss, plan, region, shapes, train=True)
+    with traced_in(plan.dtype):
+        calls = Calls(model, loss, plan, region, shapes, train=True)
     gradients = make_gradients(model, plan, region, calls, float("nan") if prove else 0.0)
     update = make_update(model, plan, mesh, optimizer)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         gradient, metrics, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
-        parameters, optimizer_state = update(gradient, state.optimizer, state.parameters)
+        parameters, optimizer_state = update(gradient, state.optimizer, state.parameters, metrics["loss"])
         metrics |= {"grad_norm": optax.tree.norm(gradient)} | ({"gradients": gradient} if prove else {})
         return TrainState(state.step + 1, state.key, parameters, buffers, optimizer_state), metrics
 
@@ -154,22 +166,29 @@ def compile_train_step(
         out_shardings=(state_shardings, metric_shardings),
         donate_argnums=0,
     )
-    with jax.set_mesh(mesh):
-        lowered = jitted.lower(_abstract_state(model, plan, optimizer), shapes)
-        compiled = lowered.compile()
+    with jax.set_mesh(mesh), traced_in(plan.dtype):
+        lowered = jitted.lower(abstract_state, shapes)
+        compiled = lowered.compile(compiler_options=_compiler_options(plan, mesh, compiler_options))
     _same_as_declared(compiled, (state_shardings, batch_shardings))
     _cannot_hang(compiled, plan)
     return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, jitted, lowered, compiled)
 
 
 def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:
-    """Stored parameters -> what a step computes with: cast to its dtype, then gathered over the batch axes once."""
+    """Stored parameters -> what a step computes with: cast to its dtype, then gathered over the batch axes once.
+
+    Those of blocks stay in their shards where each layer is gathered when it is used.
+    """
     compute = storage_specs(plan, "compute")
+    if plan.gather == "layer":
+        compute |= {stack.name: spec for stack in plan.stacks if (spec := storage_specs(plan).get(stack.name))}
 
     def working(parameters: Arrays) -> Arrays:
         # The cast comes first: what is gathered is as narrow as what is computed with.
         return {
-            name: jax.lax.with_sharding_constraint(value.astype(plan.dtype), NamedSharding(mesh, compute[name]))
+            name: jax.lax.with_sharding_constraint(
+                value.astype(computed(value.dtype, plan.dtype)), NamedSharding(mesh, compute[name])
+            )
             for name, value in parameters.items()
         }
 
@@ -220,6 +239,30 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) and leaf.sharding == sharding else jax.device_put(leaf, sharding)
 
 
+def check_batch(batch: Any, planned: Sequence[tuple[str, tuple[int, ...], str]], way_out: str) -> None:
+    """That a batch has the arrays that were planned: paths, shapes, dtypes.
+
+    Raises:
+      DeclarationError: with every array that differs, and the way out.
+    """
+
+    def shown(leaf: tuple[tuple[int, ...], str] | None) -> str:
+        return "no such array" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+    leaves = jax.tree_util.tree_flatten_with_path(abstract(batch))[0]
+    found = {path_of(keys): (leaf.shape, str(leaf.dtype)) for keys, leaf in leaves}
+    expected = {path: (shape, dtype) for path, shape, dtype in planned}
+    raise_faults(
+        Fault(
+            f"batch {path}".rstrip(),
+            f"the plan has {shown(expected.get(path))}, the batch {shown(found.get(path))}",
+            way_out,
+        )
+        for path in {**expected, **found}
+        if expected.get(path) != found.get(path)
+    )
+
+
 def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
     """The plan was made for this model and this batch."""
     planned = {parameter.path: parameter.shape for parameter in plan.parameters}
@@ -247,6 +290,33 @@ def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:
     raise_faults(faults)
 
 
+def _may_be_stacked(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> None:
+    """The optimizer may see stacked layers where the plan's may: another would update them otherwise, silently."""
+    if plan.update != "stacked" or not plan.stacks:
+        return
+    shapes = optimizer_shapes(plan.parameters, plan.stacks, "per-layer")
+    reason = why_per_layer(optimizer, model, shapes, plan.stacks)
+    if reason is not None:
+        problem = f"the plan's runs on stacked layers, and this one may not: {reason}"
+        raise_faults([Fault("optimizer", problem, "make the plan anew with this optimizer")])
+
+
+def _same_optimizer(plan: Plan, state: Any) -> None:
+    """The plan was made for an optimizer that keeps this state; whether it may see stacked layers depends on it."""
+    planned = {leaf.path: f"{leaf.dtype}{list(leaf.shape)}" for leaf in plan.optimizer_state}
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    found = {path_of(keys): f"{leaf.dtype}{list(leaf.shape)}" for keys, leaf in leaves}
+    raise_faults(
+        Fault(
+            f"optimizer state {path}",
+            f"the plan has {planned.get(path, 'nothing')}, this optimizer {found.get(path, 'nothing')}",
+            "make the plan anew",
+        )
+        for path in {**planned, **found}
+        if planned.get(path) != found.get(path)
+    )
+
+
 def _same_as_declared(compiled: Any, declared: Any) -> None:
     """XLA kept every sharding that was declared for what goes in and what comes out."""
     given, _ = compiled.input_shardings
@@ -262,10 +332,22 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
     raise_faults(faults)
 
 
+def _compiler_options(plan: Plan, mesh: Mesh, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    options: dict[str, Any] = {}
+    if mesh.devices.flat[0].platform == "tpu" and _diverges(plan):
+        # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes, of which none may stand in
+        # a branch that not all devices take.
+        options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 30
+    return {**options, **(given or {})} or None
+
+
+def _diverges(plan: Plan) -> bool:
+    return any(phase.divergent for phase in program(plan.table()).phases)
+
+
 def _cannot_hang(compiled: Any, plan: Plan) -> None:
     """In a divergent schedule, where each stage takes its own branch, no collective in a branch waits for others."""
-    table = plan.table()
-    if plan.mesh.stage is None or not any(phase.divergent for phase in program(table).phases):
+    if plan.mesh.stage is None or not _diverges(plan):
         return
     raise_faults(
         Fault(

@@ -393,6 +393,8 @@ class _Walk:
             return [moved]
         reduced = any(dim is None for dim in outs) and any(dim is not None for dim in dims)
         if {Kind.ROWS, Kind.SUM, Kind.ONE} & set(kinds) or reduced:
+            if name == "sort" and outs[0] == mine.params["dimension"]:
+                self._fault(mine, "orders the examples")
             self._fault(mine, "uses the places of the examples at hand")
         if kinds == [Kind.PLACE, Kind.ZERO] and name == "lt":
             return [ZERO]  # a place is never below zero: how NumPy's negative indices are traced

@@ -25,6 +25,7 @@ from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.cells import Cells, StageArrays
 from shardlab.step.region import Region
+from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
 
@@ -107,7 +108,7 @@ def _entered(
 ) -> Callable[..., Any]:
     """`in_region` of ``(values, buffers, batch, key data)`` in global arrays."""
     none, stage, shard = PartitionSpec(), PartitionSpec(region.stage), PartitionSpec(region.batch or None)
-    tables = [_rows(phase) for phase in phases]
+    tables, storage = [_rows(phase) for phase in phases], storage_specs(plan)
     table_specs = [
         {name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()} for rows in tables
     ]
@@ -121,6 +122,8 @@ def _entered(
 
     def entered(values: Arrays, buffers: Arrays, batch: Any, key_data: Any) -> Any:
         def spec_of(name: str) -> PartitionSpec:
+            if name in storage and name in arrays.inner and plan.gather == "layer":
+                return region.manual_part(storage[name])
             return stage if name in arrays.inner else none
 
         in_specs = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 
-from shardlab.module.model import Model, Parts, flowing
+from shardlab.module.model import Model, Parts, computed, flowing
+from shardlab.plan.optimizer import updated
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import AFTER, BEFORE, CONTEXT, Loss, block_function, scalars
 from shardlab.step.random import site_key
@@ -76,6 +77,9 @@ def composed(
 class ReferenceStep:
     """One train step on one device: whole batch, no sharding, no microbatches, the user's own tree.
 
+    It computes in float32 at least. Of a bfloat16 step it takes the parameters as that rounds them, and nothing else:
+    a sum in bfloat16 over every token of the batch would be further from the gradient than the step is.
+
     Attributes:
       parameters, buffers: by the user's paths.
       optimizer: the optimizer's state on the user's tree.
@@ -84,7 +88,8 @@ class ReferenceStep:
     def __init__(
         self, model: Model, loss: Loss, optimizer: optax.GradientTransformation, plan: Plan, seed: int
     ) -> None:
-        self._model, self._dtype, self._mesh = model, plan.dtype, one_device_mesh(plan)
+        dtype = str(jnp.promote_types(plan.dtype, jnp.float32))
+        self._model, self._dtype, self._mesh = model, dtype, one_device_mesh(plan)
         kinds = {parameter.path: parameter.dtype for parameter in plan.parameters}
         with jax.set_mesh(self._mesh):
             values = jax.jit(model.initialise)(jax.random.key(seed))
@@ -96,19 +101,19 @@ class ReferenceStep:
 
         def gradients(parameters: Arrays, buffers: Arrays, batch: Any, key: jax.Array) -> Any:
             def mean(parameters: Arrays) -> Any:
-                total, (weight, written) = reference_loss(
-                    model, loss, {**parameters, **buffers}, batch, key, plan.dtype
-                )
+                total, (weight, written) = reference_loss(model, loss, {**parameters, **buffers}, batch, key, dtype)
                 return total / weight, written
 
-            cast = {path: value.astype(plan.dtype) for path, value in parameters.items()}
+            cast = {
+                path: value.astype(computed(value.dtype, plan.dtype)).astype(computed(value.dtype, dtype))
+                for path, value in parameters.items()
+            }
             (value, written), gradient = jax.value_and_grad(mean, has_aux=True)(cast)
             return value, {path: gradient[path].astype(parameters[path].dtype) for path in gradient}, written
 
-        def update(parameters: Arrays, gradient: Arrays, state: Any) -> Any:
-            tree = model.tree(parameters)
-            updates, state = optimizer.update(model.tree(gradient), state, tree)
-            return model.flat(optax.apply_updates(tree, updates)), state
+        def update(parameters: Arrays, gradient: Arrays, state: Any, value: jax.Array) -> Any:
+            new, state = updated(optimizer, model.tree(gradient), state, model.tree(parameters), value)
+            return model.flat(new), state
 
         self._gradients, self._update = jax.jit(gradients), jax.jit(update)
 
@@ -122,7 +127,7 @@ class ReferenceStep:
         assert parts is not None
 
         def both(parameters: Arrays, buffers: Arrays, batch: Any) -> tuple[Any, Any]:
-            values = {path: value.astype(dtype) for path, value in parameters.items()} | buffers
+            values = {path: value.astype(computed(value.dtype, dtype)) for path, value in parameters.items()} | buffers
             whole, _ = model.forward(values, batch, None, False)
             return whole, composed(parts, values, batch, lambda index: None, dtype, train=False)[0]
 
@@ -139,7 +144,36 @@ class ReferenceStep:
     def __call__(self, batch: Any) -> tuple[jax.Array, Arrays]:
         """One step; the loss and the gradients that it used."""
         value, gradient = self.gradients(batch)
-        self.parameters, self.optimizer = self._update(self.parameters, gradient, self.optimizer)
+        self.parameters, self.optimizer = self._update(self.parameters, gradient, self.optimizer, value)
         self.buffers = {**self.buffers, **self._written}
         self._steps += 1
         return value, gradient
+
+
+def narrowest(model: Model, loss: Loss, plan: Plan, batch: Any) -> str | None:
+    """The dtype of 16 bits that the model itself computes something in, where the plan's is wider; or None."""
+    if jnp.finfo(plan.dtype).bits <= 16:
+        return None
+    values = {
+        path: jax.ShapeDtypeStruct(leaf.shape, computed(leaf.dtype, plan.dtype))
+        for path, leaf in model.parameters.items()
+    }
+
+    def total(values: Arrays, batch: Any, key: jax.Array) -> Any:
+        return reference_loss(model, loss, values, batch, key, plan.dtype)[0]
+
+    with jax.set_mesh(one_device_mesh(plan)):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        closed = jax.make_jaxpr(total)({**values, **model.buffers}, batch, key)
+    dtypes = {str(dtype) for dtype in _dtypes(closed.jaxpr)}
+    return next((name for name in ("bfloat16", "float16") if name in dtypes), None)
+
+
+def _dtypes(jaxpr: Any) -> Iterator[Any]:
+    """The dtypes of everything that a jaxpr computes, calls and loops included."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval.dtype for var in equation.outvars if hasattr(var.aval, "dtype"))
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _dtypes(inner)

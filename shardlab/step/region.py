@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.functions import path_of
+from shardlab.module.model import computed
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import axes_of
 from shardlab.sharding.zero import without
@@ -105,8 +106,40 @@ class Region:
             sums, mesh=mesh, in_specs=(entered,), out_specs=entered, axis_names=automatic, check_vma=False
         )(values)
 
+    def gathered(self, values: Arrays, storage: Specs) -> Arrays:
+        """Whole over the batch axes, from shards laid out as `storage`; called in the region."""
+        names = set(self.batch)
+        automatic = {name for name in self.mesh.axis_names if name not in self.manual and self.mesh.shape[name] > 1}
+        laid = {name: self.automatic_part(storage[name]) for name in values}
+
+        def one(value: jax.Array, spec: PartitionSpec) -> jax.Array:
+            for dim, entry in enumerate(spec):
+                # The outermost axis of a dim was cut first, so it is joined last.
+                for axis in reversed([axis for axis in axes_of(entry) if axis in names]):
+                    value = jax.lax.all_gather(value, axis, axis=dim, tiled=True)
+            return value
+
+        def both(spec: PartitionSpec) -> bool:
+            return any(names & set(axes_of(entry)) and automatic & set(axes_of(entry)) for entry in spec)
+
+        def all_of(values: Arrays) -> Arrays:
+            return {name: one(value, storage[name]) for name, value in values.items()}
+
+        if not automatic:
+            return all_of(values)
+        # Manual over the other axes too, as in `reduced`; not for a dim that both kinds split, whose blocks would be
+        # joined in another order.
+        mixed = {name: value for name, value in values.items() if both(storage[name])}
+        others = {name: value for name, value in values.items() if name not in mixed}
+        specs = {name: laid[name] for name in others}
+        mesh = jax.sharding.get_abstract_mesh()
+        whole = jax.shard_map(
+            all_of, mesh=mesh, in_specs=(specs,), out_specs=specs, axis_names=automatic, check_vma=False
+        )(others)
+        return whole | all_of(mixed)
+
     def _narrowed(self, value: jax.Array) -> jax.Array:
-        kind = jnp.dtype(self.reduce_dtype)
+        kind = jnp.dtype(computed(value.dtype, self.reduce_dtype))
         if kind.itemsize < value.dtype.itemsize and self.mesh.devices.flat[0].platform == "cpu":
             # XLA's CPU backend aborts on a bfloat16 sum over manual axes: the same rounding, the wider wire.
             info = jnp.finfo(kind)

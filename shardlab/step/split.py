@@ -37,39 +37,44 @@ class Split:
       function: of two pytrees of arrays.
       kept: arrays, or their shapes, that the second function is given again.
       passing: arrays, or their shapes, that only the first is given.
+
+    >>> def both(w, x):
+    ...     return 2 * x, x * w
+    >>> split = Split(both, jax.numpy.ones(3), jax.numpy.ones(3))
+    >>> first, cut = split.first(jax.numpy.ones(3), jax.numpy.arange(3.0))
+    >>> first.tolist(), split.second(jax.numpy.full(3, 5.0), cut).tolist()
+    ([0.0, 2.0, 4.0], [0.0, 5.0, 10.0])
     """
 
     def __init__(self, function: Callable[[Any, Any], tuple[Any, Any]], kept: Any, passing: Any) -> None:
-        flat, self._in = jax.tree.flatten((kept, passing))
-        num_kept = len(jax.tree.leaves(kept))
+        flat, treedef = jax.tree.flatten((kept, passing))
 
         def opened(*leaves: Any) -> list[Any]:
             return _open(closed.jaxpr, closed.consts, leaves)
 
-        closed, out = jax.make_jaxpr(
-            lambda *leaves: function(*jax.tree.unflatten(self._in, leaves)), return_shape=True
-        )(*flat)
+        closed, out = jax.make_jaxpr(lambda *leaves: function(*jax.tree.unflatten(treedef, leaves)), return_shape=True)(
+            *flat
+        )
         program = jax.make_jaxpr(opened)(*(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat))
         self._jaxpr, self._consts = program.jaxpr, program.consts
         self._outs = [jax.tree.structure(part) for part in out]
-        needed = [index < self._outs[0].num_leaves for index in range(len(self._jaxpr.outvars))]
-        self._halves = _halves(
-            self._jaxpr, needed, [not needed_ for needed_ in needed], set(self._jaxpr.invars[num_kept:])
-        )
-        self._num_kept = num_kept
+        self._num_first = len(jax.tree.leaves(out[0]))
+        needed = [index < self._num_first for index in range(len(self._jaxpr.outvars))]
+        wanted = [not yes for yes in needed]
+        self._halves = _halves(self._jaxpr, needed, wanted, set(self._jaxpr.invars[len(jax.tree.leaves(kept)) :]))
 
     def first(self, kept: Any, passing: Any) -> tuple[Any, Any]:
         """The first results, and the cut."""
         values = self._values([*jax.tree.leaves(kept), *jax.tree.leaves(passing)])
         cut = self._halves.run_first(values)
-        outs = self._jaxpr.outvars[: self._outs[0].num_leaves]
+        outs = self._jaxpr.outvars[: self._num_first]
         return jax.tree.unflatten(self._outs[0], [_read(values, var) for var in outs]), cut
 
     def second(self, kept: Any, cut: Any) -> Any:
         """The second results."""
         values = self._values(jax.tree.leaves(kept))
         self._halves.run_second(values, cut)
-        outs = self._jaxpr.outvars[self._outs[0].num_leaves :]
+        outs = self._jaxpr.outvars[self._num_first :]
         return jax.tree.unflatten(self._outs[1], [_read(values, var) for var in outs])
 
     def _values(self, leaves: Sequence[Any]) -> dict[Any, Any]:
@@ -83,10 +88,11 @@ def _open(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     for equation in jaxpr.eqns:
         inputs = [_read(values, var) for var in equation.invars]
         name = equation.primitive.name
+        outputs: Sequence[Any]
         if name in _CALLS:
             inner = equation.params[_CALLS[name]]
-            closed = hasattr(inner, "consts")
-            outputs = _open(inner.jaxpr if closed else inner, inner.consts if closed else (), inputs)
+            # A remat's program is not closed over constants.
+            outputs = _open(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
         elif name == "scan":
             outputs = _open_scan(equation.params, inputs)
         else:
@@ -306,8 +312,7 @@ class _Scan:
     def _run(self, values: dict[Any, Any], results: Sequence[bool], reads: frozenset[Any], cut: Any) -> Any:
         """One of the two scans; the first gives the cut, step by step."""
         params, body = self.equation.params, self._body
-        consts, carried = params["num_consts"], params["num_carry"]
-        first = cut is None
+        consts, carried, first = params["num_consts"], params["num_carry"], cut is None
         inner, outer = body.invars, self.equation.invars
         carries = [i for i in range(carried) if results[i]]
         slices = [i for i in range(consts + carried, len(inner)) if inner[i] in reads]
@@ -318,7 +323,11 @@ class _Scan:
             sliced, crossing = at
             now = {**fixed, **dict(zip((inner[consts + i] for i in carries), carry, strict=True))}
             now |= dict(zip((inner[i] for i in slices), sliced, strict=True))
-            handed = self.halves.run_first(now) if first else self.halves.run_second(now, crossing)
+            handed = None
+            if first:
+                handed = self.halves.run_first(now)
+            else:
+                self.halves.run_second(now, crossing)
             new = [_read(now, body.outvars[i]) for i in carries]
             made = [_read(now, body.outvars[i]) for i in range(carried, len(results)) if results[i]]
             return new, (made, handed)

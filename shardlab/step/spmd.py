@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from shardlab.module.model import computed
 from shardlab.module.residuals import rematerialised
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
@@ -48,12 +49,15 @@ def whole_gradients(
         def microbatch(carry: Any, index: jax.Array) -> tuple[Any, Arrays]:
             total, weight, sums = carry
             (more, (heavier, written)), gradient = jax.value_and_grad(loss, has_aux=True)(values, index)
-            sums = {name: held + gradient[name].astype(wide) for name, held in sums.items()}
+            sums = {name: held + gradient[name].astype(held.dtype) for name, held in sums.items()}
             return (total + more.astype(wide), weight + heavier.astype(wide), sums), written
 
         # What a scan carries keeps the layout it starts with.
         zeros = {
-            name: jax.lax.with_sharding_constraint(jnp.zeros(value.shape, wide), region.automatic_part(compute[name]))
+            name: jax.lax.with_sharding_constraint(
+                jnp.zeros(value.shape, computed(value.dtype, jnp.dtype(wide).name)),
+                region.automatic_part(compute[name]),
+            )
             for name, value in values.items()
         }
         start = jnp.zeros((), wide), jnp.zeros((), wide), zeros

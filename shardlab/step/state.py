@@ -60,11 +60,12 @@ def buffer_specs(plan: Plan) -> dict[str, PartitionSpec]:
     """Specs of the stored buffers by name."""
     stacked = {path: stack for stack in plan.stacks for path in stack.members if path}
     specs = {}
-    for path in plan.buffers:
-        stack = stacked.get(path)
-        specs[path if stack is None else stack.name] = (
-            PartitionSpec() if stack is None else PartitionSpec(stage_axis(plan))
-        )
+    for buffer in plan.buffers:
+        stack = stacked.get(buffer.path)
+        if stack is None:
+            specs[buffer.path] = buffer.spec
+        else:
+            specs[stack.name] = PartitionSpec(stage_axis(plan), *buffer.spec)
     return specs
 
 
@@ -194,7 +195,7 @@ class _Array:
         def one(recipe: Recipe, row: jax.Array, used: jax.Array) -> jax.Array:
             def value(*_: Any) -> jax.Array:
                 made = recipe.make(key, tuple(row[i] for i in range(len(recipe.integers))))
-                return made if self.dtype is None else made.astype(self.dtype)
+                return made if self.dtype is None else _widened(made, self.dtype)
 
             made = jax.eval_shape(value)
             if self.stored_shape in (None, made.shape):
@@ -212,3 +213,12 @@ class _Array:
             one(recipe or recipes[0], row, keep) for recipe, row, keep in zip(self.members, integers, used, strict=True)
         ]
         return jnp.stack(slots)
+
+
+def _widened(made: jax.Array, dtype: Any) -> jax.Array:
+    """`made` in `dtype`, rounded to its own first: XLA would leave out the way down and up again."""
+    wide = made.astype(dtype)
+    if made.dtype == wide.dtype or not jnp.issubdtype(made.dtype, jnp.floating):
+        return wide
+    info = jnp.finfo(made.dtype)
+    return jax.lax.reduce_precision(wide, info.nexp, info.nmant) if info.bits < jnp.finfo(dtype).bits else wide

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardlab.module.model import Model
 from shardlab.plan.layout import optimizer_specs, optimizer_tree
-from shardlab.plan.optimizer import stack, unnest
+from shardlab.plan.optimizer import stack, unnest, updated
 from shardlab.plan.plan import Plan
 from shardlab.step.state import stage_axis, storage_specs, unstacked
 
@@ -20,8 +20,8 @@ Arrays = dict[str, jax.Array]
 
 def make_update(
     model: Model, plan: Plan, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> Callable[[Arrays, Any, Arrays], tuple[Arrays, Any]]:
-    """``(gradients, optimizer state, parameters) -> (parameters, optimizer state)``, all in stored form.
+) -> Callable[[Arrays, Any, Arrays, jax.Array], tuple[Arrays, Any]]:
+    """``(gradients, optimizer state, parameters, loss) -> (parameters, optimizer state)``, all in stored form.
 
     Gradients and parameters are first laid as the optimizer state is, so that every device updates the share whose
     state it holds; the new parameters go back to their own layout.
@@ -48,12 +48,12 @@ def make_update(
             out[name] = value
         return constrain(unstacked(plan, out), specs)
 
-    def update(gradients: Arrays, state: Any, parameters: Arrays) -> tuple[Arrays, Any]:
+    def update(gradients: Arrays, state: Any, parameters: Arrays, loss: jax.Array) -> tuple[Arrays, Any]:
         form = per_layer if plan.update == "per-layer" else lambda values: constrain(values, specs)
         mine = form(parameters)
         tree = optimizer_tree(model, mine, plan.stacks, plan.update)
-        updates, state = optimizer.update(optimizer_tree(model, form(gradients), plan.stacks, plan.update), state, tree)
-        new = optax.apply_updates(tree, updates)
+        pushes = optimizer_tree(model, form(gradients), plan.stacks, plan.update)
+        new, state = updated(optimizer, pushes, state, tree, loss)
         if plan.update == "per-layer" or not plan.stacks:
             flat = model.flat(new)
             trained = [s for s in plan.stacks if next(path for path in s.members if path) in flat]

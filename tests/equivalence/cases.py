@@ -209,6 +209,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "decoder-dropout": lambda: _decoder(dropout=0.25),
     "decoder-tied": lambda: _decoder(tied=True),
     "decoder-10-layers": lambda: _decoder(num_layers=10),
+    "decoder-24-layers-dropout": lambda: _decoder(num_layers=24, dropout=0.25),
     "decoder-3-layers": lambda: _decoder(num_layers=3),
     "decoder-conditioned": _conditioned,
     "decoder-whole": lambda: whole(_decoder()),
@@ -222,6 +223,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mixer-whole": lambda: whole(_mixer()),
     "mlp": _mlp,
     "mlp-5-layers": lambda: _mlp(num_layers=5),
+    "mlp-7-layers": lambda: _mlp(num_layers=7),
+    "mlp-24-layers": lambda: _mlp(num_layers=24),
     "mlp-whole": lambda: whole(_mlp()),
     "pure": _pure,
     "mlp-both-on-one-dim": _both_on_one_dim,
@@ -297,7 +300,6 @@ CASES: dict[str, Case] = {
     "tensor-2-whole": case("decoder-whole", tensor=2),
     "tensor-8-mixer": case("mixer", optimizer="adamw-eps", tensor=8),
     "data-2-tensor-2-zero-3": case("decoder", data=2, tensor=2, zero=3, microbatches=2),
-    "data-2-tensor-4-pure": case("pure", data=2, tensor=4),
     "sequence-parallel": case("decoder", data=2, tensor=2, activation=P("data", "tensor")),
     "sequence-parallel-stages": case(
         "decoder", data=2, stage=2, tensor=2, microbatches=2, activation=P("data", "tensor")
@@ -312,17 +314,63 @@ CASES: dict[str, Case] = {
     "stage-2-of-3-layers": case("decoder-3-layers", stage=2, data=2, microbatches=2),
     "stage-2-of-5-layers-zero-1": case("mlp-5-layers", stage=2, data=2, microbatches=2, zero=1),
     "stage-8-microbatch-1": case("decoder-10-layers", stage=8, microbatches=1),
-    "stage-2-one-microbatch": case("pure", stage=2, microbatches=1),
     "stage-2-last-stage-head": case("decoder", stage=2, microbatches=8, head="last_stage"),
     "stage-4-last-stage-tied": case("decoder-tied", stage=4, microbatches=4, head="last_stage"),
     "stage-2-conditioned": case("decoder-conditioned", stage=2, data=2, microbatches=2),
+    # Every schedule: virtual stages, split backwards, branches; microbatches that the stages do not divide.
+    "interleaved": case("decoder-10-layers", stage=2, data=2, microbatches=4, schedule="interleaved_1f1b"),
+    "interleaved-3-virtual": case(
+        "mlp-7-layers", stage=2, microbatches=5, batch=10, schedule="interleaved_1f1b", virtual=3
+    ),
+    "interleaved-3-stages": case(
+        "decoder-10-layers", stage=3, microbatches=5, batch=15, schedule="interleaved_1f1b", remat="dots_saveable"
+    ),
+    "interleaved-hybrid": case(
+        "decoder-dropout", data=2, stage=2, tensor=2, microbatches=2, schedule="interleaved_1f1b", zero=1
+    ),
+    "looped-bfs": case("linen-dropout", stage=2, data=2, microbatches=4, schedule="looped_bfs", zero=3),
+    "looped-bfs-fewer-microbatches": case("mlp-7-layers", stage=3, microbatches=2, schedule="looped_bfs"),
+    "split": case("decoder-tied", stage=2, tensor=2, data=2, microbatches=4, schedule="1f1b_split", remat="full"),
+    "split-virtual": case(
+        "decoder-10-layers", stage=2, data=2, microbatches=3, batch=12, schedule="1f1b_split", virtual=2
+    ),
+    "split-auxiliary": case(
+        "pure-auxiliary", data=2, stage=3, microbatches=4, schedule="1f1b_split", head="last_stage"
+    ),
+    "zb-h1-hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="zb_h1", zero=1),
+    "zb-h2-uneven": case("mlp-5-layers", data=2, stage=4, microbatches=4, batch=32, schedule="zb_h2", zero=2),
+    "zb-v": case("decoder-dropout", data=2, stage=2, tensor=2, microbatches=2, schedule="zb_v"),
+    "zb-v-uneven-clipped": case(
+        "decoder-10-layers", stage=4, data=2, microbatches=4, batch=32, schedule="zb_v", zero=1, optimizer="clipped"
+    ),
+    "zb-v-conditioned-tied": case("decoder-conditioned", stage=2, microbatches=4, schedule="zb_v", head="last_stage"),
+    "dualpipe-v": case("decoder-tied", stage=2, data=2, microbatches=4, schedule="dualpipe_v", remat="full"),
+    "dualpipe-v-3-stages": case("mlp-7-layers", stage=3, microbatches=7, batch=21, schedule="dualpipe_v"),
+    # Weights gathered when they are used, gradients reduce-scattered in every backward.
+    "gather-layer": case("decoder-dropout", data=4, microbatches=2, zero=3, gather="layer", accumulate="sharded"),
+    "gather-layer-hybrid": case(
+        "decoder", data=2, stage=2, tensor=2, microbatches=2, zero=3, gather="layer", accumulate="sharded"
+    ),
+    "gather-layer-zb-v": case(
+        "mlp-7-layers",
+        replica=2,
+        data=2,
+        stage=2,
+        microbatches=2,
+        zero=3,
+        gather="layer",
+        accumulate="sharded",
+        schedule="zb_v",
+    ),
+    "sharded-gradients": case(
+        "linen", data=2, stage=2, tensor=2, microbatches=2, zero=2, accumulate="sharded", schedule="1f1b_split"
+    ),
     # Everything at once.
     "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),
     "hybrid-zero-2": case("linen", data=2, stage=2, tensor=2, microbatches=2, zero=2),
     "hybrid-zero-3": case("decoder", data=2, stage=2, tensor=2, microbatches=2, zero=3),
     "hybrid-mixer": case("mixer", optimizer="adamw-eps", data=2, stage=2, tensor=2, microbatches=2),
-    "hybrid-pure": case("pure", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-replicated-rules": case("decoder", data=2, stage=2, tensor=2, microbatches=2, replicate=True),
     "hybrid-uneven-zero-3": case("decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"),
     # Mathematics across examples; auxiliary losses of blocks.

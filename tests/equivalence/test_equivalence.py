@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from shardlab.module.model import read_model
+from shardlab.pipeline.schedules import SCHEDULES
 from shardlab.plan.make import make_plan
 from shardlab.step.compile import compile_train_step
 from shardlab.step.reference import ReferenceStep
@@ -84,7 +85,10 @@ def check(this: Case) -> None:
 
 
 # Repeated on the newest JAX: one of each kind of program.
-NEWEST = ("hybrid", "hybrid-uneven-zero-3", "dropout-hybrid", "tied-hybrid", "constraints", "batch-sum-stages", "muon")
+NEWEST = (
+    *("hybrid", "hybrid-uneven-zero-3", "dropout-hybrid", "tied-hybrid", "constraints", "batch-sum-stages", "muon"),
+    *("interleaved-hybrid", "split", "zb-h1-hybrid", "zb-v"),
+)
 
 
 @pytest.mark.parametrize(
@@ -117,5 +121,51 @@ def test_grid(data: int, stage: int, tensor: int, schedule: str, zero: int, subj
             schedule=schedule,
             zero=zero,
             microbatches=2,
+        )
+    )
+
+
+PIPELINES = [
+    (schedule, virtual, stages, microbatches, more, subject, remat)
+    for schedule, published in SCHEDULES.items()
+    for virtual in ((1, 2, 3) if published.any_virtual else (published.virtual,))
+    for stages, microbatches, more in (
+        *(
+            (2, 1, {}),
+            (2, 5, {"data": 2}),
+            (2, 4, {"data": 2, "tensor": 2, "zero": 1}),
+            (3, 4, {}),
+            (3, 7, {"data": 2}),
+        ),
+        *(
+            (4, 3, {"data": 2, "zero": 3}),
+            (4, 8, {"tensor": 2}),
+            (5, 6, {}),
+            (6, 7, {}),
+            (8, 5, {}),
+            (8, 8, {"zero": 1}),
+        ),
+    )
+    for subject, remat in (("mlp-24-layers", "none"), ("decoder-24-layers-dropout", "full"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "virtual", "stages", "microbatches", "more", "subject", "remat"), PIPELINES)
+def test_pipelines(
+    schedule: str, virtual: int, stages: int, microbatches: int, more: dict[str, Any], subject: str, remat: str
+) -> None:
+    """Every schedule on 2 to 8 devices; 24 layers divide by some numbers of stages, by 5 and 10 and 16 not."""
+    batch = stages * microbatches * more.get("data", 1)
+    check(
+        case(
+            subject,
+            batch=batch,
+            stage=stages,
+            microbatches=microbatches,
+            schedule=schedule,
+            virtual=virtual,
+            remat=remat,
+            **more,
         )
     )

@@ -94,11 +94,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "product too small": (
         {"axes": {"data": 2, "tensor": 3}},
         "mesh: data=2 x tensor=3 is 6 devices, target cpu:8 has 8; make the sizes multiply to 8, or declare "
-        "target='cpu:6'",
+        "target='cpu:6' (--target cpu:6)",
     ),
     "product of one": (
         {"axes": {"data": 1}, "target": "cpu:2"},
-        "mesh: data=1 is 1 device, target cpu:2 has 2; make the sizes multiply to 2, or declare target='cpu:1'",
+        "mesh: data=1 is 1 device, target cpu:2 has 2; make the sizes multiply to 2, or declare target='cpu:1' "
+        "(--target cpu:1)",
     ),
     "product on a pod": (
         {"axes": {"data": 64}, "target": "tpu:v5p:4x8x8"},
@@ -195,7 +196,7 @@ BAD_OVERRIDE = {
     "data=2,data=4": "mesh 'data=2,data=4': axis 'data' is given twice; give it one size",
     "data=3": "mesh: data=3 x stage=1 x tensor=1 is 3 devices, target cpu:8 has 8; make the sizes multiply "
     "to 8, "
-    "or declare target='cpu:3'",
+    "or declare target='cpu:3' (--target cpu:3)",
 }
 
 

@@ -179,6 +179,11 @@ REFUSED: dict[str, tuple[Functions, Pipeline | None, str]] = {
         Pipeline(before="before", blocks="blocks", after="after"),
         "pipeline: these Functions have no blocks; give before=, block= and after=",
     ),
+    "params that are one array": (
+        Functions(init=lambda key: jnp.ones((4, 2)), apply=lambda params, batch: batch["x"] @ params),
+        None,
+        "model: init returns an array and no tree of them; give it a name: {'kernel': array}",
+    ),
     "no layers": (cut(init=without("blocks")), None, NO_LIST),
     "layers that are no list": (cut(init=lambda key: init(key) | {"blocks": layer(0)}), None, NO_LIST),
     "params that are no dict": (cut(init=lambda key: [layer(0)]), None, NO_LIST),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.spec import MeshSpec
 from shardlab.models.linen_decoder import LinenDecoder
+from shardlab.module.initialise import recipes
 from shardlab.module.model import Model, read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.sharding.annotations import Annotation
+from shardlab.sharding.rules import Rules
+from shardlab.testing import assert_matches_reference
 
 BATCH = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)}
 PARTS = Pipeline(before="embed", blocks="blocks", after="head")
@@ -322,3 +328,113 @@ def test_refused(name: str) -> None:
         read_model(Net(make=make), BATCH, pipeline)
     assert str(error.value) == message
     read_model(Net(make=make), BATCH)  # without a stack there is nothing to refuse
+
+
+# What Flax allows and a step must not trip over.
+
+
+def squares(y: jax.Array, batch: Any) -> tuple[jax.Array, int]:
+    return jnp.sum(y**2), y.shape[0]
+
+
+ROWS = {"x": np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)}
+DATA = MeshSpec({"data": 2}, batch="data", target="cpu:2")
+STAGES = MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4")
+ANYWHERE = Rules((("**", None),))
+
+
+def rematerialised(**options: Any) -> Any:
+    """A block of a class of its own, as `nn.remat` makes one whenever it is called; its flag is static."""
+    return nn.remat(Block, static_argnums=(2,))(**options)
+
+
+ONE_CLASS = nn.remat(Block, static_argnums=(2,))
+
+
+@pytest.mark.parametrize("make", [ONE_CLASS, rematerialised], ids=["one class", "a class each"])
+def test_rematerialised_blocks(make: Callable[..., Any]) -> None:
+    module = Net(make=lambda: [make(rate=0.3) for _ in range(3)])
+    assert_matches_reference(
+        module, squares, optax.sgd(0.1), ROWS, mesh=STAGES, rules=ANYWHERE, pipeline=PARTS, microbatches=2, steps=2
+    )
+
+
+def test_rematerialised_layers_are_made_by_one_program() -> None:
+    """A layer's parameters do not depend on the layers that ran before it."""
+    model = read_model(Net(make=lambda: [rematerialised() for _ in range(3)]), BATCH)
+    made = recipes(model.initialise)
+    assert len({made[f"blocks_{index}/up/kernel"].signature for index in range(3)}) == 1
+    values = model.initialise(jax.random.key(0))
+    for path, recipe in made.items():
+        np.testing.assert_array_equal(recipe.make(jax.random.key(0), recipe.integers), values[path])
+
+
+def test_rematerialised_blocks_that_differ() -> None:
+    class Other(Block):
+        """Another block."""
+
+    other = nn.remat(Other, static_argnums=(2,))
+    for one, two in ((rematerialised(), rematerialised(rate=0.5)), (rematerialised(), other()), (Block(), ONE_CLASS())):
+        with pytest.raises(DeclarationError) as error:
+            read_model(Net(make=partial(list, (one, two))), BATCH, PARTS)
+        assert str(error.value) == (
+            f"blocks_1: {two!r} is not the first block, {one!r}; every block of a stack runs the same program, so pass "
+            "what differs as an array"
+        )
+
+
+def test_what_a_module_sows_is_left_out() -> None:
+    """`init` counts a collection of its own as a variable, and a call would make it longer."""
+
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, batch: Any) -> jax.Array:
+            x = nn.Dense(4)(batch["x"])
+            self.sow("losses", "square", x**2)
+            self.variable("constants", "table", lambda: jnp.arange(4.0))
+            return nn.Dense(3)(jnp.tanh(x))
+
+    module = Sowing()
+    model, variables = read_model(module, BATCH), module.init(jax.random.key(0), BATCH)
+    assert list(model.buffers) == ["constants/table"]
+    values = model.initialise(jax.random.key(0))
+    np.testing.assert_array_equal(values["constants/table"], np.arange(4))
+    y, written = model.forward(values, BATCH, None, True)
+    np.testing.assert_array_equal(y, module.apply(variables, BATCH))
+    assert written == {}
+    assert_matches_reference(module, squares, optax.sgd(0.1), ROWS, mesh=DATA, rules=ANYWHERE, steps=2)
+
+
+def test_batch_statistics_keep_their_dtype() -> None:
+    """Flax holds them in float32 and writes what it computed in, which no second step would take."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, batch: Any, train: bool = False) -> jax.Array:
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(batch["x"]))
+
+    assert_matches_reference(Normed(), squares, optax.sgd(0.1), ROWS, mesh=DATA, rules=ANYWHERE, steps=3)
+    with jax.enable_x64(True):
+        model = read_model(Normed(), ROWS)
+        values = {path: jnp.ones(leaf.shape) for path, leaf in model.parameters.items()}
+        values |= {path: jnp.ones(leaf.shape, leaf.dtype) for path, leaf in model.buffers.items()}
+        written = model.forward(values, ROWS, None, True)[1]
+    assert {path: leaf.dtype for path, leaf in written.items()} == dict.fromkeys(model.buffers, jnp.float32)
+
+
+def test_a_collection_that_is_only_read_is_refused_in_a_stack_for_what_it_is() -> None:
+    class Scaled(Block):
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            scale = self.variable("constants", "scale", lambda: jnp.ones(4))
+            return x + jnp.tanh(nn.Dense(4, name="up")(x)) * scale.value
+
+    module = Net(make=lambda: [Scaled(), Scaled()])
+    with pytest.raises(DeclarationError) as error:
+        read_model(module, BATCH, PARTS)
+    assert str(error.value) == "2 faults in the declaration:\n" + "\n".join(
+        f"  {number}. constants/blocks_{number - 1}/scale: a stack of blocks is given its parameters, and no other "
+        "collection; compute it where it is used, or train it without pipeline="
+        for number in (1, 2)
+    )
+    assert_matches_reference(module, squares, optax.sgd(0.1), ROWS, mesh=DATA, rules=ANYWHERE, microbatches=2, steps=2)

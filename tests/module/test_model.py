@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.functions import Functions
-from shardlab.module.model import abstract, call, call_after, flowing, read_model, split_auxiliary
+from shardlab.module.model import abstract, accepted, as_held, call, call_after, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
 from shardlab.sharding.annotations import to_spec
 
@@ -236,13 +236,25 @@ def test_what_flows_between_blocks_is_in_the_dtype_of_the_step() -> None:
         # x is itself shaped like an output with a loss: then it is x.
         ((1.0, (1.0, 1.0)), (2.0, (3.0, 4)), ((2.0, (3.0, 4)), None)),
         # What is neither is left as it is, for whoever knows the block to refuse.
-        (1.0, (2.0, 3.0), ((2.0, 3.0), None)),
-        (1.0, (2.0, (3.0, 4, 5)), ((2.0, (3.0, 4, 5)), None)),
+        (1.0, (2.0, 3.0, 4.0), ((2.0, 3.0, 4.0), None)),
         ({"h": 1.0}, (2.0, (3.0, 4)), ((2.0, (3.0, 4)), None)),
     ],
 )
 def test_an_auxiliary_loss_is_told_from_x_by_the_structure_of_x(x: Any, out: Any, expected: Any) -> None:
     assert split_auxiliary(x, out) == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "structure"),
+    [(3.0, "PyTreeDef(*)"), ((3.0, 4, 5), "PyTreeDef((*, *, *))"), ([3.0, 4], "PyTreeDef([*, *])")],
+)
+def test_what_a_block_returns_beside_x_is_a_sum_and_its_weight(beside: Any, structure: str) -> None:
+    with pytest.raises(DeclarationError) as error:
+        split_auxiliary({"h": 1.0}, ({"h": 2.0}, beside))
+    assert str(error.value) == (
+        f"block: returns x and {structure} beside it; beside x there is room for an auxiliary loss alone, as its sum "
+        "and the weight that it is over: return (x, (sum, weight))"
+    )
 
 
 def test_a_function_is_offered_what_it_names() -> None:
@@ -256,21 +268,47 @@ def test_a_function_is_offered_what_it_names() -> None:
     assert call(lambda x, **more: (x, more), 1, key="k", train=True) == (1, {})
 
 
+def test_flags_come_by_position_where_they_can() -> None:
+    """A function that takes them as static arguments of `jax.checkpoint` takes them in no other way."""
+
+    def kept(x: Any, mask: Any = None, train: bool = False) -> Any:
+        return x if train else -x
+
+    checkpointed = jax.checkpoint(kept, static_argnums=(1, 2))
+    assert [float(call(checkpointed, 1.0, train=train)) for train in (True, False)] == [1.0, -1.0]
+    assert call(lambda x, /, train, *, deterministic: (x, train, deterministic), 1, train=True) == (1, True, False)
+    assert accepted(lambda x, missing, train: x, (1,), {"train": True}) == ((1,), {"train": True})
+
+
 AFTER: dict[str, tuple[Callable[..., Any], Any]] = {
     "x alone": (lambda x: x, "x"),
     "x and the batch": (lambda x, batch: (x, batch), ("x", "b")),
-    "another name": (lambda x, examples=None: (x, examples), ("x", "b")),
+    "another name": (lambda x, examples: (x, examples), ("x", "b")),
+    "an option is no place for it": (lambda x, scale=1.0: (x, scale), ("x", 1.0)),
+    "after an option": (lambda x, scale=1.0, batch=None: (x, scale, batch), ("x", 1.0, "b")),
+    "x has its name": (lambda batch: batch, "x"),
     "a flag is no place for it": (lambda x, train: (x, train), ("x", False)),
     "nor is a key": (lambda x, key=None: (x, key), ("x", "k")),
-    "between flags": (lambda x, train, batch=None: (x, train, batch), "TypeError"),
-    "keyword only is not": (lambda x, *, batch=None: (x, batch), ("x", None)),
+    "between flags": (lambda x, train, batch=None: (x, train, batch), ("x", False, "b")),
+    "keyword only": (lambda x, *, batch=None: (x, batch), ("x", "b")),
+    "positional only": (lambda x, batch=None, /: (x, batch), ("x", "b")),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in AFTER if name != "between flags"])
-def test_the_batch_comes_last_where_there_is_a_place(name: str) -> None:
+@pytest.mark.parametrize("name", AFTER)
+def test_the_batch_goes_where_it_is_named_or_needed(name: str) -> None:
     function, expected = AFTER[name]
     assert call_after(function, "x", batch="b", key="k", train=False) == expected
+
+
+def test_what_is_written_keeps_dtype_and_shape() -> None:
+    held = jax.ShapeDtypeStruct((3,), jnp.float16)
+    assert as_held("norm/mean", jnp.ones(3), held).dtype == jnp.float16
+    with pytest.raises(DeclarationError) as error:
+        as_held("norm/mean", jnp.ones((2, 3)), held)
+    assert str(error.value) == (
+        "norm/mean: the model writes [2, 3] to it, and it is [3]; keep its shape: a step is compiled once"
+    )
 
 
 def test_a_tree_keeps_the_order_of_the_users_own() -> None:

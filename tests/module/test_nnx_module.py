@@ -8,15 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.spec import MeshSpec
 from shardlab.models.decoder import DecoderConfig
 from shardlab.module.model import Model, read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.sharding.annotations import Annotation
+from shardlab.sharding.rules import Rules
+from shardlab.testing import assert_matches_reference
 
 BATCH = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)}
 PARTS = Pipeline(before="embed", blocks="blocks", after="head")
@@ -425,3 +429,197 @@ def test_a_factory_of_something_else() -> None:
     with pytest.raises(DeclarationError) as error:
         read_model(nothing, BATCH)
     assert str(error.value) == f"model: {nothing!r} returned NoneType, not an nnx.Module"
+
+
+# What Flax allows and a step must not trip over.
+
+
+def squares(y: jax.Array, batch: Any) -> tuple[jax.Array, int]:
+    return jnp.sum(y**2), y.shape[0]
+
+
+ROWS = {"x": np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)}
+DATA = MeshSpec({"data": 2}, batch="data", target="cpu:2")
+STAGES = MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4")
+ANYWHERE = Rules((("**", None),))
+
+
+class Masked(nnx.Module):
+    """Arrays that are attributes and no `nnx.Variable`: one made in JAX, one in NumPy, one of a container."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up = nnx.Linear(4, 4, rngs=rngs)
+        self.mask = jnp.linspace(0, 1, 4)
+        self.shift = np.arange(4, dtype=np.float32)
+        self.more = nnx.List([jnp.full(4, 0.5)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + jnp.tanh(self.up(x) + self.shift) * self.mask * self.more[0]
+
+
+class MaskedNet(Net):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(rngs)
+        blocks = [Masked(rngs) for _ in range(3)]
+        blocks[2].mask = jnp.ones(4)
+        self.blocks: Any = nnx.List(blocks)
+
+
+def test_an_array_that_is_an_attribute_is_held_by_path() -> None:
+    model = read_model(Masked, BATCH)
+    assert list(model.parameters) == ["up/bias", "up/kernel"]
+    assert {path: leaf.dtype for path, leaf in model.buffers.items()} == dict.fromkeys(
+        ("mask", "more/0", "shift"), jnp.float32
+    )
+    values = model.initialise(jax.random.key(0))
+    np.testing.assert_array_equal(values["mask"], np.linspace(0, 1, 4, dtype=np.float32))
+    y, written = model.forward(values, BATCH["x"], None, True)
+    np.testing.assert_allclose(y, Masked(nnx.Rngs(0))(BATCH["x"]), rtol=1e-6)
+    assert written == {}
+
+
+def test_arrays_that_are_attributes_may_differ_between_blocks() -> None:
+    assert_matches_reference(
+        MaskedNet, squares, optax.adam(1e-2), ROWS, mesh=STAGES, rules=ANYWHERE, pipeline=PARTS, microbatches=2, steps=2
+    )
+    assert_matches_reference(
+        MaskedNet, squares, optax.adam(1e-2), ROWS, mesh=DATA, rules=ANYWHERE, microbatches=2, steps=2
+    )
+
+
+class Stacked(nnx.Module):
+    """Layers that Flax itself stacks: their dropout's keys and counts have a dim of layers."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: Block(rngs, rate=0.4), in_axes=0, out_axes=0))
+        self.inputs, self.layers = nnx.Linear(4, 4, rngs=rngs), make(rngs)
+
+    def __call__(self, batch: Any) -> jax.Array:
+        run = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return run(self.layers, self.inputs(batch["x"]))
+
+
+def test_streams_of_layers_that_flax_stacks() -> None:
+    """Each layer has its own key, and a device draws the rows that it holds."""
+    model, key = read_model(Stacked, ROWS), jax.random.key(3)
+    values = model.initialise(key)
+    one, again, other = (model.forward(values, ROWS, k, True)[0] for k in (key, key, jax.random.key(4)))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other)
+    zeros = {path: jnp.zeros_like(value) for path, value in values.items()}
+    ones = zeros | {"inputs/bias": jnp.ones(4), "layers/up/bias": jnp.full((3, 4), 20.0)}
+    drawn = np.asarray(model.forward(ones, {"x": jnp.zeros((200, 4))}, key, True)[0])
+    # 1, and 1 / 0.6 for every layer that is not dropped: of three independent masks some have one, some have two.
+    assert len(np.unique(np.round(drawn, 3))) == 4
+    assert_matches_reference(Stacked, squares, optax.adam(1e-2), ROWS, mesh=DATA, rules=ANYWHERE, steps=2)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_what_a_module_sows_is_left_out() -> None:
+    class Sowing(Block):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.sow(nnx.Intermediate, "seen", x)
+            return super().__call__(x)
+
+    class SowingNet(Net):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            super().__init__(rngs)
+            self.blocks = nnx.List([Sowing(rngs) for _ in range(2)])
+
+    model, values = read_model(SowingNet, BATCH, PARTS), read_model(Net, BATCH).initialise(jax.random.key(0))
+    y, written = model.forward(values, BATCH, None, True)
+    np.testing.assert_array_equal(y, read_model(Net, BATCH).forward(values, BATCH, None, True)[0])
+    assert written == {}
+    assert model.parts is not None
+    assert model.parts.block(layer_of(model, values), jnp.ones((5, 4)), None, None, True).shape == (5, 4)
+
+
+class Reading(nnx.Module):
+    """Under `nnx.remat` what is only read comes back as a new value."""
+
+    def __init__(self, rngs: nnx.Rngs, *, write: bool = False) -> None:
+        self.up, self.write = nnx.Linear(4, 4, rngs=rngs), write
+        self.scale, self.seen = nnx.Variable(jnp.full(4, 0.7)), nnx.Variable(jnp.zeros(()))
+
+    @nnx.remat
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.write:
+            self.seen[...] += 1
+        return x + jnp.tanh(self.up(x)) * self.scale[...] + self.seen[...]
+
+
+def reading(write: bool) -> Callable[[nnx.Rngs], nnx.Module]:
+    return changed(
+        lambda model, rngs: setattr(model, "blocks", nnx.List([Reading(rngs, write=write) for _ in range(2)]))
+    )
+
+
+def test_reading_under_remat_is_not_writing() -> None:
+    assert_matches_reference(
+        reading(False), squares, optax.sgd(0.1), ROWS, mesh=STAGES, rules=ANYWHERE, pipeline=PARTS, steps=2
+    )
+    model = read_model(reading(True), BATCH, PARTS)
+    assert model.parts is not None
+    with pytest.raises(DeclarationError) as error:
+        model.parts.block(layer_of(model, model.initialise(jax.random.key(0))), jnp.ones((5, 4)), None, None, True)
+    assert str(error.value) == f"blocks/*/seen: {ALONE}; {WAY_OUT}"
+
+
+def one_module(kind: str) -> Callable[[Any, nnx.Rngs], None]:
+    def change(model: Any, rngs: nnx.Rngs) -> None:
+        if kind == "Sequential":
+            model.blocks = nnx.Sequential(*model.blocks)
+        else:
+            model.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block))(rngs)
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["Sequential", "Block"])
+def test_blocks_that_are_no_list(kind: str) -> None:
+    with pytest.raises(DeclarationError) as error:
+        read_model(changed(one_module(kind)), BATCH, PARTS)
+    assert str(error.value) == (
+        f"pipeline blocks='blocks': Net.blocks is {kind}, no list of modules; write\n"
+        "    self.blocks = nnx.List([Block(...) for _ in range(...)])\n"
+        "and call them one after another in Net.__call__"
+    )
+
+
+def test_a_module_made_to_be_frozen_beside_others_that_are_not() -> None:
+    class Frozen(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs, *, others: bool) -> None:
+            self.frozen = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+            self.free = nnx.BatchNorm(4, use_running_average=others, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.free(self.frozen(self.drop(x), use_running_average=True))
+
+    with pytest.raises(DeclarationError) as error:
+        read_model(lambda rngs: Frozen(rngs, others=False), BATCH)
+    assert str(error.value) == (
+        "frozen: is made with use_running_average=True and free with False, and training sets both to False; freeze it "
+        "where it is called, (x, use_running_average=True), and leave the argument out where it is made"
+    )
+    # Made for evaluation as a whole: training is what `nnx.Module.train` makes of it, but for what the call says.
+    model, key = read_model(lambda rngs: Frozen(rngs, others=True), BATCH), jax.random.key(0)
+    y, written = model.forward(model.initialise(key), BATCH["x"], key, True)
+    assert list(written) == ["free/mean", "free/var"]
+    assert not np.allclose(y, model.forward(model.initialise(key), BATCH["x"], jax.random.key(1), True)[0])
+
+
+def test_written_arrays_keep_their_shape() -> None:
+    class Growing(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.seen = nnx.Variable(jnp.zeros(2))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.seen.set_value(jnp.zeros(3))
+            return x
+
+    with pytest.raises(DeclarationError) as error:
+        read_model(Growing, BATCH).forward({"seen": jnp.zeros(2)}, BATCH["x"], None, True)
+    assert str(error.value) == (
+        "seen: the model writes [3] to it, and it is [2]; keep its shape: a step is compiled once"
+    )

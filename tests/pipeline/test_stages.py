@@ -61,6 +61,7 @@ REFUSED = {
         (3, 4, None),
         "3 layers on 4 stages: a stage holds at least 1 layer; use 3 stages or fewer, or more layers",
     ),
+    "one layer": ((1, 2, None), "1 layer on 2 stages: a stage holds at least 1 layer; use 1 stage, or more layers"),
     "no stages": ((3, 0, None), "3 layers on 0 stages; there must be at least 1 stage"),
     "one cost too few": ((3, 2, [1.0, 2.0]), "2 costs for 3 layers; give one cost per layer"),
     "a cost of nothing": (

@@ -58,6 +58,8 @@ POLICIES = (
     "did you mean 'dots_saveable'? write one of them"
 )
 
+SCHEDULE_NAMES = "gpipe, 1f1b, interleaved_1f1b, looped_bfs, 1f1b_split, zb_h1, zb_h2, zb_v, dualpipe_v"
+
 # name: (arguments, message)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "zero": (
@@ -117,8 +119,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "batch does not divide": (
         {"batch": rows(10), "microbatches": 4},
-        "batch: 10 examples do not divide by 2 shards (data=2) x 4 microbatches; use a batch of 16, or fewer "
-        "microbatches",
+        "batch: 10 examples do not divide by 2 shards (data=2) x 4 microbatches; use a batch of 16, or 1 microbatch",
+    ),
+    "batch does not divide, and what fewer would": (
+        {"batch": rows(64), "microbatches": 7},
+        "batch: 64 examples do not divide by 2 shards (data=2) x 7 microbatches; use a batch of 70, or 4 microbatches",
+    ),
+    "a level that looks like another": (
+        {"zero": -1},
+        "zero=-1: is not one of 0, 1, 2, 3; write one of them",
     ),
     "microbatches 0": (
         {"microbatches": 0},
@@ -143,11 +152,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "schedule": (
         {"schedule": "1f1d"},
-        "schedule '1f1d': unknown, there are gpipe, 1f1b; did you mean '1f1b'?",
+        f"schedule '1f1d': unknown, there are {SCHEDULE_NAMES}; did you mean '1f1b'?",
     ),
     "schedule, nothing like it": (
-        {"schedule": "dual"},
-        "schedule 'dual': unknown, there are gpipe, 1f1b; choose one of these",
+        {"schedule": "qqq"},
+        f"schedule 'qqq': unknown, there are {SCHEDULE_NAMES}; choose one of these",
+    ),
+    "fewer layers than virtual stages": (
+        {"mesh": {"data": 1, "stage": 4, "tensor": 1}, "schedule": "interleaved_1f1b"},
+        "4 layers on 8 stages: a stage holds at least 1 layer; use 4 stages or fewer, or more layers",
+    ),
+    "virtual stages where a device holds one": (
+        {"schedule": "1f1b", "virtual": 2},
+        "schedule '1f1b': a device holds 1 of its stages, not 2 (4 stages on 2 devices); write virtual=1, or take one "
+        "that holds any number: interleaved_1f1b, looped_bfs, 1f1b_split",
     ),
     "blocks with different specs": (
         {"rules": SPREAD},
@@ -156,8 +174,48 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the head's examples do not divide": (
         {"head": "examples", "microbatches": 4},
-        "head='examples': a microbatch of 1 examples a shard does not divide by 2 stages; use head='last_stage', or "
+        "head='examples': a microbatch of 1 example a shard does not divide by 2 stages; use head='last_stage', or "
         "fewer microbatches",
+    ),
+    "an integer parameter": (
+        {
+            "model": Functions(
+                init=lambda key: {"order": jax.numpy.arange(12), "w": jax.numpy.ones(12)},
+                apply=lambda params, batch: batch["x"][:, params["order"]] * params["w"],
+            ),
+            "mesh": {"stage": 1},
+            "rules": Rules((("**", None),)),
+        },
+        "order: is a parameter of dtype int32, and only floating-point and complex numbers are trained; make it a "
+        "buffer: an nnx.Variable that is no nnx.Param, a Linen collection beside params, or a constant of the function",
+    ),
+    "activation that names no axis": (
+        {"activation": P("dta", "tensor")},
+        f"activation={P('dta', 'tensor')}: the mesh has no axis 'dta', it has data, stage, tensor; did you mean "
+        "'data'? name one of them",
+    ),
+    "activation that names the stage axis": (
+        {"activation": P("data", "stage")},
+        f"activation={P('data', 'stage')}: 'stage' is the stage axis, and x is on one stage at a time; leave it out",
+    ),
+    "activation with more entries than x has dims": (
+        {"activation": P("data", None, "tensor")},
+        f"activation={P('data', None, 'tensor')}: has 3 entries, and x 2 dims, [4, 16]; give one entry for each dim, "
+        "or fewer",
+    ),
+    "activation that does not divide": (
+        {"activation": P("data", "tensor"), "mesh": {"data": 1, "tensor": 3}, "rules": mlp.mlp_rules(None)},
+        f"activation={P('data', 'tensor')}: dim 1 of x has size 16, not divisible by tensor=3; shard another dim",
+    ),
+    "activation without parts": (
+        {
+            "activation": P("data"),
+            "model": whole,
+            "mesh": {"stage": 1},
+            "rules": Rules((("**", None),)),
+        },
+        f"activation={P('data')}: the model's parts are not named, so that nothing flows between blocks; pass "
+        "pipeline=Pipeline(before=..., blocks=..., after=...), or leave activation out",
     ),
     "a block that changes x's shape": (
         {
@@ -197,8 +255,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "  6. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
         "  7. head='first': is not one of auto, examples, last_stage; write one of them\n"
         "  8. batch x: leading dim 9 is not the 3 examples of labels; give every array the examples first\n"
-        "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4, or fewer "
-        "microbatches",
+        "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4",
     ),
 }
 
@@ -208,4 +265,32 @@ def test_malformed(name: str) -> None:
     arguments, message = BAD[name]
     with pytest.raises(DeclarationError) as error:
         declare(**arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "jax_default_prng_impl",
+            "rbg",
+            "jax_default_prng_impl='rbg': its draws depend on how an array is sharded; use "
+            "jax.config.update('jax_default_prng_impl', 'threefry2x32')",
+        ),
+        (
+            "jax_threefry_partitionable",
+            False,
+            "jax_threefry_partitionable=False: a device would draw all of an array to keep its share; use "
+            "jax.config.update('jax_threefry_partitionable', True)",
+        ),
+    ],
+)
+def test_random_numbers_that_depend_on_the_mesh_are_refused(option: str, value: Any, message: str) -> None:
+    before = getattr(jax.config, option)
+    jax.config.update(option, value)
+    try:
+        with pytest.raises(DeclarationError) as error:
+            declare()
+    finally:
+        jax.config.update(option, before)
     assert str(error.value) == message

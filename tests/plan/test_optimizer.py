@@ -11,10 +11,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from shardlab.mesh.faults import DeclarationError
 from shardlab.models import mlp
 from shardlab.module.functions import Functions, path_of, read_functions
+from shardlab.pipeline.schedules import make_schedule
 from shardlab.plan.layout import stacks_of
-from shardlab.plan.optimizer import nest, stack, state_specs, unnest, why_per_layer
+from shardlab.plan.optimizer import changed_by_padding, nest, stack, state_specs, unnest, why_per_layer
 from shardlab.plan.plan import Stack
 
 SHAPES = {"layer": {"kernel": jax.ShapeDtypeStruct((8, 6), "float32"), "bias": jax.ShapeDtypeStruct((6,), "float32")}}
@@ -113,41 +115,160 @@ MODEL = read_functions(
     {"features": jax.ShapeDtypeStruct((4, 12), "float32")},
     None,
 )
+WARM = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 2000, 10000)
 
+
+def of_layer_0(tree: Any) -> Any:
+    paths = jax.tree_util.tree_map_with_path(lambda keys, _: path_of(keys), tree)
+    return jax.tree.map(lambda path: "frozen" if path.startswith("blocks/0/") else "trained", paths)
+
+
+def of_kernels(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda keys, _: "a" if "kernel" in path_of(keys) else "b", tree)
+
+
+def decay_of_matrices_from(step: int) -> optax.GradientTransformation:
+    late = optax.add_decayed_weights(lambda count: 0.1 * (count >= step), mask=is_matrix)
+    return optax.chain(optax.scale_by_adam(), late, optax.scale(-0.1))
+
+
+# What is not the same on stacked layers, however late or little of it is seen: update or state, of what.
 PER_LAYER: dict[str, tuple[optax.GradientTransformation, str]] = {
-    "muon": (optax.contrib.muon(0.1), "on stacked layers its update of blocks/*/"),
-    "adafactor": (optax.adafactor(0.1), "on stacked layers its update of blocks/*/"),
-    "decay of matrices": (
-        optax.adamw(0.1, weight_decay=0.1, mask=is_matrix),
-        "on stacked layers its update of blocks/*/down/bias differs by ",
+    "muon": (optax.contrib.muon(0.1), "state of blocks/*/down/kernel"),
+    "muon, warmed up": (optax.contrib.muon(WARM), "state of blocks/*/down/kernel"),
+    "muon, every 50 steps": (
+        optax.MultiSteps(optax.contrib.muon(0.1), 50).gradient_transformation(),
+        "state of blocks/*/down/kernel",
     ),
-    "clip_by_block_rms": (
-        optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)),
-        "on stacked layers its update of blocks/*/down/bias differs by ",
+    "adafactor": (optax.adafactor(0.1), "state of blocks/*/down/bias"),
+    "lamb, warmed up": (optax.lamb(WARM), "update of blocks/*/down/bias"),
+    "novograd": (optax.novograd(0.1), "state of blocks/*/down/bias"),
+    "decay of matrices": (optax.adamw(0.1, weight_decay=0.1, mask=is_matrix), "update of blocks/*/down/bias"),
+    "decay of matrices, a little": (
+        optax.adamw(WARM, weight_decay=1e-6, mask=is_matrix),
+        "update of blocks/*/down/bias",
     ),
-    "a mask that is the user's tree": (
-        optax.masked(optax.sgd(0.1), MODEL.tree(dict.fromkeys(MODEL.parameters, True))),
-        "it does not accept a tree of stacked layers (ValueError)",
+    "decay of matrices, late": (decay_of_matrices_from(10**5 + 7), "update of blocks/*/down/bias"),
+    "a layer frozen": (
+        optax.multi_transform({"trained": optax.adamw(WARM), "frozen": optax.set_to_zero()}, of_layer_0),
+        "state of blocks/*/down/bias",
     ),
+    "a layer frozen, without state": (
+        optax.multi_transform({"trained": optax.sgd(WARM), "frozen": optax.set_to_zero()}, of_layer_0),
+        "update of blocks/*/down/bias",
+    ),
+    "clip_by_block_rms": (optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)), "update of blocks/*/down/bias"),
+    "noise": (optax.chain(optax.add_noise(0.1, 0.55, 0), optax.sgd(0.1)), "update of blocks/*/down/bias"),
+    "centralized": (optax.chain(optax.centralize(), optax.sgd(0.1)), "update of blocks/*/down/bias"),
+    "all in one vector": (optax.flatten(optax.sgd(0.1)), "update of blocks/*/down/bias"),
 }
 
 STACKED: dict[str, optax.GradientTransformation] = {
     "sgd": optax.sgd(0.1, momentum=0.9),
-    "adamw": optax.adamw(0.1),
+    "adamw, warmed up": optax.adamw(WARM),
+    "adamw with a bfloat16 moment": optax.adamw(0.1, mu_dtype=jnp.bfloat16),
     "lion": optax.lion(0.1),
+    "rmsprop": optax.rmsprop(0.1, centered=True, momentum=0.9),
+    "adagrad": optax.adagrad(0.1),
+    "adamax": optax.adamax(0.1),
+    "adabelief": optax.adabelief(0.1),
+    "nadamw": optax.nadamw(0.1),
+    "clipped, each number": optax.chain(optax.clip(0.1), optax.sgd(0.1)),
     "clipped by the global norm": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.1)),
+    "by name": optax.multi_transform({"a": optax.adamw(WARM), "b": optax.set_to_zero()}, of_kernels),
+    "MultiSteps": optax.MultiSteps(optax.adam(0.1), 4).gradient_transformation(),
+    "MultiSteps that skips": optax.MultiSteps(
+        optax.adam(0.1), 4, should_skip_update_fn=optax.transforms.skip_not_finite
+    ).gradient_transformation(),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 3),
+    "injected hyperparameters": optax.inject_hyperparams(optax.adamw)(learning_rate=WARM),
+    "less on a plateau": optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau()),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.1),
 }
 
 
+def stacks(*layers: int) -> Any:
+    return stacks_of(MODEL, layers, make_schedule("1f1b", stages=2, microbatches=2))
+
+
+@pytest.mark.parametrize("layers", [(2, 1), (3,)])
 @pytest.mark.parametrize("name", PER_LAYER)
-def test_an_optimizer_that_tells_stacked_layers_apart_runs_per_layer(name: str) -> None:
-    optimizer, reason = PER_LAYER[name]
-    assert (why_per_layer(optimizer, MODEL, stacks_of(MODEL, (2, 1))) or "").startswith(reason)
+def test_an_optimizer_that_tells_stacked_layers_apart_runs_per_layer(name: str, layers: tuple[int, ...]) -> None:
+    optimizer, what = PER_LAYER[name]
+    schedule = make_schedule("1f1b", stages=len(layers), microbatches=2)
+    found = why_per_layer(optimizer, MODEL, MODEL.parameters, stacks_of(MODEL, layers, schedule))
+    assert found == f"on stacked layers its {what} is not that of each layer"
 
 
+def test_an_optimizer_made_for_the_users_tree_runs_per_layer() -> None:
+    optimizer = optax.masked(optax.sgd(0.1), MODEL.tree(dict.fromkeys(MODEL.parameters, True)))
+    found = why_per_layer(optimizer, MODEL, MODEL.parameters, stacks(2, 1))
+    assert found == "it does not accept a tree of stacked layers (ValueError)"
+
+
+@pytest.mark.parametrize("layers", [(2, 1), (3,)])
 @pytest.mark.parametrize("name", STACKED)
-def test_an_elementwise_optimizer_runs_stacked(name: str) -> None:
-    assert why_per_layer(STACKED[name], MODEL, stacks_of(MODEL, (2, 1))) is None
+def test_an_elementwise_optimizer_runs_stacked(name: str, layers: tuple[int, ...]) -> None:
+    schedule = make_schedule("1f1b", stages=len(layers), microbatches=2)
+    assert why_per_layer(STACKED[name], MODEL, MODEL.parameters, stacks_of(MODEL, layers, schedule)) is None
+
+
+def test_what_fills_a_shorter_stage_stays_zero() -> None:
+    """Yogi starts its first moment at 1e-6, which moves a parameter whose gradient is zero: with pad slots only."""
+    even = stacks_of(MODEL, (3,), make_schedule("1f1b", stages=1, microbatches=2))
+    assert why_per_layer(optax.yogi(0.1), MODEL, MODEL.parameters, even) is None
+    found = why_per_layer(optax.yogi(0.1), MODEL, MODEL.parameters, stacks(2, 1))
+    assert found == "on stacked layers its update of blocks/*/down/bias is not that of each layer"
+
+
+CALLED = (
+    "; a step calls init(parameters) and update(gradients, state, parameters, value=loss, grad=gradients): use an "
+    "optimizer that needs no more"
+)
+REFUSED: dict[str, tuple[optax.GradientTransformation, str]] = {
+    "lbfgs": (optax.lbfgs(), "optimizer: needs value_fn"),
+    "sophia": (
+        optax.contrib.sophia(0.1),
+        "optimizer: raises ValueError: obj_fn must be provided to hutchinson update function.",
+    ),
+    "lookahead": (
+        optax.lookahead(optax.sgd(0.1), 3, 0.5),
+        "optimizer: raises AttributeError: 'dict' object has no attribute 'fast'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_optimizer_that_needs_more_than_a_step_knows_is_refused(name: str) -> None:
+    optimizer, problem = REFUSED[name]
+    with pytest.raises(DeclarationError) as error:
+        why_per_layer(optimizer, MODEL, MODEL.parameters, ())
+    assert str(error.value) == problem + CALLED
+
+
+def test_an_update_that_changes_the_states_shapes_is_refused() -> None:
+    optimizer = optax.GradientTransformation(lambda tree: jnp.zeros(1), lambda u, s, p=None: (u, jnp.zeros(2)))
+    with pytest.raises(DeclarationError) as error:
+        why_per_layer(optimizer, MODEL, MODEL.parameters, ())
+    assert str(error.value) == (
+        "optimizer: its update returns a state of another structure or other shapes than init does; return one of the "
+        "same"
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changed"),
+    [
+        (optax.adamw(WARM), None),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.1)), None),
+        (optax.adafactor(WARM, min_dim_size_to_factor=4), "state of outputs/kernel"),
+        (optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(WARM)), "update of outputs/kernel"),
+    ],
+    ids=["adamw", "global norm", "adafactor", "block rms"],
+)
+def test_padding_is_seen_by_an_optimizer_that_looks_at_a_whole_array(optimizer: Any, changed: str | None) -> None:
+    found = changed_by_padding(optimizer, MODEL, MODEL.parameters, {"outputs/kernel": (16, 12)})
+    assert found == changed
 
 
 def test_nest_and_unnest() -> None:

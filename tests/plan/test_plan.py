@@ -115,6 +115,7 @@ def test_bytes_per_device_by_hand() -> None:
     state = 96 + 12 + 96 + 8  # of a block, over data where a dim is free: not the bias that tensor splits
     assert residual().bytes_per_device() == {
         "parameters": 4 * (192 // 2 + 16 // 2 + 160 // 2 + 10 + 2 * block),
+        "buffers": 0,
         "gradients": 4 * (192 + 16 + 160 + 10 + 2 * block),
         "optimizer_state": 2 * 4 * (192 // 4 + 16 // 4 + 160 // 4 + 10 // 2 + 2 * state) + 4,  # and the count
         "activations": 2 * (2 * 4 * 2 * 16),  # two microbatches in flight: two blocks' x of two rows

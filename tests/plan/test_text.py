@@ -8,20 +8,25 @@ change of the text that is meant, write it anew and read the difference:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models.decoder import DecoderConfig, decoder_rules
+from shardlab.models.mlp import MLPConfig
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
 from shardlab.plan.make import make_plan
+from shardlab.plan.plan import Plan
 from shardlab.plan.text import columns, human_bytes, spec_text
 from shardlab.sharding.rules import Rules
 
@@ -68,7 +73,91 @@ def test_a_plan_without_parts_has_no_line_of_stages() -> None:
         "per device:",
         "  parameters                        20 B",
         "  gradients                         20 B",
+        "  activations not estimated: the model is taken whole",
     ]
+
+
+class Scaled(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up, self.scale = nnx.Linear(4, 4, use_bias=False, rngs=rngs), jnp.ones(4)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.up(x) * self.scale
+
+
+class Tabled(nnx.Module):
+    """Arrays that are not trained, in its blocks and outside."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.table, self.blocks = jnp.ones((4, 6)), nnx.List([Scaled(rngs) for _ in range(3)])
+
+    def embed(self, batch: Any) -> jax.Array:
+        return batch
+
+    def head(self, x: jax.Array) -> jax.Array:
+        return x @ self.table
+
+
+def test_arrays_that_are_not_trained_are_listed_and_counted() -> None:
+    plan = make_plan(
+        Tabled,
+        mesh=MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4"),
+        rules=Rules((("table", P("data")), ("blocks/*/up/kernel", None))),
+        optimizer=optax.sgd(0.1),
+        batch=jax.ShapeDtypeStruct((8, 4), jnp.float32),
+        pipeline=Pipeline(before="embed", blocks="blocks", after="head"),
+    )
+    assert Plan.from_json(plan.to_json()) == plan
+    lines = str(plan).splitlines()
+    assert [" ".join(line.split()) for line in lines[7:10]] == [
+        'blocks/*/up/kernel x3 4x4 float32 P() as declared P() rule 2, "blocks/*/up/kernel" 64 B',
+        "blocks/*/scale x3 4 float32 P() as declared not trained no rule: replicated 16 B",
+        "table 4x6 float32 P('data') as declared not trained rule 1, \"table\" 48 B",
+    ]
+    # Two slots of blocks on a stage, one of them empty on the shorter.
+    assert "  arrays not trained                80 B" in lines
+    other = dataclasses.replace(plan, buffers=plan.buffers[1:])
+    assert plan.diff(other) == ("buffers blocks/0/scale: only in the first plan",)
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "stages"),
+    [
+        ({"microbatches": 1}, "batch of 8, 1 microbatch of 4 a shard", "2 stages of 1 layer each, schedule 1f1b, "),
+        ({"microbatches": 2}, "batch of 8, 2 microbatches of 2 a shard", "2 stages of 1 layer each, schedule 1f1b, "),
+    ],
+)
+def test_one_is_no_plural(given: dict[str, int], batch: str, stages: str) -> None:
+    lines = str(small(**given)).splitlines()
+    assert lines[2] == batch
+    assert lines[3].startswith(stages)
+    assert not any("not estimated" in line for line in lines)
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_that_gradients_accumulate_whole_is_noted_where_their_parts_were_asked_for(zero: int) -> None:
+    note = (
+        f"note: ZeRO {zero}: gradients accumulate whole over the microbatches of a step, and are cut once they are "
+        "reduced; accumulate='sharded' keeps a piece on each device"
+    )
+    assert (note in str(small(zero=zero)).splitlines()) is (zero > 1)
+    if zero > 1:
+        assert "accumulate whole" not in str(small(zero=zero, accumulate="sharded"))
+
+
+def small(**given: Any) -> Plan:
+    return make_plan(
+        MLPConfig(num_layers=2, model_dim=4, hidden_dim=4),
+        mesh=MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4"),
+        rules=[("**", None)],
+        optimizer=optax.sgd(0.1),
+        batch={
+            "features": jax.ShapeDtypeStruct((8, 12), jnp.float32),
+            "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
+        },
+        pipeline=Pipeline(before="embed", blocks="blocks", after="head"),
+        **given,
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,15 @@ def test_table() -> None:
 
 def test_table_marks_lower_bounds() -> None:
     table = collectives_table([BOTH, {**GATHER, "exact": False}]).splitlines()
-    assert [">=" in line for line in table] == [False, False, True, True]
+    assert [">=" in line for line in table[:-1]] == [False, False, True, True]
+    assert table[-1] == ">=: in a loop of unknown length"
+
+
+def test_table_explains_groups_that_are_no_axes() -> None:
+    table = collectives_table([BOTH, {**GATHER, "axes": ["?"]}]).splitlines()
+    assert table[2].split() == ["all-gather", "?", "1", "8.0", "KiB", "4.0", "KiB"]
+    assert table[3].startswith("total ")
+    assert table[4:] == ["?: between devices that no mesh axes name"]
 
 
 def test_table_of_nothing() -> None:

@@ -191,13 +191,17 @@ def test_sizes_that_give_no_data(changes: dict[str, Any], message: str) -> None:
 
 
 def test_text_that_does_not_suffice(root: str) -> None:
-    windows = len(Windows(read_text(root, 10**6, 20).held_out, 9))
+    held_out = read_text(root, 10**6, 20).held_out
+    windows, longest = len(Windows(held_out, 9)), (held_out.size - 1) // 400
+    assert len(Windows(held_out, longest)) >= 400 > len(Windows(held_out, longest + 1))
     message = (
         f"data: 100 held-out batches of 4 need 400 examples, the held-out text of {root} has {windows} "
-        "windows of 9 bytes; raise max_megabytes (8), or use fewer"
+        f"windows of 9 bytes; make seq_len {longest} at most, raise max_megabytes (8), or use fewer"
     )
     with pytest.raises(DeclarationError, match=f"^{re.escape(message)}$"):
         data(root).held_out(4, 100)
+    with pytest.raises(DeclarationError, match=r"windows of 9 bytes; raise max_megabytes \(8\), or use fewer$"):
+        data(root).held_out(10**5, 10)  # more windows than bytes
     message = (
         f"data: 1 of the 60 Python files in {root} fit in 0.0002 MB, 0 of them held out; training and "
         "held-out text need a file each: raise max_megabytes, change held_out_percent, or give another root"

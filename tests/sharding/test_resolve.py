@@ -89,7 +89,7 @@ def test_a_4096_device_plan_of_32_layers_is_resolved_without_devices() -> None:
 
 
 BLOCK = "did you mean 'blocks/0/mlp/up/kernel'? "
-CHOICES = "or replicate it on purpose with None"
+CHOICES = "with Rule(..., pad=True), or replicate it on purpose with None"
 NOTE = "annotation ('embed', 'mlp')"
 
 # name: (shapes, declaration, message)
@@ -99,45 +99,45 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
         {"rules": [("norm", None), ("head/**", None), ("**/up/kernel", P(None, "tensor"))]},
         f"{KERNEL}: dim 1 has size 1000, not divisible by axis 'tensor' of size 16 (rule 3, "
         '"**/up/kernel"); '
-        f"shard another dim, pad it to 1008, {CHOICES}",
+        f"shard another dim, pad it to 1008 {CHOICES}",
     ),
     "does not divide, and no other dim would": (
         {KERNEL: (10, 1000)},
         {"rules": [("**", P(None, "tensor"))]},
         f"{KERNEL}: dim 1 has size 1000, not divisible by axis 'tensor' of size 16 (rule 1, \"**\"); pad "
         "it to "
-        f"1008, {CHOICES}",
+        f"1008 {CHOICES}",
     ),
     "does not divide, and the other dim is taken": (
         {KERNEL: (512, 1000)},
         {"rules": [("**", P("data", "tensor"))]},
         f"{KERNEL}: dim 1 has size 1000, not divisible by axis 'tensor' of size 16 (rule 1, \"**\"); pad "
         "it to "
-        f"1008, {CHOICES}",
+        f"1008 {CHOICES}",
     ),
     "does not divide by the product": (
         {KERNEL: (48,)},
         {"rules": [("**", P(("data", "tensor")))]},
         f"{KERNEL}: dim 0 has size 48, not divisible by axes 'data' x 'tensor' of sizes 2 x 16 = 32 (rule 1, "
-        f'"**"); pad it to 64, {CHOICES}',
+        f'"**"); pad it to 64 {CHOICES}',
     ),
     "two dims do not divide": (
         {KERNEL: (3, 10)},
         {"rules": [("**", P("data", "tensor"))]},
         "2 faults in the declaration:\n"
         f"  1. {KERNEL}: dim 0 has size 3, not divisible by axis 'data' of size 2 (rule 1, \"**\"); pad it "
-        "to 4, "
+        "to 4 "
         f"{CHOICES}\n"
         f"  2. {KERNEL}: dim 1 has size 10, not divisible by axis 'tensor' of size 16 (rule 1, \"**\"); "
         "pad it to "
-        f"16, {CHOICES}",
+        f"16 {CHOICES}",
     ),
     "the same on 32 layers": (
         layers(32, (512, 1000)),
         {"rules": [("**", P(None, "tensor"))]},
         f"{KERNEL} and 31 more like it: dim 1 has size 1000, not divisible by axis 'tensor' of size 16 "
         "(rule 1, "
-        f'"**"); shard another dim, pad it to 1008, {CHOICES}',
+        f'"**"); shard another dim, pad it to 1008 {CHOICES}',
     ),
     "siblings by suffix, one of them different": (
         {"Dense_0/kernel": (3,), "Dense_1/kernel": (3,), "Dense_2/kernel": (5,), "w1": (3,), "w2": (3,)},
@@ -145,13 +145,13 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
         "4 faults in the declaration:\n"
         "  1. Dense_0/kernel and 1 more like it: dim 0 has size 3, not divisible by axis 'data' of size 2 "
         "(rule "
-        f'1, "**"); pad it to 4, {CHOICES}\n'
+        f'1, "**"); pad it to 4 {CHOICES}\n'
         "  2. Dense_2/kernel: dim 0 has size 5, not divisible by axis 'data' of size 2 (rule 1, \"**\"); "
         "pad it "
-        f"to 6, {CHOICES}\n"
-        "  3. w1: dim 0 has size 3, not divisible by axis 'data' of size 2 (rule 1, \"**\"); pad it to 4, "
+        f"to 6 {CHOICES}\n"
+        "  3. w1: dim 0 has size 3, not divisible by axis 'data' of size 2 (rule 1, \"**\"); pad it to 4 "
         f"{CHOICES}\n"
-        "  4. w2: dim 0 has size 3, not divisible by axis 'data' of size 2 (rule 1, \"**\"); pad it to 4, "
+        "  4. w2: dim 0 has size 3, not divisible by axis 'data' of size 2 (rule 1, \"**\"); pad it to 4 "
         f"{CHOICES}",
     ),
     "more entries than dims": (
@@ -223,6 +223,16 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
         "rule 1, \"**\": axis 'tensr' is not in the mesh (data, stage, tensor); did you mean 'tensor'? "
         "name a "
         "mesh axis, or None",
+    ),
+    "unknown axis in several rules": (
+        {"a": (2, 2), "b": (2,), "c": (2,)},
+        {"rules": [("a", P("tensr", "tensr")), ("b", P("tensr")), ("c", P("dat"))]},
+        "3 faults in the declaration:\n"
+        "  1. rule 1, \"a\" and 1 more rule: axis 'tensr' is not in the mesh (data, stage, tensor); did you mean "
+        "'tensor'? name a mesh axis, or None\n"
+        "  2. rule 3, \"c\": axis 'dat' is not in the mesh (data, stage, tensor); did you mean 'data'? name a mesh "
+        "axis, or None\n"
+        "  3. rule 1, \"a\": axis 'tensr' is used twice, by dims 0 and 1; an axis splits one dim: keep one",
     ),
     "unknown axis in specs": (
         {"a": (2,)},
@@ -350,7 +360,7 @@ BAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = {
         '"**/kernel"; move it up, or remove it\n'
         f"  4. {KERNEL} and 1 more like it: dim 1 has size 24, not divisible by axis 'tensor' of size 16 "
         "(rule 1, "
-        f'"**/kernel"); pad it to 32, {CHOICES}\n'
+        f'"**/kernel"); pad it to 32 {CHOICES}\n'
         '  5. norm: no rule matches it, and it has no annotation; add a rule ("norm", P(...)), or ("norm", '
         "None) "
         "to replicate it on purpose",

@@ -29,10 +29,8 @@ def draws_of(draw: Draw, rows: int = ROWS) -> Any:
 def by_rows(draw: Draw, key: jax.Array) -> Any:
     """The draw made by every shard of the batch with its rows key."""
     batched = draws_of(draw)
-    shards = [
-        jax.jit(lambda first: draw(rows_key(key, first, ROWS, batched), ROWS))(jnp.int32(first))
-        for first in range(0, BATCH, ROWS)
-    ]
+    shard = jax.jit(lambda first: draw(rows_key(key, first, ROWS, batched), ROWS))
+    shards = [shard(jnp.int32(first)) for first in range(0, BATCH, ROWS)]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *shards)
 
 
@@ -41,7 +39,7 @@ def by_rows(draw: Draw, key: jax.Array) -> Any:
 def test_bits_of_every_width(width: int) -> None:
     with jax.enable_x64(True):
         key = jax.random.key(3)
-        for inner in ((), (5,), (2, 1, 7)):
+        for inner in ((), (2, 1, 7)):
 
             def draw(key: jax.Array, rows: int, inner: tuple[int, ...] = inner) -> jax.Array:
                 return jax.random.bits(key, (rows, *inner), f"uint{width}")
@@ -103,9 +101,10 @@ def test_a_function_without_draws_by_row_keeps_the_plain_key() -> None:
 
 def test_numbers_beyond_32_bits() -> None:
     """Element i of a draw hashes the two words of i; far into a large batch the high word is not zero."""
-    words, first, rows, shape = jnp.array([5, 6], jnp.uint32), 2**20 - 1, 2, (2, 3, 2**14)
+    # Element 2**32 lies in row 87381, a third into it: 87381 * 3 * 2**14 + 2**14.
+    words, first, rows, shape = jnp.array([5, 6], jnp.uint32), 87381, 2, (2, 3, 2**14)
     number = (np.arange(np.prod(shape)) + first * np.prod(shape[1:])).astype(np.uint64)
-    assert number.max() >= 2**32
+    assert number[2**14] == 2**32
     high, low = (number >> np.uint64(32)).astype(np.uint32), number.astype(np.uint32)
     one, two = np.split(np.asarray(threefry_2x32(words, jnp.concatenate([high, low]))), 2)
     found = _bits(words, 32, shape, jnp.uint32(first), rows)

@@ -1,0 +1,55 @@
+"""Schedules through CSV and back, and the messages of a CSV that is no schedule."""
+
+import pytest
+
+from shardlab.pipeline.actions import ScheduleError
+from shardlab.pipeline.schedules import SCHEDULES, make_schedule
+from shardlab.pipeline.table_csv import from_csv, to_csv
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 1), (2, 3), (3, 2), (4, 8)])
+def test_there_and_back(name: str, stages: int, microbatches: int) -> None:
+    schedule = make_schedule(name, stages=stages, microbatches=microbatches)
+    again = from_csv(to_csv(schedule), name)
+    assert again.ticks == schedule.ticks
+    assert (again.num_virtual, again.num_microbatches) == (schedule.num_virtual, microbatches)
+    assert [again.device_of(s) for s in range(again.num_stages)] == [
+        schedule.device_of(s) for s in range(schedule.num_stages)
+    ]
+
+
+def test_rows_may_be_of_different_length_and_have_spaces() -> None:
+    schedule = from_csv("0F0, 0F1 ,,0B0,,0B1\n,1F0,1B0,1F1,1B1\n\n")
+    assert schedule.row(1) == make_schedule("1f1b", stages=2, microbatches=2).row(1)
+
+
+REFUSED = {
+    "no rows": ("\n\n", "schedule 'mine': the CSV has no rows; write one for each device"),
+    "no actions": (",,\n,,\n", "schedule 'mine': the CSV has no actions; give it at least an F and a B"),
+    "no action": (
+        "0F0,0B0\n1F0,1X0\n",
+        "schedule 'mine': row 2, column 2: action '1X0': not a stage, a kind (F, B, I, W) and a microbatch; write it "
+        "as '2F0'",
+    ),
+    "an odd stage": (
+        "0F0,,2F0,2B0,,0B0\n,1F0,,,1B0,\n",
+        "schedule 'mine': 3 stages on 2 devices; every device holds the same number of stages, so use 2 or 4",
+    ),
+    "no train step": (
+        "0F0,0B0\n,1F0,1B0\n",
+        "schedule 'mine': 2 stages on 2 devices, 1 microbatch: 1 fault\n"
+        "tick  device 0 device 1\n"
+        "   0  0F0      .\n"
+        "   1  [0B0]    1F0       <-- 0B0 needs 1B0, which runs in tick 2 on device 1\n"
+        "   2  .        1B0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with(case: str) -> None:
+    text, message = REFUSED[case]
+    with pytest.raises(ScheduleError) as error:
+        from_csv(text, "mine")
+    assert str(error.value) == message

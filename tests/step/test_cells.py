@@ -1,0 +1,65 @@
+"""What each slot of a stage holds; one tick's garbage stays out of accumulators and buffers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shardlab.mesh.spec import MeshSpec
+from shardlab.models import mlp
+from shardlab.module.functions import Functions
+from shardlab.module.model import read_model
+from shardlab.plan.make import make_plan
+from shardlab.step.cells import StageArrays, _add, _read, _write
+from tests.equivalence.cases import features
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "blocks", "used"),
+    [
+        (4, 2, [[0, 1], [2, 3]], [[True, True], [True, True]]),
+        (5, 2, [[0, 1, 2], [3, 4, 0]], [[True, True, True], [True, True, False]]),
+        (3, 1, [[0, 1, 2]], [[True, True, True]]),
+    ],
+    ids=["even", "uneven", "one stage"],
+)
+def test_slots_of_stages(layers: int, stages: int, blocks: list[list[int]], used: list[list[bool]]) -> None:
+    model = Functions(
+        init=functools.partial(mlp.init, config=mlp.MLPConfig(num_layers=layers)),
+        before=mlp.before,
+        block=mlp.block,
+        after=mlp.after,
+    )
+    mesh = MeshSpec({"stage": stages}, stage="stage", target=f"cpu:{stages}")
+    plan = make_plan(model, mesh=mesh, rules=mlp.mlp_rules(None), optimizer=optax.sgd(0.1), batch=features(8))
+    arrays = StageArrays(read_model(model, features(8)), plan)
+    assert arrays.block_of_slot.tolist() == blocks
+    assert arrays.used.tolist() == used
+    assert arrays.inner == {f"blocks/*/{path}": path for path in ("down/bias", "down/kernel", "up/bias", "up/kernel")}
+
+
+NAN = jnp.full(2, jnp.nan)
+
+
+def test_accumulators_add_where_it_is_kept() -> None:
+    total = jnp.arange(6.0).reshape(3, 2)
+    added = _add(total, jnp.ones(2, jnp.bfloat16), jnp.int32(1), jnp.bool_(True))
+    assert added.dtype == jnp.float32
+    np.testing.assert_array_equal(added, [[0, 1], [3, 4], [4, 5]])
+    np.testing.assert_array_equal(_add(total, NAN, jnp.int32(1), jnp.bool_(False)), total)
+
+
+def test_buffers_are_written_where_it_is_valid() -> None:
+    buffer: Any = jnp.zeros((2, 3, 2))
+    at = jnp.int32(1), jnp.int32(2)
+    written = _write(buffer, jnp.array([5.0, 6.0]), at, jnp.bool_(True))
+    assert written.sum() == 11
+    np.testing.assert_array_equal(_read(written, at), [5, 6])
+    np.testing.assert_array_equal(_write(written, NAN, at, jnp.bool_(False)), written)
+    np.testing.assert_array_equal(jax.jit(_read)(written, (jnp.int32(0), jnp.int32(2))), [0, 0])
