@@ -13,7 +13,7 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
 from shardlab.plan.plan import Plan
 from shardlab.step.constraints import made_legal, uses_batch_sum
-from shardlab.step.examples import check_rows_to_rows, check_sums
+from shardlab.step.examples import ROWS, Value, check_rows_to_rows, check_sums
 from shardlab.step.random import Drawn, batched_draws, rows_key, site_key
 from shardlab.step.region import Region
 from shardlab.step.state import cut
@@ -92,7 +92,7 @@ class Calls:
 
     def loss(self, y: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Sum and weight of the loss; the weight is a constant of the derivative."""
-        return scalars(self._legal("loss")(y, batch))
+        return self._legal("loss")(y, batch)
 
     def _call(self, name: str, args: tuple[Any, ...], key: Any, site: Any, rows: int) -> Any:
         legal = self._legal(name)
@@ -109,7 +109,8 @@ class Calls:
         region = self._region
         # Each stage has its own share of the examples before and after the blocks, if they are shared.
         spread = region.manual if self.shared and name in ("before", "after", "loss") else region.batch
-        return made_legal(self._functions[name], region.manual, spread, region.automatic_mesh)
+        platform = region.mesh.devices.flat[0].platform
+        return made_legal(self._functions[name], region.manual, spread, region.automatic_mesh, platform=platform)
 
     def _has_auxiliary(self) -> bool:
         if self._model.parts is None:
@@ -125,7 +126,7 @@ class Calls:
         values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in model.parameters.items()}
         values |= model.buffers
         examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.eval_shape(lambda: jax.random.key(0)) if self._train else None
         outer = (values, examples, key)
         if model.parts is None:
             y, _ = jax.eval_shape(functions["the model"], *outer)
@@ -143,30 +144,76 @@ class Calls:
     def _check(self, rows: int) -> None:
         """That the functions mean the same on `rows` examples as on all; notes which of their draws follow the batch.
 
-        Each is traced with these rows and with twice as many.
+        Each is traced with these rows and with twice as many. One row is traced as two: JAX writes a program otherwise
+        where a dim has size 1, though it means the same.
         """
+        several = max(rows, 2)
+        known: dict[str, list[Value]] = {}
         with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
-            some, twice = self._arguments(rows), self._arguments(2 * rows)
+            some, twice = self._arguments(several), self._arguments(2 * several)
             for name, function in self._functions.items():
                 here, there = jax.make_jaxpr(function)(*some[name]), jax.make_jaxpr(function)(*twice[name])
-                if self._train and name != "loss":
-                    self._draws[name, rows] = batched_draws(here.jaxpr, there.jaxpr, rows, name)
                 if self._plan.num_microbatches > 1 and uses_batch_sum(here.jaxpr):
                     raise DeclarationError(
                         f"{name}: calls shardlab.batch_sum, and each of {self._plan.num_microbatches} microbatches is "
                         "only a part of the batch; use microbatches=1"
                     )
+                given = _given(name, some[name], known)
                 if name == "loss":
-                    check_sums(here, there, name, rows)
-                else:
-                    check_rows_to_rows(here, there, name, rows, auxiliary=name == "block")
+                    check_sums(here, there, name, several, given=given)
+                    continue
+                auxiliary = name == "block" and self.has_auxiliary
+                known[name], folds = check_rows_to_rows(here, there, name, several, auxiliary=auxiliary, given=given)
+                if self._train:
+                    draws = (here, there) if rows == several else (self._traced(name, rows), here)
+                    drawn = batched_draws(draws[0].jaxpr, draws[1].jaxpr, rows, name)
+                    self._draws[name, rows] = drawn | {(kind, (n * rows // several,)) for kind, (n,) in folds}
+
+    def _traced(self, name: str, rows: int) -> Any:
+        return jax.make_jaxpr(self._functions[name])(*self._arguments(rows)[name])
 
 
-def scalars(pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    """A sum and its weight in at least float32; the weight is a constant of the derivative."""
+# Where the arguments of a function come from: by name and position, which function returned them.
+_FROM = {("block", 1): "before", ("block", 2): "context", ("after", 1): "before", ("loss", 0): "after"}
+
+
+def _given(name: str, args: tuple[Any, ...], known: dict[str, list[Value]]) -> list[Value | None]:
+    """What is known of arguments, leaf by leaf: in which order examples lie, if not one after another."""
+    given: list[Value | None] = []
+    for position, arg in enumerate(args):
+        count = len(jax.tree.leaves(arg))
+        source = known.get(_FROM.get((name, position), ""), known.get("the model", []) if position == 0 else [])
+        found = source[:count] if name in ("block", "after", "loss") and len(source) >= count else [ROWS] * count
+        given += [value if value.blocks else None for value in found]
+    return given
+
+
+def scalars(pair: Any, where: str = "loss") -> tuple[jax.Array, jax.Array]:
+    """A sum and its weight in at least float32; the weight is a constant of the derivative.
+
+    Raises:
+      DeclarationError: `pair` is not two numbers.
+    """
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(_is_number(one) for one in pair):
+        shown = jax.tree.map(lambda leaf: _Shown(f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"), pair)
+        what = "the sum of the losses" if where == "loss" else "the sum of its auxiliary loss"
+        raise DeclarationError(
+            f"{where}: returned {shown}; return (sum, weight), {what} over the examples and how many (or how much "
+            "weight) it is over: two numbers, which add up over microbatches and devices"
+        )
     total, weight = pair
     wide = jnp.promote_types(jnp.result_type(total), jnp.float32)
     return jnp.asarray(total, wide), jax.lax.stop_gradient(jnp.asarray(weight, wide))
+
+
+def _is_number(value: Any) -> bool:
+    return len(jax.tree.leaves(value)) == 1 and jax.tree.leaves(value)[0] is value and jnp.shape(value) == ()
+
+
+class _Shown(str):
+    """A text that is printed as it is inside a tuple."""
+
+    __repr__ = str.__str__
 
 
 def block_function(parts: Parts, dtype: str, train: bool) -> Callable[..., tuple[Any, Any]]:
@@ -174,7 +221,7 @@ def block_function(parts: Parts, dtype: str, train: bool) -> Callable[..., tuple
 
     def block(layer: Any, x: Any, c: Any, key: Any) -> tuple[Any, Any]:
         y, auxiliary = split_auxiliary(x, parts.block(layer, x, c, key, train))
-        return flowing(y, dtype), None if auxiliary is None else scalars(auxiliary)
+        return flowing(y, dtype), None if auxiliary is None else scalars(auxiliary, "block")
 
     return block
 
@@ -192,5 +239,5 @@ def _functions(model: Model, loss: Loss | None, plan: Plan, *, train: bool) -> d
         functions["block"] = block_function(parts, plan.dtype, train)
         functions["after"] = lambda v, x, b, k: after(v, x, b, k, train)
     if loss is not None:
-        functions["loss"] = loss
+        functions["loss"] = lambda y, b: scalars(loss(y, b))
     return functions

@@ -3,23 +3,32 @@
 `with_sharding_constraint(x, P("data", None, "tensor"))` is right in a model that runs under `jit`. Inside a region
 that is manual over ``data`` that axis is already taken, and JAX refuses. The user's function is therefore traced as
 if all axes were automatic, the manual axes are removed from its constraints, every `batch_sum` becomes a sum over
-the devices that hold the batch, and the result is run in its place.
+the devices that hold the batch, and the result is run in its place. So are the rules of `jax.custom_vjp` and
+`jax.custom_jvp` inside it, which are Python that JAX calls when it differentiates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from shardlab.sharding.zero import without
+from shardlab.step.backward import as_function, backward_of, has_rule, operands_of
 from shardlab.step.batch_sum import is_batch_sum
 
 
 def made_legal(
-    function: Callable[..., Any], manual: tuple[str, ...], spread: tuple[str, ...], automatic: AbstractMesh
+    function: Callable[..., Any],
+    manual: tuple[str, ...],
+    spread: tuple[str, ...],
+    automatic: AbstractMesh,
+    *,
+    platform: str = "",
 ) -> Callable[..., Any]:
     """`function`, with `manual` axes left out of its constraints, and its batch sums taken over `spread`.
 
@@ -28,26 +37,9 @@ def made_legal(
       manual: axes that are manual where the result will be called.
       spread: those of them that the examples at hand are spread over.
       automatic: the mesh with every axis automatic.
+      platform: what the result will run on; XLA's CPU backend aborts on a narrow sum over manual axes.
     """
-    if not manual:
-        return function
-
-    def wrapped(*args: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(args)
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        with jax.sharding.use_abstract_mesh(automatic):
-            closed, out = jax.make_jaxpr(lambda *flat: function(*jax.tree.unflatten(treedef, flat)), return_shape=True)(
-                *shapes
-            )
-        if not any(_names(equation, manual) or is_batch_sum(equation) for equation in _equations(closed.jaxpr)):
-            return function(*args)
-        # Every equation remembers the mesh that it was traced under, and is to be run under this one.
-        here = jax.make_jaxpr(lambda x: x + 1)(0.0).eqns[0].ctx
-        rewritten = _rewrite(closed.jaxpr, manual, spread, here)
-        flat = jax.core.eval_jaxpr(rewritten, closed.consts, *leaves)
-        return jax.tree.unflatten(jax.tree.structure(out), flat)
-
-    return wrapped
+    return _Legal(manual, spread, automatic, platform).of(function) if manual else function
 
 
 def uses_batch_sum(jaxpr: Any) -> bool:
@@ -61,41 +53,122 @@ def _names(equation: Any, manual: tuple[str, ...]) -> bool:
     return isinstance(sharding, NamedSharding) and without(sharding.spec, manual) != sharding.spec
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """The equations of a program, inner programs included."""
+def _equations(jaxpr: Any, *, rules: bool = True) -> Iterator[Any]:
+    """The equations of a program, inner programs included, and the rules for its derivative if `rules`."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
             for one in value if isinstance(value, (list, tuple)) else (value,):
                 inner = getattr(one, "jaxpr", one)
                 if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
+                    yield from _equations(inner, rules=rules)
+        if rules and (backward := _rule(equation, jaxpr)) is not None:
+            # A rule may call the function that it belongs to.
+            yield from _equations(backward.program.jaxpr, rules=False)
 
 
-def _rewrite(jaxpr: Any, manual: tuple[str, ...], spread: tuple[str, ...], here: Any) -> Any:
-    """The same program made legal, inner programs included."""
+def _rule(equation: Any, jaxpr: Any) -> Any:
+    return backward_of(equation, jaxpr) if has_rule(equation) else None
 
-    def value_of(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(value_of(one) for one in value)
-        if hasattr(value, "consts") and hasattr(value, "jaxpr"):
-            return value.replace(jaxpr=_rewrite(value.jaxpr, manual, spread, here))
-        return _rewrite(value, manual, spread, here) if hasattr(value, "eqns") else value
 
-    mesh = jax.sharding.get_abstract_mesh()
-    equations = []
-    for equation in jaxpr.eqns:
-        if is_batch_sum(equation) and spread:
-            (operand,) = equation.invars
-            summed = jax.make_jaxpr(lambda x: jax.lax.psum(x, spread))(operand.aval)
-            equations.append(equation.replace(params={**equation.params, "jaxpr": summed}, ctx=here))
-            continue
-        params = {name: value_of(value) for name, value in equation.params.items()}
-        # Of a constraint; of a derivative's broadcasts, which say the sharding that they were traced with.
-        if isinstance(params.get("sharding"), NamedSharding):
-            spec: PartitionSpec = without(params["sharding"].spec, manual)
-            params["sharding"] = NamedSharding(mesh, spec)
-            if equation.primitive.name == "sharding_constraint":
-                params["context_mesh"] = mesh
-        equations.append(equation.replace(params=params, ctx=here))
-    return jaxpr.replace(eqns=equations)
+@dataclass(frozen=True)
+class _Legal:
+    """See `made_legal`. ``rules``: whether the derivative of what is made legal will be taken."""
+
+    manual: tuple[str, ...]
+    spread: tuple[str, ...]
+    automatic: AbstractMesh
+    platform: str
+    rules: bool = True
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            leaves, treedef = jax.tree.flatten(args)
+            shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+            with jax.sharding.use_abstract_mesh(self.automatic):
+                closed, out = jax.make_jaxpr(
+                    lambda *flat: function(*jax.tree.unflatten(treedef, flat)), return_shape=True
+                )(*shapes)
+                found = any(self._is_concerned(equation) for equation in _equations(closed.jaxpr, rules=self.rules))
+            if not found:
+                return function(*args)
+            # Every equation remembers the mesh that it was traced under, and is to be run under this one.
+            here = jax.make_jaxpr(lambda x: x + 1)(0.0).eqns[0].ctx
+            flat = jax.core.eval_jaxpr(self._rewrite(closed.jaxpr, here), closed.consts, *leaves)
+            return jax.tree.unflatten(jax.tree.structure(out), flat)
+
+        return wrapped
+
+    def _is_concerned(self, equation: Any) -> bool:
+        return _names(equation, self.manual) or is_batch_sum(equation)
+
+    def _rewrite(self, jaxpr: Any, here: Any) -> Any:
+        """The same program made legal, inner programs included."""
+
+        def value_of(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(value_of(one) for one in value)
+            if hasattr(value, "consts") and hasattr(value, "jaxpr"):
+                return value.replace(jaxpr=self._rewrite(value.jaxpr, here))
+            return self._rewrite(value, here) if hasattr(value, "eqns") else value
+
+        mesh = jax.sharding.get_abstract_mesh()
+        equations = []
+        for equation in jaxpr.eqns:
+            if is_batch_sum(equation) and self.spread:
+                (operand,) = equation.invars
+                summed = jax.make_jaxpr(self._sum)(operand.aval)
+                equations.append(equation.replace(params={**equation.params, "jaxpr": summed}, ctx=here))
+                continue
+            if self.rules and self._has_concerned_rule(equation, jaxpr):
+                equations.append(self._with_its_rule(equation, jaxpr, here))
+                continue
+            params = {name: value_of(value) for name, value in equation.params.items()}
+            # Of a constraint; of a derivative's broadcasts, which say the sharding that they were traced with.
+            if isinstance(params.get("sharding"), NamedSharding):
+                spec: PartitionSpec = without(params["sharding"].spec, self.manual)
+                params["sharding"] = NamedSharding(mesh, spec)
+                if equation.primitive.name == "sharding_constraint":
+                    params["context_mesh"] = mesh
+            equations.append(equation.replace(params=params, ctx=here))
+        return jaxpr.replace(eqns=equations)
+
+    def _sum(self, x: jax.Array) -> jax.Array:
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 and self.platform == "cpu"
+        return jax.lax.psum(x.astype(jnp.float32) if narrow else x, self.spread).astype(x.dtype)
+
+    def _has_concerned_rule(self, equation: Any, jaxpr: Any) -> bool:
+        if not has_rule(equation):
+            return False
+        with jax.sharding.use_abstract_mesh(self.automatic):
+            backward = _rule(equation, jaxpr)
+            return backward is not None and any(
+                self._is_concerned(one) for one in _equations(backward.program.jaxpr, rules=False)
+            )
+
+    def _with_its_rule(self, equation: Any, jaxpr: Any, here: Any) -> Any:
+        """In place of an operation with a rule, a call of a function with the same rule made legal."""
+        function, inside = as_function(equation, jaxpr), replace(self, rules=False)
+        operands = [equation.invars[index].aval for index in operands_of(equation)]
+        given = [index for index, aval in enumerate(operands) if jnp.issubdtype(aval.dtype, jnp.inexact)]
+
+        def forward(*operands: Any) -> tuple[Any, Any]:
+            def of_given(*some: Any) -> list[Any]:
+                every = dict(enumerate(operands)) | dict(zip(given, some, strict=True))
+                return function(*(every[index] for index in range(len(operands))))
+
+            return jax.vjp(of_given, *(operands[index] for index in given))
+
+        def backward(pull: Any, cotangents: Any) -> tuple[Any, ...]:
+            found = dict(zip(given, inside.of(lambda pull, dy: pull(dy))(pull, cotangents), strict=True))
+            return tuple(found.get(index) for index in range(len(operands)))
+
+        legal = jax.custom_vjp(inside.of(function))
+        legal.defvjp(inside.of(forward), backward)
+        (call,) = jax.make_jaxpr(jax.jit(legal))(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands)).eqns
+        return equation.replace(
+            primitive=call.primitive,
+            params=call.params,
+            invars=[equation.invars[index] for index in operands_of(equation)],
+            ctx=here,
+        )

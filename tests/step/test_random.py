@@ -142,11 +142,6 @@ REFUSED: dict[str, tuple[Draw, str]] = {
         "block: a key split to shape [2, 3] for 3 examples has shape [2, 6] for 6; the batch must be its leading "
         "dim, so that each device can draw its own rows",
     ),
-    "gamma": (
-        lambda key, rows: jax.random.beta(key, 0.7, 2.0, (rows, 2)),
-        "block: draws gamma variates of shape [3, 2] for 3 examples from one key, and devices cannot draw their own "
-        "rows of them; give each example a key: jax.vmap over jax.random.split(key, examples)",
-    ),
     "a draw for each example": (
         lambda key, rows: [jax.random.normal(jax.random.fold_in(key, i), (5,)) for i in range(rows)],
         "block: makes 3 random draws for 3 examples and 6 for 6",
