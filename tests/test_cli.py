@@ -131,6 +131,64 @@ def test_help_and_schedules_start_no_jax() -> None:
 # --- schedule
 
 
+def test_schedules_side_by_side(call: Call) -> None:
+    found = facts(call, "schedule", "--compare", "--stages", 2, "--microbatches", 4)
+    assert (found["stages"], found["microbatches"]) == (2, 4)
+    rows = {row["name"]: row for row in found["schedules"]}
+    assert {"gpipe", "1f1b", "zb_v", "dualpipe_v"} < set(rows)
+    assert rows["1f1b"]["makespan"] == (4 + 1) * 3
+    status, out, _ = call("schedule", "--compare", "--stages", 2, "--microbatches", 4)
+    assert status == 0
+    assert len(out.splitlines()) == 2 + len(rows)
+
+
+def test_the_best_schedule_for_given_times(call: Call) -> None:
+    given = ("--stages", 4, "--microbatches", 8, "--limit", 4)
+    found = facts(call, "schedule", "automatic", *given)
+    assert (found["name"], found["virtual"], found["lockstep"]["makespan"]) == ("zb_v", 2, 25.5)
+    status, out, _ = call("schedule", "automatic", *given)
+    assert status == 0
+    assert "\nthe best found: zb_v; a stage's costs are its share of a device's\ntakes longer: zb_h1 27\n" in out
+    assert "\nholds more than 4 microbatches: gpipe 8, 1f1b 7, " in out
+
+
+def test_a_table_to_csv_and_back_drawn_and_traced(call: Call, tmp_path: Path) -> None:
+    files = {suffix: tmp_path / f"mine.{suffix}" for suffix in ("csv", "png", "json")}
+    status, out, _ = call(
+        *("schedule", "zb_h1", "--stages", 2, "--microbatches", 3, "--to-csv", files["csv"]),
+        *("--draw", files["png"], "--trace", files["json"]),
+    )
+    assert status == 0
+    assert out.endswith(
+        f"table written to {files['csv']}\ntrace written to {files['json']}\npicture written to {files['png']}\n"
+    )
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "traceEvents" in json.loads(files["json"].read_text())
+    original = facts(call, "schedule", "zb_h1", "--stages", 2, "--microbatches", 3)
+    again = facts(call, "schedule", "--csv", files["csv"])
+    assert again == {**original, "name": "mine"}
+
+
+def test_a_table_of_ones_own_plans_and_verifies(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    call("schedule", "1f1b_split", "--stages", 2, "--microbatches", 2, "--to-csv", file)
+    given = ("--mesh", "data=1,stage=2", "--target", "cpu:2", "--schedule", file, "--microbatches", 2)
+    found = facts(call, "plan", CONFIG, *given)
+    assert (found["schedule"], found["stages"]) == ("mine", 2)
+    assert "mine: 2 devices, 2 microbatches" in call("plan", CONFIG, *given)[1]
+    status, _, err = call("plan", CONFIG, *given, "--microbatches", 4)
+    assert status == 2
+    assert "schedule 'mine': is a table for 2 microbatches, a step has 4; use microbatches=2, or another table" in err
+
+
+def test_a_bad_table_is_printed_with_the_cell_marked(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "bad.csv"
+    file.write_text("0F0,0B0\n,1F0,1B0\n")
+    status, out, err = call("schedule", "--csv", file)
+    assert (status, out) == (2, "")
+    assert "\n   1  [0B0]    1F0       <-- 0B0 needs 1B0, which runs in tick 2 on device 1\n" in err
+
+
 def test_a_schedule_as_json(call: Call) -> None:
     found = facts(call, "schedule", "1f1b", "--stages", 2, "--microbatches", 2)
     assert found["table"] == [
@@ -413,6 +471,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no schedule": (("schedule", "1f1c"), "schedule '1f1c'"),
     "no stages": (("schedule", "1f1b", "--stages", "0"), "stages is 0; a schedule needs at least 1 "),
     "virtual stages": (("schedule", "1f1b", "--virtual", "-1"), "virtual is -1; a schedule needs at least 1 "),
+    "no such table": (("schedule", "--csv", "no.csv"), "schedule 'no.csv': there is no such file; give a CSV "),
+    "no picture": (("schedule", "1f1b", "--draw", "x.doc"), "Format 'doc' is not supported"),
     "costs": (("schedule", "1f1b", "--costs", "1,2"), "costs '1,2': is not three times F,I,W; write them as 1,1,1"),
     "negative costs": (("schedule", "1f1b", "--costs=-1,1,1"), "costs: F is -1.0; give every cost as a finite time"),
 }
