@@ -99,7 +99,9 @@ class CompiledStep:
 
         def start(parameters: Arrays) -> Any:
             values = unstacked(plan, parameters) if plan.update == "per-layer" else parameters
-            return self.optimizer.init(optimizer_tree(model, values, plan.stacks, plan.update))
+            state = self.optimizer.init(optimizer_tree(model, values, plan.stacks, plan.update))
+            # As for parameters: XLA:GPU may drop the sharding of an output that is a constant.
+            return jax.lax.with_sharding_constraint(state, self.state_shardings.optimizer)
 
         return jax.jit(start, out_shardings=self.state_shardings.optimizer)
 

@@ -189,6 +189,10 @@ class _Array:
 
     def make(self, key: jax.Array, given: Any) -> jax.Array:
         """The array, from the seed's key and `integers`."""
+        # Said inside as well: of an output that is a constant XLA:GPU drops the sharding that is said outside.
+        return jax.lax.with_sharding_constraint(self._whole(key, given), self.sharding)
+
+    def _whole(self, key: jax.Array, given: Any) -> jax.Array:
         integers, used = given
         recipes = [recipe for recipe in self.members if recipe]
 
