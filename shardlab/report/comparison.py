@@ -53,10 +53,10 @@ def _row(schedule: Schedule, costs: Costs) -> dict[str, Any]:
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table.
 
-    >>> print(comparison_table(comparison_rows(stages=2, microbatches=2)[:1]))
+    >>> print(comparison_table(comparison_rows(stages=4, microbatches=8)[:1]))
     schedule  virtual  makespan  bubble  each for itself  microbatches held  sends  branches
     --------  -------  --------  ------  ---------------  -----------------  -----  --------
-    zb_v            2       6.5    7.7%             7.7%                  2      4       yes
+    zb_v            2      25.5    5.9%             5.9%                  4     32       yes
     """
     header = ("schedule", "virtual", "makespan", "bubble", "each for itself", "microbatches held", "sends", "branches")
     lines = [
