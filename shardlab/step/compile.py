@@ -67,8 +67,17 @@ class CompiledStep:
     compiled: Any
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        check_batch(batch, self.plan.batch, "give every batch the shapes that were planned, or make the plan anew")
-        return self.compiled(state, jax.tree.map(_placed, batch, self.batch_shardings))
+        leaves, treedef = jax.tree.flatten(batch)
+        planned, structure, shardings = self._planned
+        if treedef != structure or [_kind(leaf) for leaf in leaves] != planned:
+            check_batch(batch, self.plan.batch, "give every batch the shapes that were planned, or make the plan anew")
+        return self.compiled(state, jax.tree.unflatten(treedef, map(_placed, leaves, shardings)))
+
+    @cached_property
+    def _planned(self) -> tuple[list[tuple[tuple[int, ...], Any]], Any, list[NamedSharding]]:
+        """Shape and dtype of every array of a batch, their tree, and where they lie; compared in every call."""
+        shardings, structure = jax.tree.flatten(self.batch_shardings)
+        return [(shape, jnp.dtype(dtype)) for _, shape, dtype in self.plan.batch], structure, shardings
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, every array created in its own sharding.
@@ -234,6 +243,10 @@ def _abstract_state(model: Model, plan: Plan, optimizer: optax.GradientTransform
         buffers=buffers,
         optimizer=jax.eval_shape(optimizer.init, optimizer_tree(model, tree_shapes, plan.stacks, plan.update)),
     )
+
+
+def _kind(leaf: Any) -> Any:
+    return getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
