@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from shardlab.module.scans import scan_counts
+
 
 def written_by(function: Callable[..., Mapping[str, Any]], held: Mapping[str, Any], *others: Any) -> tuple[str, ...]:
     """Names in `held` for which ``function(held, *others)`` returns another array.
@@ -63,10 +65,7 @@ def _through(equation: Any, place: int) -> int | None:
         return None
     found = _input_of(inner, inner.outvars[place])
     if name == "scan":
-        # Inputs are constants, carry, slices; outputs are carry, slices. A slice has lost its leading dim inside.
-        sliced = sum(a.aval.ndim != b.aval.ndim for a, b in zip(equation.invars, inner.invars, strict=True))
-        carried = sum(a.aval.ndim == b.aval.ndim for a, b in zip(equation.outvars, inner.outvars, strict=True))
-        first = len(equation.invars) - sliced - carried
+        first, carried = scan_counts(equation)
         # What is carried on must come from its own place, what is stacked from slices of an input.
         same = found == first + place if place < carried else found is not None and found >= first + carried
         return found if same else None

@@ -34,6 +34,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from shardlab.mesh.faults import DeclarationError
+from shardlab.module.scans import scan_counts
 from shardlab.step.backward import backward_of, has_rule
 from shardlab.step.batch_sum import is_batch_sum
 from shardlab.step.blocks import Blocks, following, reshaped, sliced
@@ -539,10 +540,7 @@ class _Walk:
 
     def _scan(self, mine: Any, other: Any, ins: list[Value]) -> list[Value]:
         params, body, twice = mine.params, mine.params["jaxpr"], other.params["jaxpr"]
-        # Inputs are constants, carry, slices; outputs are carry, slices. A slice has lost its leading dim inside.
-        sliced_count = sum(a.aval.ndim != b.ndim for a, b in zip(mine.invars, body.in_avals, strict=True))
-        carried = sum(a.aval.ndim == b.ndim for a, b in zip(mine.outvars, body.out_avals, strict=True))
-        consts = len(ins) - sliced_count - carried
+        consts, carried = scan_counts(mine)
         if params["length"] != other.params["length"]:
             if carried:
                 self._fault(mine, "carries something from example to example")

@@ -25,6 +25,7 @@ import jax
 from jax.extend.core import Literal
 
 from shardlab.module.initialise import apply_equation
+from shardlab.module.scans import scan_counts
 
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 _CALLS |= {"remat2": "jaxpr", "remat": "jaxpr", "checkpoint": "jaxpr"}
@@ -94,7 +95,7 @@ def _open(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
             # A remat's program is not closed over constants.
             outputs = _open(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
         elif name == "scan":
-            outputs = _open_scan(equation.params, inputs)
+            outputs = _open_scan(equation, inputs)
         else:
             with equation.ctx.manager:
                 outputs = apply_equation(equation, inputs)
@@ -102,9 +103,10 @@ def _open(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     return [_read(values, var) for var in jaxpr.outvars]
 
 
-def _open_scan(params: dict[str, Any], inputs: Sequence[Any]) -> list[Any]:
+def _open_scan(equation: Any, inputs: Sequence[Any]) -> list[Any]:
     """What a scan gives, the calls in its body opened."""
-    body, consts, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+    params = equation.params
+    body, (consts, carried) = params["jaxpr"], scan_counts(equation)
 
     def step(carry: Any, sliced: Any) -> tuple[list[Any], list[Any]]:
         outputs = _open(body.jaxpr, body.consts, (*inputs[:consts], *carry, *sliced))
@@ -220,8 +222,7 @@ def _halves(jaxpr: Any, needed: Sequence[bool], wanted: Sequence[bool], passing:
 
 def _scan_carries(equation: Any, outputs: Sequence[bool]) -> tuple[list[bool], frozenset[Any]]:
     """Which results of the body the first half needs, and which of its inputs it reads, for some of the scan's."""
-    body, carried = equation.params["jaxpr"].jaxpr, equation.params["num_carry"]
-    consts = equation.params["num_consts"]
+    body, (consts, carried) = equation.params["jaxpr"].jaxpr, scan_counts(equation)
     needed = list(outputs)
     while True:
         needs = _halves(body, needed, [False] * len(needed), set()).needs
@@ -234,7 +235,7 @@ def _scan_carries(equation: Any, outputs: Sequence[bool]) -> tuple[list[bool], f
 def _scan_needs(equation: Any, outputs: Sequence[bool]) -> list[Any]:
     """What a scan's first half reads."""
     needed, needs = _scan_carries(equation, outputs)
-    body, consts, carried = (equation.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
+    body, (consts, carried) = equation.params["jaxpr"], scan_counts(equation)
     kept = [var in needs for var in body.jaxpr.invars]
     kept[consts : consts + carried] = needed[:carried]
     return _variables(var for var, yes in zip(equation.invars, kept, strict=True) if yes)
@@ -243,7 +244,7 @@ def _scan_needs(equation: Any, outputs: Sequence[bool]) -> list[Any]:
 def _scan(equation: Any, outputs: Sequence[bool], wanted: Sequence[bool]) -> _Scan | None:
     """A scan as two, or None where the first half computes all that is wanted of it."""
     params = equation.params
-    body, consts, carried = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    body, (consts, carried) = params["jaxpr"].jaxpr, scan_counts(equation)
     needed, _ = _scan_carries(equation, outputs)
     if all(yes for yes, want in zip(needed, wanted, strict=True) if want):
         return None
@@ -283,25 +284,19 @@ class _Scan:
     @property
     def outer_reads(self) -> list[Any]:
         """What the second scan reads outside its body: constants, slices, and where its carries start."""
-        carried = self._slice("num_consts", "num_carry")
-        body = self._body.invars
-        return _variables(
-            var
-            for place, (var, inner) in enumerate(zip(self.equation.invars, body, strict=True))
-            if (
-                self.others[place - carried.start]
-                if place in range(*carried.indices(len(body)))
-                else inner in self.halves.reads
-            )
-        )
+        consts, carried = scan_counts(self.equation)
+
+        def read(place: int, inner: Any) -> bool:
+            if consts <= place < consts + carried:
+                return self.others[place - consts]
+            return inner in self.halves.reads
+
+        pairs = zip(self.equation.invars, self._body.invars, strict=True)
+        return _variables(var for place, (var, inner) in enumerate(pairs) if read(place, inner))
 
     @property
     def _body(self) -> Any:
         return self.equation.params["jaxpr"].jaxpr
-
-    def _slice(self, before: str, count: str) -> slice:
-        start = self.equation.params[before]
-        return slice(start, start + self.equation.params[count])
 
     def run_first(self, values: dict[Any, Any]) -> Any:
         return self._run(values, self.needed, self.halves.needs, None)
@@ -312,7 +307,7 @@ class _Scan:
     def _run(self, values: dict[Any, Any], results: Sequence[bool], reads: frozenset[Any], cut: Any) -> Any:
         """One of the two scans; the first gives the cut, step by step."""
         params, body = self.equation.params, self._body
-        consts, carried, first = params["num_consts"], params["num_carry"], cut is None
+        (consts, carried), first = scan_counts(self.equation), cut is None
         inner, outer = body.invars, self.equation.invars
         carries = [i for i in range(carried) if results[i]]
         slices = [i for i in range(consts + carried, len(inner)) if inner[i] in reads]
