@@ -234,7 +234,8 @@ class Plan:
             totals["padding"] += round(parameter.bytes_per_device * padded) * copies
             totals["parameters"] += parameter.bytes_per_device * copies
             kind = computed(parameter.dtype, accumulate)
-            totals["gradients"] += shard_bytes(parameter.stored_shape, kind, parameter.compute, sizes) * copies
+            spec = parameter.state if stack is not None and self.accumulate == "sharded" else parameter.compute
+            totals["gradients"] += shard_bytes(parameter.stored_shape, kind, spec, sizes) * copies
         for buffer in self.buffers:
             stack = stacked.get(buffer.path)
             if stack is None or stack.name not in seen:

@@ -82,7 +82,7 @@ class CompiledStep:
     def init(self, seed: int) -> TrainState:
         """The state before the first step, every array created in its own sharding.
 
-        Parameters are those Flax's own initialisation gives for ``seed``.
+        Parameters are those Flax's own initialisation, under `jax.jit`, gives for ``seed``.
         """
         with jax.set_mesh(self.mesh):
             values = initial_values(self.model, self.plan, self.mesh, seed)

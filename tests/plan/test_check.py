@@ -15,6 +15,7 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
 from shardlab.module.functions import Functions
+from shardlab.pipeline.schedules import make_schedule
 from shardlab.plan.make import make_plan
 from shardlab.sharding.rules import Rules
 
@@ -231,6 +232,30 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a block that changes x's structure": (
         {"model": Functions(init=mlp.init, before=MODEL.before, block=lambda layer, x: {"x": x}, after=mlp.after)},
         "block: returns PyTreeDef({'x': *}) for x of PyTreeDef(*); return x's structure",
+    ),
+    "gather": (
+        {"gather": "tick"},
+        "gather='tick': is not one of step, layer; write one of them",
+    ),
+    "weights gathered by layer that lie whole": (
+        {"gather": "layer", "zero": 2},
+        "gather='layer': at ZeRO level 2 no block's parameter lies in shards of the batch axes; use zero=3 on batch "
+        "axes of more than one device, with the blocks named by pipeline=; or gather='step'",
+    ),
+    "gradients sharded on one shard": (
+        {"accumulate": "sharded", "zero": 2, "mesh": {"data": 1, "stage": 2, "tensor": 2}},
+        "accumulate='sharded': at ZeRO level 2 no block's gradient lies in shards of the batch axes; use zero=2 or 3 "
+        "on batch axes of more than one device, with the blocks named by pipeline=; or accumulate='full'",
+    ),
+    "gradients sharded at ZeRO 1": (
+        {"accumulate": "sharded", "zero": 1},
+        "accumulate='sharded': at ZeRO level 1 no block's gradient lies in shards of the batch axes; use zero=2 or 3 "
+        "on batch axes of more than one device, with the blocks named by pipeline=; or accumulate='full'",
+    ),
+    "a table for other devices": (
+        {"schedule": make_schedule("1f1b", stages=4, microbatches=1)},
+        "schedule '1f1b': is a table for 4 devices, the stage axis 'stage' has 2; give a table with a row for each, or "
+        "another mesh",
     ),
     "many at once": (
         {

@@ -46,7 +46,7 @@ def hybrid(zero: int = 1, microbatches: int = 2, remat: str = "none") -> Plan:
 
 
 @cache
-def residual(layers: int = 3, zero: int = 1, stage: int = 2) -> Plan:
+def residual(layers: int = 3, zero: int = 1, stage: int = 2, accumulate: str = "full") -> Plan:
     """A residual MLP over data=2 x stages x tensor=2."""
     config = mlp.MLPConfig(num_layers=layers)
     return make_plan(
@@ -56,6 +56,7 @@ def residual(layers: int = 3, zero: int = 1, stage: int = 2) -> Plan:
         optimizer=optax.adam(1e-2),
         batch={"features": jax.ShapeDtypeStruct((8, 12), jnp.float32), "labels": jax.ShapeDtypeStruct((8,), jnp.int32)},
         zero=zero,
+        accumulate=accumulate,
         microbatches=2,
         remat="full",
         head="last_stage",
@@ -175,6 +176,13 @@ def test_a_4096_device_plan_needs_no_devices() -> None:
     assert held["parameters"] == 4 * (blocks + outside)
     assert held["optimizer_state"] == 2 * held["parameters"] + 4  # and the count
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_sharded_accumulators_hold_the_pieces_of_the_blocks() -> None:
+    """As above with ZeRO 2: a block's gradients as its state lies, over data where a dim is free; the rest whole."""
+    block = 96 + 12 + 96 + 8
+    bytes_of = residual(zero=2, accumulate="sharded").bytes_per_device()
+    assert bytes_of["gradients"] == 4 * (192 + 16 + 160 + 10 + 2 * block)
 
 
 def test_shard_bytes() -> None:
