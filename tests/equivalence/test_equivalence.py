@@ -115,6 +115,7 @@ def test_grid(data: int, stage: int, tensor: int, schedule: str, zero: int, subj
     check(
         case(
             subject,
+            optimizer="adamw-eps" if subject == "mixer" else "adamw",
             data=data,
             stage=stage,
             tensor=tensor,
