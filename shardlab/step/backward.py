@@ -51,7 +51,8 @@ def as_function(equation: Any, jaxpr: Any) -> Callable[..., list[Any]]:
     """An operation of `jaxpr` as a function of its operands; differentiated, it follows its own rule."""
     operands = [equation.invars[index] for index in operands_of(equation)]
     results = [var for var in equation.outvars if not _dropped(var)]
-    alone = jaxpr.replace(constvars=[], invars=operands, outvars=results, eqns=[equation], debug_info=None)
+    nameless = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    alone = jaxpr.replace(constvars=[], invars=operands, outvars=results, eqns=[equation], debug_info=nameless)
 
     def function(*values: Any) -> list[Any]:
         found = iter(jax.core.eval_jaxpr(alone, (), *values))
