@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from shardlab.module.scans import scan_counts
+from shardlab.module.inner import program_of, scan_counts
 
 
 def written_by(function: Callable[..., Mapping[str, Any]], held: Mapping[str, Any], *others: Any) -> tuple[str, ...]:
@@ -53,14 +53,14 @@ def _through(equation: Any, place: int) -> int | None:
     if name == "convert_element_type":  # of a weak type, to the same dtype
         return place if params["new_dtype"] == equation.invars[0].aval.dtype else None
     if name == "cond":
-        chosen = {_input_of(_inner(branch), _inner(branch).outvars[place]) for branch in params["branches"]}
+        chosen = {_input_of(program_of(branch), program_of(branch).outvars[place]) for branch in params["branches"]}
         (first, *others) = chosen
         return None if others or first is None else first + 1
     if name == "while":
-        body = _inner(params["body_jaxpr"])
+        body = program_of(params["body_jaxpr"])
         found = _input_of(body, body.outvars[place])
         return params["cond_nconsts"] + found if found == params["body_nconsts"] + place else None
-    inner = next((_inner(params[key]) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
+    inner = next((program_of(params[key]) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
     if inner is None or len(inner.invars) != len(equation.invars):
         return None
     found = _input_of(inner, inner.outvars[place])
@@ -70,8 +70,3 @@ def _through(equation: Any, place: int) -> int | None:
         same = found == first + place if place < carried else found is not None and found >= first + carried
         return found if same else None
     return found
-
-
-def _inner(jaxpr: Any) -> Any:
-    """The program itself, of one that may be closed over constants."""
-    return getattr(jaxpr, "jaxpr", jaxpr)

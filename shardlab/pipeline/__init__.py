@@ -1,9 +1,10 @@
 """When each stage works: schedules as tables, checked, costed, drawn, turned into programs: pure Python."""
 
 from shardlab.pipeline.actions import Action, ScheduleError, parse_action
-from shardlab.pipeline.buffers import Phase, Program, program, simulate
+from shardlab.pipeline.buffers import Phase, Program, program
 from shardlab.pipeline.cost import Cost, Costs, schedule_facts
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table, make_schedule
+from shardlab.pipeline.simulate import simulate
 from shardlab.pipeline.stages import assign_layers
 
 __all__ = [

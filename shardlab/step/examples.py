@@ -34,7 +34,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.module.scans import scan_counts
+from shardlab.module.inner import CALLS, program_of, scan_counts
 from shardlab.step.backward import backward_of, has_rule
 from shardlab.step.batch_sum import is_batch_sum
 from shardlab.step.blocks import Blocks, following, reshaped, sliced
@@ -253,7 +253,7 @@ class _Walk:
             found = zip(*(self.closed(a, b, ins[1:]) for a, b in branches), strict=True)
             return [self._either(mine, values) for values in found]
         if name in _CALLS:
-            inner, twice = (_inner(equation.params[_CALLS[name]]) for equation in (mine, other))
+            inner, twice = (program_of(equation.params[_CALLS[name]]) for equation in (mine, other))
             if len(inner.invars) == len(ins):
                 consts = [getattr(equation.params[_CALLS[name]], "consts", ()) for equation in (mine, other)]
                 return self._jaxpr(inner, twice, ins, [self._of_constants(a, b) for a, b in zip(*consts, strict=False)])
@@ -651,14 +651,8 @@ class _Walk:
 
 
 _APART = "takes the examples apart"
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-_CALLS |= {"remat2": "jaxpr", "remat": "jaxpr", "checkpoint": "jaxpr", "custom_vmap_call": "call"}
+_CALLS = CALLS | {"custom_vmap_call": "call"}
 _CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
-
-
-def _inner(jaxpr: Any) -> Any:
-    """The program itself, of one that may be closed over constants."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _iota(mine: Any, dim: int) -> Value:

@@ -25,10 +25,7 @@ import jax
 from jax.extend.core import Literal
 
 from shardlab.module.initialise import apply_equation
-from shardlab.module.scans import scan_counts
-
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-_CALLS |= {"remat2": "jaxpr", "remat": "jaxpr", "checkpoint": "jaxpr"}
+from shardlab.module.inner import CALLS, program_of, scan_counts
 
 
 class Split:
@@ -90,10 +87,10 @@ def _open(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         inputs = [_read(values, var) for var in equation.invars]
         name = equation.primitive.name
         outputs: Sequence[Any]
-        if name in _CALLS:
-            inner = equation.params[_CALLS[name]]
+        if name in CALLS:
+            inner = equation.params[CALLS[name]]
             # A remat's program is not closed over constants.
-            outputs = _open(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
+            outputs = _open(program_of(inner), getattr(inner, "consts", ()), inputs)
         elif name == "scan":
             outputs = _open_scan(equation, inputs)
         else:

@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.automatic import automatic
-from shardlab.pipeline.buffers import program, simulate
+from shardlab.pipeline.buffers import program
 from shardlab.pipeline.check import check
 from shardlab.pipeline.cost import Costs, cost, peak_in_flight
 from shardlab.pipeline.schedules import SCHEDULES, make_schedule
+from shardlab.pipeline.simulate import simulate
 
 
 @settings(max_examples=40, deadline=None)

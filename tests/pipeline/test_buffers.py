@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlab.pipeline.actions import Action, Kind, ScheduleError
-from shardlab.pipeline.buffers import Program, forward_program, is_uniform, program, simulate
+from shardlab.pipeline.buffers import Program, forward_program, is_uniform, program
 from shardlab.pipeline.check import check
 from shardlab.pipeline.cost import peak_in_flight
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table, make_schedule
+from shardlab.pipeline.simulate import simulate
 
 Table = list[list[str | None]]
 GRID = [(stages, microbatches) for stages in range(1, 9) for microbatches in range(1, 13)]

@@ -1,8 +1,17 @@
-"""How a scan's operands are dealt, the same under every JAX: its parameters name them differently from 0.12 on."""
+"""Programs inside a traced program: where an operation holds them, the same under every JAX."""
 
 from __future__ import annotations
 
 from typing import Any
+
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+CALLS |= {"remat2": "jaxpr", "remat": "jaxpr", "checkpoint": "jaxpr"}
+"""Operations that run a program once as it is, and the parameter that holds it."""
+
+
+def program_of(jaxpr: Any) -> Any:
+    """The program itself, of one that may be closed over constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def scan_counts(equation: Any) -> tuple[int, int]:
