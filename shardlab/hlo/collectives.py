@@ -101,7 +101,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class Total:
-    """Collectives of one kind over the same axes: how many a step runs, their bytes per device and step."""
+    """Collectives of one kind over the same axes: how many a step runs, their bytes per device and step.
+
+    `in_branch`: some stand in a branch, and are counted as if it were taken every time.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -109,6 +112,7 @@ class Total:
     payload_bytes: int
     wire_bytes: int
     exact: bool
+    in_branch: bool = False
 
 
 def collectives(text: str, axes: Mapping[str, int], *, every_branch: bool = False) -> tuple[Collective, ...]:
@@ -177,6 +181,7 @@ def totals(found: Iterable[Collective], *, sliced_as_reduce_scatter: bool = Fals
             row.payload_bytes + one.payload_bytes,
             row.wire_bytes + wire,
             row.exact and one.exact,
+            row.in_branch or one.in_branch,
         )
     return tuple(sorted(rows.values(), key=lambda row: (-row.wire_bytes, row.kind, row.axes)))
 

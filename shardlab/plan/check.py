@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
@@ -62,6 +63,25 @@ def choice_faults(**given: Any) -> list[Fault]:
             )
         )
     return faults
+
+
+def reduce_faults(asked: str, dtype: str, accumulated: str, manual: bool) -> list[Fault]:
+    """What gradients cannot be summed in; a dtype that is none is told elsewhere."""
+    where = f"reduce_dtype={asked!r}"
+    if asked not in DTYPES or dtype not in DTYPES:
+        return []
+    if not manual and asked != dtype:
+        return [
+            Fault(
+                where,
+                f"with automatic batch axes XLA sums gradients where it computes them, in {dtype}",
+                "use reduce_dtype='auto', or batch_axes='manual'",
+            )
+        ]
+    if jnp.dtype(asked).itemsize > jnp.dtype(accumulated).itemsize:
+        problem = f"gradients of a step in {dtype} accumulate in {accumulated}"
+        return [Fault(where, problem, f"use reduce_dtype={accumulated!r}")]
+    return []
 
 
 def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: int, manual: bool) -> list[Fault]:
@@ -137,8 +157,17 @@ def stage_faults(
         if model.parts is not None:
             assign_layers(len(model.parts.layers), made.num_stages if stages > 1 else 1)
     except ScheduleError as error:
-        raise DeclarationError(str(error)) from None
+        faults.append(_of_schedule(error))
     return faults
+
+
+def _of_schedule(error: ScheduleError) -> Fault:
+    """A schedule's own message, which reads ``where: problem; way out``, as a fault beside the others."""
+    where, _, rest = str(error).partition(": ")
+    problem, _, way_out = rest.rpartition("; ")
+    if not problem:  # a printed table, whose marks are the way out
+        raise DeclarationError(str(error)) from None
+    return Fault(where, problem, way_out)
 
 
 def _table_faults(schedule: Schedule, mesh: MeshSpec, stages: int, microbatches: int) -> list[Fault]:

@@ -31,6 +31,7 @@ from shardlab.plan.check import (
     layer_faults,
     padding_faults,
     random_faults,
+    reduce_faults,
     sharding_faults,
     stage_faults,
     traced_in,
@@ -143,6 +144,7 @@ def make_plan(
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
+    faults += reduce_faults(reduce_dtype, dtype, _accumulated(dtype), manual)
     faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual)
     raise_faults(faults)
 
@@ -230,7 +232,7 @@ def make_plan(
         zero=zero,
         remat=remat,
         dtype=dtype,
-        reduce_dtype=_reduce_dtype(reduce_dtype, dtype, manual),
+        reduce_dtype=(_accumulated(dtype) if manual else dtype) if reduce_dtype == "auto" else reduce_dtype,
         head=head,
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
@@ -294,21 +296,9 @@ def _buffer_rows(model: Model, placements: Mapping[str, Placement], sizes: Mappi
     return tuple(rows)
 
 
-def _reduce_dtype(asked: str, dtype: str, manual: bool) -> str:
-    accumulated = dtype if dtype == "float64" else "float32"
-    if asked == "auto":
-        return accumulated if manual else dtype
-    if not manual and asked != dtype:
-        raise DeclarationError(
-            f"reduce_dtype={asked!r}: with automatic batch axes XLA sums gradients where it computes them, in {dtype}; "
-            "use reduce_dtype='auto', or batch_axes='manual'"
-        )
-    if jnp.dtype(asked).itemsize > jnp.dtype(accumulated).itemsize:
-        raise DeclarationError(
-            f"reduce_dtype={asked!r}: gradients of a step in {dtype} accumulate in {accumulated}; use "
-            f"reduce_dtype={accumulated!r}"
-        )
-    return asked
+def _accumulated(dtype: str) -> str:
+    """What a step in `dtype` accumulates gradients in."""
+    return dtype if dtype == "float64" else "float32"
 
 
 def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:

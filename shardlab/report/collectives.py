@@ -12,7 +12,8 @@ from shardlab.plan.text import human_bytes
 class Row(TypedDict):
     """Collectives of one kind over the same axes; bytes per device and step, loops counted.
 
-    `exact` is False when a loop's trip count is not in the program: count and bytes are lower bounds then.
+    `exact` is False when a loop's trip count is not in the program: count and bytes are lower bounds then. `in_branch`
+    is True when some stand in a branch that the program may leave out: they are counted as if it were always taken.
     """
 
     kind: str
@@ -21,6 +22,7 @@ class Row(TypedDict):
     payload_bytes: int
     wire_bytes: int
     exact: bool
+    in_branch: bool
 
 
 def collective_rows(text: str, axes: Mapping[str, int], *, sliced_as_reduce_scatter: bool = False) -> list[Row]:
@@ -43,16 +45,21 @@ def collective_rows(text: str, axes: Mapping[str, int], *, sliced_as_reduce_scat
             payload_bytes=total.payload_bytes,
             wire_bytes=total.wire_bytes,
             exact=total.exact,
+            in_branch=total.in_branch,
         )
         for total in found
     ]
 
 
 def collectives_table(rows: Sequence[Row]) -> str:
-    """The rows as text, their total last; `>=` marks lower bounds, `?` groups that are no product of mesh axes.
+    """The rows as text, their total last.
 
-    >>> sums = Row(kind="all-reduce", axes=["data"], count=2, payload_bytes=4096, wire_bytes=6144, exact=True)
-    >>> sends = Row(kind="permute", axes=["stage"], count=70, payload_bytes=512, wire_bytes=512, exact=False)
+    `>=` marks lower bounds, `<=` upper ones, `?` groups that are no product of mesh axes.
+
+    >>> sizes = {"payload_bytes": 4096, "wire_bytes": 6144}
+    >>> sums = Row(kind="all-reduce", axes=["data"], count=2, exact=True, in_branch=False, **sizes)
+    >>> sizes = {"payload_bytes": 512, "wire_bytes": 512}
+    >>> sends = Row(kind="permute", axes=["stage"], count=70, exact=False, in_branch=False, **sizes)
     >>> print(collectives_table([sums, sends]))
     collective  axes   count  payload     wire
     all-reduce  data       2  4.0 KiB  6.0 KiB
@@ -64,10 +71,10 @@ def collectives_table(rows: Sequence[Row]) -> str:
         return "no collectives"
     lines = [["collective", "axes", "count", "payload", "wire"]]
     for row in rows:
-        count = f"{'' if row['exact'] else '>= '}{row['count']}"
+        count = f"{_bound([row])}{row['count']}"
         sizes = [human_bytes(row["payload_bytes"]), human_bytes(row["wire_bytes"])]
         lines.append([row["kind"], " x ".join(row["axes"]), count, *sizes])
-    count = f"{'' if all(row['exact'] for row in rows) else '>= '}{sum(row['count'] for row in rows)}"
+    count = f"{_bound(rows)}{sum(row['count'] for row in rows)}"
     payload, wire = (sum(row[key] for row in rows) for key in ("payload_bytes", "wire_bytes"))
     lines.append(["total", "", count, human_bytes(payload), human_bytes(wire)])
     widths = [max(len(line[k]) for line in lines) for k in range(5)]
@@ -82,4 +89,12 @@ def collectives_table(rows: Sequence[Row]) -> str:
         text.append("?: between devices that no mesh axes name")
     if not all(row["exact"] for row in rows):
         text.append(">=: in a loop of unknown length")
+    if any(row["in_branch"] for row in rows):
+        text.append("<=: some in a branch, counted as if it were always taken")
     return "\n".join(text)
+
+
+def _bound(rows: Sequence[Row]) -> str:
+    """How a count is to be read: as it is, or as a bound; of both kinds it is neither."""
+    less, more = any(row["in_branch"] for row in rows), not all(row["exact"] for row in rows)
+    return "~ " if less and more else "<= " if less else ">= " if more else ""

@@ -257,6 +257,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "schedule '1f1b': is a table for 4 devices, the stage axis 'stage' has 2; give a table with a row for each, or "
         "another mesh",
     ),
+    "a schedule beside others": (
+        {"schedule": "1f1d", "zero": 7, "reduce_dtype": "float64"},
+        "3 faults in the declaration:\n"
+        "  1. zero=7: is not one of 0, 1, 2, 3; write one of them\n"
+        "  2. reduce_dtype='float64': gradients of a step in float32 accumulate in float32; use "
+        "reduce_dtype='float32'\n"
+        f"  3. schedule '1f1d': unknown, there are {SCHEDULE_NAMES}; did you mean '1f1b'?",
+    ),
     "many at once": (
         {
             "zero": 5,

@@ -19,19 +19,33 @@ ENTRY %main (x: f32[256,4]) -> f32[128,4] {
 """
 AXES = {"data": 2, "tensor": 2}
 # x is 4,096 bytes: gathered it is 8,192 of which half is sent; over four devices a reduction sends 3/2 of it.
-BOTH = Row(kind="all-reduce", axes=["data", "tensor"], count=2, payload_bytes=8192, wire_bytes=12288, exact=True)
-GATHER = Row(kind="all-gather", axes=["tensor"], count=1, payload_bytes=8192, wire_bytes=4096, exact=True)
+BOTH = Row(
+    kind="all-reduce",
+    axes=["data", "tensor"],
+    count=2,
+    payload_bytes=8192,
+    wire_bytes=12288,
+    exact=True,
+    in_branch=False,
+)
+GATHER = Row(
+    kind="all-gather", axes=["tensor"], count=1, payload_bytes=8192, wire_bytes=4096, exact=True, in_branch=False
+)
 
 
 def test_rows() -> None:
-    data = Row(kind="all-reduce", axes=["data"], count=1, payload_bytes=4096, wire_bytes=4096, exact=True)
+    data = Row(
+        kind="all-reduce", axes=["data"], count=1, payload_bytes=4096, wire_bytes=4096, exact=True, in_branch=False
+    )
     found = collective_rows(TEXT, AXES)
     assert found == [BOTH, GATHER, data]
     assert json.loads(json.dumps(found)) == found
 
 
 def test_rows_with_sliced_all_reduces_as_reduce_scatters() -> None:
-    data = Row(kind="reduce-scatter", axes=["data"], count=1, payload_bytes=4096, wire_bytes=2048, exact=True)
+    data = Row(
+        kind="reduce-scatter", axes=["data"], count=1, payload_bytes=4096, wire_bytes=2048, exact=True, in_branch=False
+    )
     assert collective_rows(TEXT, AXES, sliced_as_reduce_scatter=True) == [BOTH, GATHER, data]
 
 
@@ -59,3 +73,28 @@ def test_table_explains_groups_that_are_no_axes() -> None:
 
 def test_table_of_nothing() -> None:
     assert collectives_table([]) == "no collectives"
+
+
+def test_what_stands_in_a_branch_is_an_upper_bound_and_said() -> None:
+    """The branch that communicates more counts, as if it were always taken."""
+    text = """
+HloModule step, num_partitions=2
+%skip (x: f32[6]) -> f32[6] {
+  ROOT %x = f32[6]{0} parameter(0)
+}
+%do (x: f32[6]) -> f32[6] {
+  %x = f32[6]{0} parameter(0)
+  ROOT %sum = f32[6]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+}
+ENTRY %main (p: pred[], x: f32[6]) -> f32[6] {
+  %p = pred[] parameter(0)
+  %x = f32[6]{0} parameter(1)
+  ROOT %y = f32[6]{0} conditional(%p, %x, %x), true_computation=%do, false_computation=%skip
+}
+"""
+    (row,) = collective_rows(text, {"data": 2})
+    assert (row["count"], row["payload_bytes"], row["exact"], row["in_branch"]) == (1, 24, True, True)
+    table = collectives_table([row]).splitlines()
+    assert table[1].split()[2:4] == ["<=", "1"]
+    assert table[-1] == "<=: some in a branch, counted as if it were always taken"
+    assert collectives_table([{**row, "exact": False}]).splitlines()[1].split()[2:4] == ["~", "1"]

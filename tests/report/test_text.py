@@ -23,6 +23,7 @@ REPORT: dict[str, Any] = {
             "payload_bytes": 4096,
             "wire_bytes": 4096,
             "exact": True,
+            "in_branch": False,
         }
     ],
     "stages": 2,
