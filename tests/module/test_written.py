@@ -40,7 +40,10 @@ def looped(held: Any) -> Any:
 
 def chosen(held: Any) -> Any:
     return jax.lax.cond(
-        held["read"].sum() > 0, step, lambda held: {"read": held["read"], "written": held["written"]}, held
+        held["read"].sum() > 0,
+        jax.checkpoint(step),
+        lambda held: {"read": held["read"], "written": held["written"]},
+        held,
     )
 
 

@@ -31,6 +31,11 @@ def proved(each: Callable[..., Any], stacked: Callable[..., Any], *, filled: boo
     return parts is not None and list(parts.terms) == [*expected, *[ZERO] * filled]
 
 
+def test_what_is_not_known_equals_nothing_not_even_itself_again() -> None:
+    terms = Terms()
+    assert len({terms.unknown(), terms.unknown(), terms.symbol("x"), ZERO}) == 4
+
+
 def apiece(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return lambda *given: [function(x, given[-1]) for x in given[:-1]]
 
