@@ -19,6 +19,7 @@ from shardlab.module.model import Model, abstract, computed, flowing, read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.module.written import written_by
+from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.stages import assign_layers
 from shardlab.pipeline.table_csv import to_csv
@@ -32,15 +33,18 @@ from shardlab.plan.check import (
     padding_faults,
     random_faults,
     reduce_faults,
+    remat_faults,
     sharding_faults,
     stage_faults,
     traced_in,
 )
 from shardlab.plan.layout import (
     axes_in,
+    engine_kinds,
     optimizer_shapes,
     optimizer_specs,
     optimizer_tree,
+    remats,
     stacks_of,
     storage_of,
 )
@@ -64,7 +68,7 @@ def make_plan(
     virtual: int | None = None,
     microbatches: int = 1,
     zero: int = 0,
-    remat: str = "none",
+    remat: str | Sequence[str] = "none",
     dtype: str = "float32",
     reduce_dtype: str = "auto",
     head: str = "auto",
@@ -88,7 +92,9 @@ def make_plan(
       virtual: stages that a device of the stage axis holds; None leaves it to the schedule.
       microbatches: microbatches a step; without a pipeline, gradient accumulation.
       zero: ZeRO level 0 to 3.
-      remat: ``"none"``, ``"full"`` or a name of `jax.checkpoint_policies`.
+      remat: what a stage keeps of a microbatch for its backward: ``"none"``, everything; ``"full"``, every block's
+        input; a name of `jax.checkpoint_policies`, what that saves of every block; ``"stage"``, the stage's input
+        alone, from which its backward runs the forward again. One for all stages, or one for each, in order.
       dtype: what the step computes in; master parameters stay at least float32.
       reduce_dtype: what gradients are summed over the batch axes in, once they have accumulated over the
         microbatches. ``"auto"``: what they accumulate in, float32 or `dtype` if that is wider. ``"bfloat16"`` halves
@@ -126,9 +132,10 @@ def make_plan(
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
     faults = [*resolution.faults, *dtype_faults(model), *_padded_buffers(spoken_of, resolution.placements)]
+    remat = _policies(remat)
+    faults += remat_faults(remat)
     faults += choice_faults(
         zero=zero,
-        remat=remat,
         dtype=dtype,
         reduce_dtype=reduce_dtype,
         head=head,
@@ -145,11 +152,12 @@ def make_plan(
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
     faults += reduce_faults(reduce_dtype, dtype, _accumulated(dtype), manual)
-    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual)
+    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual, remat)
     raise_faults(faults)
 
     stages = sizes.get(mesh.stage, 1) if mesh.stage else 1
     layers: tuple[int, ...] = ()
+    of_kinds: tuple[int, ...] = ()
     stacks: tuple[Stack, ...] = ()
     if stages == 1:
         if schedule != "1f1b":
@@ -161,7 +169,8 @@ def make_plan(
         table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual)
     if model.parts is not None:
         layers = assign_layers(len(model.parts.layers), table.num_stages)
-        stacks = stacks_of(model, layers, table)
+        of_kinds = engine_kinds(model.parts.kinds, layers, remat)
+        stacks = stacks_of(model, of_kinds, layers, table)
         raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
     if stages > 1:
@@ -210,7 +219,7 @@ def make_plan(
     raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
     raise_faults(padding_faults(optimizer, model, parameters))
     with traced_in(dtype):
-        x, activation_bytes = _activations(model, shapes, mesh, rows, max(layers, default=0), dtype, remat)
+        x, activation_bytes, recomputed_bytes = _activations(model, shapes, mesh, rows, layers, of_kinds, dtype, remat)
     raise_faults(activation_faults(activation, x, mesh))
     reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
     if reason is not None:
@@ -223,6 +232,7 @@ def make_plan(
         buffers=_buffer_rows(model, resolution.placements, sizes),
         stacks=stacks,
         layers=layers,
+        kinds=of_kinds,
         virtual=table.num_virtual,
         optimizer_state=optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
         update=update,
@@ -237,6 +247,7 @@ def make_plan(
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
         activation_bytes=activation_bytes,
+        recomputed_bytes=recomputed_bytes,
         gather=gather,
         accumulate=accumulate,
         activation_spec=activation,
@@ -259,6 +270,16 @@ def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformat
 def _master_dtype(kind: Any, dtype: str) -> str:
     """What a parameter declared in `kind` is stored and updated in: float32 at least, float64 for a step in float64."""
     return computed(kind, "float64") if dtype == "float64" else jnp.promote_types(kind, jnp.float32).name
+
+
+def _policies(remat: str | Sequence[str]) -> str | tuple[str, ...]:
+    """Remat policies, one for all stages or one for each; a text may name those of each, ``|`` between them.
+
+    >>> _policies("full | none | none"), _policies(["full", "full"])
+    (('full', 'none', 'none'), 'full')
+    """
+    each = tuple(one.strip() for one in remat.split("|")) if isinstance(remat, str) else tuple(remat)
+    return each[0] if len(set(each)) == 1 else each
 
 
 def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:
@@ -374,23 +395,39 @@ def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -
 
 
 def _activations(
-    model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str
-) -> tuple[Any, int]:
-    """Shapes of x, and bytes of the residuals of one microbatch in the longest stage, as if no automatic axis split
-    them; None and 0 without parts."""
+    model: Model,
+    batch: Any,
+    mesh: MeshSpec,
+    rows: int,
+    layers: tuple[int, ...],
+    kinds: tuple[int, ...],
+    dtype: str,
+    remat: str | tuple[str, ...],
+) -> tuple[Any, int, int]:
+    """Shapes of x; bytes of what a stage keeps of one microbatch, and of what its backward computes again before it
+    begins, as if no automatic axis split them. None and 0 without parts."""
     if model.parts is None:
-        return None, 0
+        return None, 0, 0
     parts = model.parts
+    runs, _ = stage_runs(kinds, layers)
     x, values, part, key = _entering(model, batch, mesh, rows, dtype)
-    layer = {inner: values[path] for inner, path in parts.layers[0].items()}
+    policies = remats(kinds, layers, remat)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         context = parts.context or (lambda values, batch, key, train: None)
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
 
-        def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
-            y, auxiliary = split_auxiliary(x, parts.block(w, x, c, k, True))
-            check_flow(x, y)
-            return flowing(y, dtype), auxiliary
+        def bytes_of(kind: int) -> int:
+            """Of one block."""
+            first = kinds.index(kind)
+            layer = {inner: values[path] for inner, path in parts.layers[first].items()}
 
-        block = BlockVjp(run, remat, context=False)
-        return x, layers * residual_bytes(residual_shapes(block, layer, x, c, key))
+            def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
+                y, auxiliary = split_auxiliary(x, parts.blocks[parts.kinds[first]](w, x, c, k, True))
+                check_flow(x, y, f"block {first}" if len(parts.blocks) > 1 else "block")
+                return flowing(y, dtype), auxiliary
+
+            return residual_bytes(residual_shapes(BlockVjp(run, policies[kind], context=False), layer, x, c, key))
+
+        each = [bytes_of(kind) for kind in range(max(kinds) + 1)]
+        residuals = sum(run.count(kind) * size for kind, size in enumerate(each) for run in runs)
+        return (x, residual_bytes(tuple(jax.tree.leaves(x))), residuals) if remat == "stage" else (x, residuals, 0)

@@ -123,6 +123,7 @@ class Plan:
       buffers: every array that the model holds and that is not trained; replicated unless a rule says otherwise.
       stacks: how the arrays of the blocks are stored together.
       layers: number of blocks in each stage; empty without parts.
+      kinds: of each block, which kind it is: blocks of one kind are one program and lie in the same stacks.
       virtual: stages that a device of the stage axis holds.
       optimizer_state: every array of the optimizer's state.
       update: ``"stacked"`` or ``"per-layer"``: on which tree the optimizer runs.
@@ -130,8 +131,8 @@ class Plan:
       table_csv: the table of a schedule that is none of those with a name, as CSV; or None.
       num_microbatches: microbatches a step.
       zero: ZeRO level, 0 to 3.
-      remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), or the name of a
-        policy of `jax.checkpoint_policies`.
+      remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), ``"stage"`` (a stage's
+        input), or the name of a policy of `jax.checkpoint_policies`; or one of these for each stage.
       dtype: what the step computes in.
       reduce_dtype: what gradients are summed over the batch axes in; within a device they accumulate in at least
         float32.
@@ -139,7 +140,8 @@ class Plan:
       batch: path, shape and dtype of every leaf of the batch.
       batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
         reduction (needed where the model computes statistics over the batch).
-      activation_bytes: residuals of one microbatch in one stage, per device; 0 without parts.
+      activation_bytes: what one stage keeps of one microbatch, per device; 0 without parts.
+      recomputed_bytes: of ``remat="stage"``, what a backward computes again of one microbatch before it begins.
       gather: when weights that lie in shards of the batch axes are gathered: ``"step"``, all once a step, or
         ``"layer"``, each layer's whenever it is used.
       accumulate: gradients of blocks over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each
@@ -154,6 +156,7 @@ class Plan:
     buffers: tuple[Buffer, ...]
     stacks: tuple[Stack, ...]
     layers: tuple[int, ...]
+    kinds: tuple[int, ...]
     virtual: int
     optimizer_state: tuple[StateLeaf, ...]
     update: str
@@ -161,13 +164,14 @@ class Plan:
     table_csv: str | None
     num_microbatches: int
     zero: int
-    remat: str
+    remat: str | tuple[str, ...]
     dtype: str
     reduce_dtype: str
     head: str
     batch: tuple[tuple[str, tuple[int, ...], str], ...]
     batch_axes_manual: bool
     activation_bytes: int
+    recomputed_bytes: int
     gather: str
     accumulate: str
     activation_spec: PartitionSpec | None
@@ -216,7 +220,6 @@ class Plan:
 
         sizes = self.mesh.sizes
         stacked = {path: stack for stack in self.stacks for path in stack.members if path}
-        longest = max(self.layers, default=0)
         totals = dict.fromkeys(("parameters", "buffers", "gradients", "optimizer_state", "activations", "padding"), 0)
         seen: set[str] = set()
         accumulate = "float64" if self.dtype == "float64" else "float32"
@@ -227,9 +230,9 @@ class Plan:
                 if stack.name in seen:
                     continue
                 seen.add(stack.name)
-                copies = longest * self.virtual
-                pads = stack.members.count(None)
-                totals["padding"] += parameter.bytes_per_device * min(pads, 1)
+                copies = len(stack.members) // self.num_stage_devices
+                most = max(stack.members[at : at + copies].count(None) for at in range(0, len(stack.members), copies))
+                totals["padding"] += parameter.bytes_per_device * most
             padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)
             totals["padding"] += round(parameter.bytes_per_device * padded) * copies
             totals["parameters"] += parameter.bytes_per_device * copies
@@ -239,11 +242,12 @@ class Plan:
         for buffer in self.buffers:
             stack = stacked.get(buffer.path)
             if stack is None or stack.name not in seen:
-                totals["buffers"] += buffer.bytes_per_device * (1 if stack is None else longest * self.virtual)
+                copies = 1 if stack is None else len(stack.members) // self.num_stage_devices
+                totals["buffers"] += buffer.bytes_per_device * copies
             seen |= set() if stack is None else {stack.name}
         totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
         peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
-        totals["activations"] = self.activation_bytes * peak
+        totals["activations"] = self.activation_bytes * peak + self.recomputed_bytes
         return totals
 
     def to_json(self) -> str:

@@ -89,7 +89,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"mesh {mesh} on {plan.mesh.target} ({roles})",
         f"{plan.num_parameters:,} parameters, computed in {plan.dtype}, gradients summed in {plan.reduce_dtype}; "
-        f"ZeRO {plan.zero}; remat {plan.remat}",
+        f"ZeRO {plan.zero}; remat {plan.remat if isinstance(plan.remat, str) else ' | '.join(plan.remat)}",
         f"batch of {plan.batch_size}, {microbatches} of {plan.microbatch_rows} a shard",
     ]
     if plan.num_stages > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +35,6 @@ class Calls:
 
     Attributes:
       shared: whether the stages share the examples of a microbatch before and after the blocks.
-      has_auxiliary: whether blocks return an auxiliary loss.
 
     Raises:
       DeclarationError: a function computes across examples, and not all of them are in one place.
@@ -46,16 +45,24 @@ class Calls:
         self._functions = _functions(model, loss, plan, train=train)
         self._draws: dict[tuple[str, int], frozenset[Drawn]] = {}
         self._padded = {p.path: p.shape for p in plan.parameters if p.shape != p.stored_shape}
-        layer = model.parts.layers[0] if model.parts is not None else {}
-        self._padded_in_block = {inner: self._padded[path] for inner, path in layer.items() if path in self._padded}
+        self._block_names = () if model.parts is None else block_names(model.parts)
+        self._padded_in_block = {
+            name: {inner: self._padded[path] for inner, path in layer.items() if path in self._padded}
+            for name, layer in self._first_layers()
+        }
         # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
         # layer that normalises.
         self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
         self.shared = region.stage is not None and plan.head == "examples"
-        self.has_auxiliary = self._has_auxiliary()
+        self._auxiliary = self._with_auxiliary()
         if region.manual or plan.num_microbatches > 1:
             for rows in {plan.microbatch_rows, plan.microbatch_rows // (plan.num_stage_devices if self.shared else 1)}:
                 self._check(rows)
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether some blocks return an auxiliary loss."""
+        return bool(self._auxiliary)
 
     @property
     def has_loss(self) -> bool:
@@ -72,14 +79,15 @@ class Calls:
             return None
         return self._call("context", (values, batch), key, CONTEXT, rows)
 
-    def block(self, layer: Any, x: Any, c: Any, extra: Any, rows: int) -> tuple[Any, Any]:
-        """x after one block, and its auxiliary loss as (sum, weight), or None.
+    def block(self, kind: int, layer: Any, x: Any, c: Any, extra: Any, rows: int) -> tuple[Any, Any]:
+        """x after one block of the model's `kind`, and its auxiliary loss as (sum, weight), or None.
 
         ``extra`` is (frozen arrays of the layer, index of the block, key data, first row).
         """
         frozen, index, data, first = extra
         key = None if data is None else (data, first)
-        x, auxiliary = self._call("block", ({**layer, **frozen}, self._constrain(x), c), key, 1 + index, rows)
+        args = {**layer, **frozen}, self._constrain(x), c
+        x, auxiliary = self._call(self._block_names[kind], args, key, 1 + index, rows)
         return self._constrain(x), auxiliary
 
     def after(self, values: Any, x: Any, batch: Any, key: Any, rows: int) -> Any:
@@ -97,7 +105,7 @@ class Calls:
     def _call(self, name: str, args: tuple[Any, ...], key: Any, site: Any, rows: int) -> Any:
         legal = self._legal(name)
         arrays, *others = args
-        shapes = self._padded_in_block if name == "block" else self._padded
+        shapes = self._padded_in_block.get(name, self._padded)
         args = ({path: cut(value, shapes.get(path, value.shape)) for path, value in arrays.items()}, *others)
         if key is None:
             return legal(*args, None)
@@ -112,12 +120,21 @@ class Calls:
         platform = region.mesh.devices.flat[0].platform
         return made_legal(self._functions[name], region.manual, spread, region.automatic_mesh, platform=platform)
 
-    def _has_auxiliary(self) -> bool:
+    def _first_layers(self) -> list[tuple[str, Mapping[str, str]]]:
+        """Of every kind of block: its name, and the arrays of the first one."""
+        parts = self._model.parts
+        if parts is None:
+            return []
+        return [(name, parts.layers[parts.kinds.index(kind)]) for kind, name in enumerate(self._block_names)]
+
+    def _with_auxiliary(self) -> frozenset[str]:
+        """The names of the blocks that return an auxiliary loss."""
         if self._model.parts is None:
-            return False
+            return frozenset()
         with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
-            given = self._arguments(self._plan.microbatch_rows)["block"]
-            return jax.eval_shape(self._functions["block"], *given)[1] is not None
+            given = self._arguments(self._plan.microbatch_rows)
+            out = {name: jax.eval_shape(self._functions[name], *given[name]) for name in self._block_names}
+            return frozenset(name for name, (_, auxiliary) in out.items() if auxiliary is not None)
 
     def _arguments(self, rows: int) -> dict[str, tuple[Any, ...]]:
         """Shapes of the arguments of every function with `rows` examples."""
@@ -133,10 +150,13 @@ class Calls:
             return {"the model": outer, "loss": (y, examples)}
         x = jax.eval_shape(functions["before"], *outer)
         c = jax.eval_shape(functions["context"], *outer) if "context" in functions else None
-        layer = {inner: values[path] for inner, path in model.parts.layers[0].items()}
-        block, after = (layer, x, c, key), (values, x, examples, key)
+        blocks = {
+            name: ({inner: values[path] for inner, path in layer.items()}, x, c, key)
+            for name, layer in self._first_layers()
+        }
+        after = (values, x, examples, key)
         y = jax.eval_shape(functions["after"], *after)
-        return {"before": outer, "context": outer, "block": block, "after": after, "loss": (y, examples)}
+        return {"before": outer, "context": outer, **blocks, "after": after, "loss": (y, examples)}
 
     def _constrain(self, x: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self.flow_spec), x)
@@ -162,7 +182,7 @@ class Calls:
                 if name == "loss":
                     check_sums(here, there, name, several, given=given)
                     continue
-                auxiliary = name == "block" and self.has_auxiliary
+                auxiliary = name in self._auxiliary
                 known[name], folds = check_rows_to_rows(here, there, name, several, auxiliary=auxiliary, given=given)
                 if self._train:
                     draws = (here, there) if rows == several else (self._traced(name, rows), here)
@@ -182,8 +202,9 @@ def _given(name: str, args: tuple[Any, ...], known: dict[str, list[Value]]) -> l
     given: list[Value | None] = []
     for position, arg in enumerate(args):
         count = len(jax.tree.leaves(arg))
-        source = known.get(_FROM.get((name, position), ""), known.get("the model", []) if position == 0 else [])
-        found = source[:count] if name in ("block", "after", "loss") and len(source) >= count else [ROWS] * count
+        role = name.split(" ")[0]
+        source = known.get(_FROM.get((role, position), ""), known.get("the model", []) if position == 0 else [])
+        found = source[:count] if role in ("block", "after", "loss") and len(source) >= count else [ROWS] * count
         given += [value if value.blocks else None for value in found]
     return given
 
@@ -216,11 +237,17 @@ class _Shown(str):
     __repr__ = str.__str__
 
 
-def block_function(parts: Parts, dtype: str, train: bool) -> Callable[..., tuple[Any, Any]]:
+def block_names(parts: Parts) -> tuple[str, ...]:
+    """What the blocks of each kind are called in messages: of several kinds, by the number of the first."""
+    count = len(parts.blocks)
+    return ("block",) if count == 1 else tuple(f"block {parts.kinds.index(kind)}" for kind in range(count))
+
+
+def block_function(parts: Parts, kind: int, dtype: str, train: bool) -> Callable[..., tuple[Any, Any]]:
     """``(layer, x, c, key) -> (x, auxiliary)``: x as it flows on, and the auxiliary loss as (sum, weight) or None."""
 
     def block(layer: Any, x: Any, c: Any, key: Any) -> tuple[Any, Any]:
-        y, auxiliary = split_auxiliary(x, parts.block(layer, x, c, key, train))
+        y, auxiliary = split_auxiliary(x, parts.blocks[kind](layer, x, c, key, train))
         return flowing(y, dtype), None if auxiliary is None else scalars(auxiliary, "block")
 
     return block
@@ -236,7 +263,8 @@ def _functions(model: Model, loss: Loss | None, plan: Plan, *, train: bool) -> d
         functions["before"] = lambda v, b, k: flowing(before(v, b, k, train), plan.dtype)
         if context is not None:
             functions["context"] = lambda v, b, k: context(v, b, k, train)
-        functions["block"] = block_function(parts, plan.dtype, train)
+        for kind, name in enumerate(block_names(parts)):
+            functions[name] = block_function(parts, kind, plan.dtype, train)
         functions["after"] = lambda v, x, b, k: after(v, x, b, k, train)
     if loss is not None:
         functions["loss"] = lambda y, b: scalars(loss(y, b))

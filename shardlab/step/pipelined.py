@@ -23,8 +23,9 @@ from shardlab.module.model import Model
 from shardlab.pipeline.buffers import Phase, forward_program, program
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
-from shardlab.step.cells import Cells, StageArrays
+from shardlab.step.cells import Cells
 from shardlab.step.region import Region
+from shardlab.step.stage_arrays import StageArrays
 from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
@@ -115,10 +116,10 @@ def _entered(
     where = {
         "shard": np.arange(region.shards, dtype=np.int32),
         "stage": np.arange(region.num_stages, dtype=np.int32),
-        "block": arrays.block_of_slot,
+        "blocks": arrays.blocks,
         "used": arrays.used,
     }
-    where_specs = {"shard": shard, "stage": stage, "block": stage, "used": stage}
+    where_specs = {"shard": shard, "stage": stage, "blocks": stage, "used": stage}
 
     def entered(values: Arrays, buffers: Arrays, batch: Any, key_data: Any) -> Any:
         def spec_of(name: str) -> PartitionSpec:

@@ -49,7 +49,7 @@ def composed(model: Model, values: Any, batch: Any, key: Any = None, train: bool
     x = model.parts.before(values, batch, key, train)
     c = None if model.parts.context is None else model.parts.context(values, batch, key, train)
     for paths in model.parts.layers:
-        x = model.parts.block({inside: values[path] for inside, path in paths.items()}, x, c, key, train)
+        x = model.parts.blocks[0]({inside: values[path] for inside, path in paths.items()}, x, c, key, train)
     return model.parts.after(values, x, batch, key, train)
 
 

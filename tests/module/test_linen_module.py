@@ -105,7 +105,7 @@ def test_the_parts_compose_to_the_whole_each_on_its_own_parameters() -> None:
     outside = {path: values[path] for path in values if not path.startswith("blocks")}
     x = model.parts.before(outside, BATCH, None, True)
     for index in (0, 1):
-        x = model.parts.block(layer_of(model, values, index), x, None, None, True)
+        x = model.parts.blocks[0](layer_of(model, values, index), x, None, None, True)
     y = model.parts.after(outside, x, BATCH, None, True)
     np.testing.assert_array_equal(y, module.apply(variables, BATCH))
     np.testing.assert_array_equal(y, model.forward(values, BATCH, None, True)[0])
@@ -177,8 +177,8 @@ def test_dropout_draws_when_the_model_trains_and_only_then() -> None:
             undropped.forward(values, BATCH, None, True)[0],
         ),
         "block": (
-            lambda k, train: parts.block(layer, x, None, k, train),
-            undropped.parts.block(layer, x, None, None, True),
+            lambda k, train: parts.blocks[0](layer, x, None, k, train),
+            undropped.parts.blocks[0](layer, x, None, None, True),
         ),
     }
     for run, quiet in runs.values():

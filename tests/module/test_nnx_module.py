@@ -110,7 +110,7 @@ def test_the_parts_compose_to_the_whole() -> None:
     assert model.parts is not None
     x = model.parts.before(values, BATCH, None, True)
     for index in (0, 1):
-        x = model.parts.block(layer_of(model, values, index), x, None, None, True)
+        x = model.parts.blocks[0](layer_of(model, values, index), x, None, None, True)
     y = model.parts.after(values, x, BATCH, None, True)
     np.testing.assert_allclose(y, Net(nnx.Rngs(0))(BATCH), rtol=1e-6)
     np.testing.assert_array_equal(y, model.forward(values, BATCH, None, True)[0])
@@ -246,7 +246,7 @@ def test_dropout_in_the_parts() -> None:
     assert parts is not None
     x = jnp.ones((5, 4))
     quiet, one, other = (
-        parts.block(layer_of(model, values), x, None, k, train)
+        parts.blocks[0](layer_of(model, values), x, None, k, train)
         for k, train in ((key, False), (key, True), (jax.random.key(4), True))
     )
     layer = layer_of(model, values)
@@ -317,9 +317,9 @@ def test_batch_statistics_in_a_stack_are_refused_where_they_are_written() -> Non
     assert parts is not None
     assert set(parts.layers[0]) == {"up/bias", "up/kernel", "norm/mean", "norm/var", "norm/scale", "norm/bias"}
     layer, x = layer_of(model, values), jnp.ones((5, 4))
-    assert parts.block(layer, x, None, None, False).shape == x.shape  # reads them only
+    assert parts.blocks[0](layer, x, None, None, False).shape == x.shape  # reads them only
     with pytest.raises(DeclarationError) as error:
-        parts.block(layer, x, None, None, True)
+        parts.blocks[0](layer, x, None, None, True)
     assert str(error.value) == (
         "2 faults in the declaration:\n"
         f"  1. blocks/*/norm/mean: {ALONE}; {WAY_OUT}\n"
@@ -531,7 +531,7 @@ def test_what_a_module_sows_is_left_out() -> None:
     np.testing.assert_array_equal(y, read_model(Net, BATCH).forward(values, BATCH, None, True)[0])
     assert written == {}
     assert model.parts is not None
-    assert model.parts.block(layer_of(model, values), jnp.ones((5, 4)), None, None, True).shape == (5, 4)
+    assert model.parts.blocks[0](layer_of(model, values), jnp.ones((5, 4)), None, None, True).shape == (5, 4)
 
 
 class Reading(nnx.Module):
@@ -561,7 +561,7 @@ def test_reading_under_remat_is_not_writing() -> None:
     model = read_model(reading(True), BATCH, PARTS)
     assert model.parts is not None
     with pytest.raises(DeclarationError) as error:
-        model.parts.block(layer_of(model, model.initialise(jax.random.key(0))), jnp.ones((5, 4)), None, None, True)
+        model.parts.blocks[0](layer_of(model, model.initialise(jax.random.key(0))), jnp.ones((5, 4)), None, None, True)
     assert str(error.value) == f"blocks/*/seen: {ALONE}; {WAY_OUT}"
 
 
