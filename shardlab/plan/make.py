@@ -171,6 +171,7 @@ def make_plan(
         layers = assign_layers(len(model.parts.layers), table.num_stages)
         of_kinds = engine_kinds(model.parts.kinds, layers, remat)
         stacks = stacks_of(model, of_kinds, layers, table)
+        notes += _kinds_note(of_kinds, layers)
         raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
     if stages > 1:
@@ -280,6 +281,17 @@ def _policies(remat: str | Sequence[str]) -> str | tuple[str, ...]:
     """
     each = tuple(one.strip() for one in remat.split("|")) if isinstance(remat, str) else tuple(remat)
     return each[0] if len(set(each)) == 1 else each
+
+
+def _kinds_note(kinds: tuple[int, ...], layers: tuple[int, ...]) -> list[str]:
+    """What blocks of different kinds cost: a program for each, and slots that only some stages have a block for."""
+    count = max(kinds) + 1
+    if count == 1:
+        return []
+    firsts = [kinds.index(kind) for kind in range(count)]
+    slots = sum(run.count(kind) for run in stage_runs(kinds, layers)[0] for kind in range(count))
+    room = f"; a stage has room for {slots} and holds {max(layers)} at most" if slots > max(layers) else ""
+    return [f"blocks are of {count} kinds, the first of each {', '.join(map(str, firsts))}{room}"]
 
 
 def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:

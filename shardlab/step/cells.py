@@ -27,7 +27,7 @@ from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.region import Region, check_rows, rows_of, tree_where
 from shardlab.step.split import Split
-from shardlab.step.stage_arrays import StageArrays
+from shardlab.step.stage_arrays import StageArrays, leaves_out
 from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
@@ -106,10 +106,7 @@ class Cells:
         self.wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
         self.has_context_gradient = self._context_depends()
         self.recomputes = plan.remat == "stage"
-        # In other schedules than those whose stages take branches anyway, what XLA puts into a block for automatic axes
-        # stays outside of them.
-        automatic = any(region.mesh.shape[axis] > 1 for axis in region.mesh.axis_names if axis not in region.manual)
-        self.skips = len(arrays.kinds) > 1 and (not automatic or any(phase.divergent for phase in program.phases))
+        self.skips = leaves_out(plan, region)
         self.vjps = [
             BlockVjp(self._block_of(kind), policy, context=self.has_context_gradient)
             for kind, (_, policy) in enumerate(arrays.kinds)
@@ -169,10 +166,7 @@ class Cells:
         return state
 
     def where_used(self, slot: Slot, do: Callable[[], Any]) -> Any:
-        """What `do` gives; in a slot without a block anything of these shapes, without computing it where that may be.
-
-        Where blocks are of one kind that would win nothing: in a tick the longest stage is waited for.
-        """
+        """What `do` gives; in a slot without a block zeros or garbage of these shapes."""
         if slot.always or not self.skips:
             return do()
 

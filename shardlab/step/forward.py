@@ -17,9 +17,10 @@ from shardlab.pipeline.buffers import breadth_first
 from shardlab.pipeline.table_csv import to_csv
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
-from shardlab.step.compile import working_copy
+from shardlab.step.compile import cannot_hang, options_for, working_copy
 from shardlab.step.pipelined import pipelined_forward
 from shardlab.step.region import Region, check_rows, make_region
+from shardlab.step.stage_arrays import leaves_out
 from shardlab.step.state import abstract_stored, buffer_specs, shardings, storage_specs
 
 
@@ -50,7 +51,8 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
       loss: ``(y, batch) -> (sum, weight)``; without it the result is y, whose arrays lead with the examples.
 
     Raises:
-      DeclarationError: the batch does not divide by the batch axes, or a leaf of y does not lead with the examples.
+      DeclarationError: the batch does not divide by the batch axes, a leaf of y does not lead with the examples, or
+        some stages would wait for others for ever.
     """
     shapes = abstract(batch)
     model = read_model(model, shapes, plan.pipeline)
@@ -70,7 +72,10 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
     jitted = jax.jit(forward, in_shardings=(*stored, batch_shardings))
     with jax.set_mesh(mesh):
         lowered = jitted.lower(*abstract_stored(model, plan), shapes)
-        return CompiledForward(plan, mesh, batch_shardings, lowered, lowered.compile())
+        compiled = lowered.compile(compiler_options=options_for(plan, mesh, None))
+    if leaves_out(plan, region):
+        cannot_hang(compiled, plan)
+    return CompiledForward(plan, mesh, batch_shardings, lowered, compiled)
 
 
 def _for_batch(plan: Plan, shapes: Any) -> Plan:

@@ -8,8 +8,31 @@ from __future__ import annotations
 import numpy as np
 
 from shardlab.module.model import Model
+from shardlab.pipeline.buffers import program
 from shardlab.plan.layout import remats, slots_of
 from shardlab.plan.plan import Plan
+from shardlab.step.region import Region
+
+
+def diverges(plan: Plan) -> bool:
+    """Whether stages do different kinds of action in one tick, each in a branch of its own."""
+    return any(phase.divergent for phase in program(plan.table()).phases)
+
+
+def leaves_out(plan: Plan, region: Region) -> bool:
+    """Whether a stage leaves out slots for blocks of a kind that it has none for, in a branch of its own.
+
+    Where an axis inside the stages is automatic XLA puts collectives into the blocks. Only in a schedule whose stages
+    take branches anyway may these stand in a branch; in others every stage runs the slot, and the result is masked.
+    Blocks of one kind always do: in a tick the longest stage is waited for.
+    """
+    if len(set(plan.kinds)) < 2 or region.stage is None:
+        return False
+    _, slots = slots_of(plan.kinds, plan.layers, plan.table())
+    short = any(block is None for device in slots for stage in device for run in stage for row in run for block in row)
+    sizes = region.mesh.shape
+    automatic = any(sizes[axis] > 1 for axis in region.mesh.axis_names if axis not in region.manual)
+    return short and (not automatic or diverges(plan))
 
 
 class StageArrays:

@@ -20,6 +20,7 @@ from shardlab.models import decoder, linen_decoder, mixer, mlp
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
 from shardlab.sharding.rules import Rule, Rules
+from tests.equivalence import kinds
 
 AXES = ("replica", "data", "stage", "tensor")
 
@@ -199,6 +200,10 @@ def _auxiliary() -> Subject:
     return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
 
 
+def _kinds(model: Any, rules: Rules, parts: Pipeline | None = None) -> Subject:
+    return Subject(model, mlp.label_loss, rules, parts, features)
+
+
 def whole(subject: Subject) -> Subject:
     """The same model, its parts not named."""
     return Subject(subject.model, subject.loss, subject.rules, None, subject.batch, subject.batch_size)
@@ -234,6 +239,12 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "pure-centred": _centred,
     "pure-constrained": _constrained,
     "pure-auxiliary": _auxiliary,
+    "dense-and-experts": lambda: _kinds(*kinds.dense_and_experts("dedede")),
+    "dense-then-experts": lambda: _kinds(*kinds.dense_and_experts("ddeeee")),
+    "encoder-decoder": lambda: _kinds(
+        lambda rngs: kinds.EncoderDecoder(3, 2, rngs=rngs), kinds.ENCODER_DECODER_RULES, PARTS
+    ),
+    "linen-two-widths": lambda: _kinds(kinds.LinenTwoWidths(), kinds.LINEN_RULES, PARTS),
 }
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -387,7 +398,24 @@ CASES: dict[str, Case] = {
     "padded-tensor": case("mlp-padded", tensor=4),
     "padded-whole": case("mlp-padded-whole", data=4, tensor=2, zero=1),
     "padded-stages-zero-3": case("mlp-padded", data=2, stage=2, tensor=2, microbatches=2, zero=3, optimizer="clipped"),
+    # Blocks of different kinds: in turn, one after another; masked where an axis inside a stage is automatic, in a
+    # branch of their own where none is.
+    "kinds-one-device": case("dense-and-experts", microbatches=2),
+    "kinds-in-turn": case("dense-and-experts", data=2, stage=2, tensor=2, microbatches=2, zero=1),
+    "kinds-in-turn-interleaved": case(
+        "dense-and-experts", stage=2, data=2, microbatches=4, schedule="interleaved_1f1b", zero=3, remat="full"
+    ),
+    "kinds-encoder-decoder": case("encoder-decoder", stage=2, data=2, tensor=2, microbatches=2, schedule="zb_h1"),
+    "kinds-after-another-split": case(
+        "dense-then-experts", stage=3, data=2, microbatches=3, batch=18, schedule="1f1b_split"
+    ),
+    "kinds-linen-zb-v": case("linen-two-widths", stage=2, data=2, microbatches=2, schedule="zb_v", optimizer="muon"),
     # Remat.
+    "remat-stage": case("decoder-dropout", stage=2, data=2, microbatches=4, remat="stage"),
+    "remat-stage-split": case(
+        "dense-and-experts", stage=2, data=2, microbatches=2, remat="stage", schedule="zb_h1", head="last_stage"
+    ),
+    "remat-by-stage": case("decoder-10-layers", stage=4, microbatches=4, remat="full | dots_saveable | none | none"),
     "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
     "remat-whole": case("decoder-whole", data=2, remat="full"),
