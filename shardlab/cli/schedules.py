@@ -25,6 +25,7 @@ class _Schedule(Common):
     limit: float = option(0.0, "for automatic: microbatches' activations that a device may hold; 0 is any number")
     compare: bool = option(False, "every schedule side by side, and automatic; the costs are of a whole device")
     csv: str = option("", "read the table from a CSV file, a row a device, as PyTorch's compute_only", "FILE")
+    in_order: bool = option(False, "read the table's rows as orders: each device waits for its data, as PyTorch's do")
     to_csv: str = option("", "write the table to a CSV file", "FILE")
     draw: str = option("", "write a picture over time: PNG, SVG or PDF by its suffix", "FILE")
     trace: str = option("", "write a trace that https://ui.perfetto.dev opens", "FILE")
@@ -63,7 +64,9 @@ def _schedule(options: Any, costs: Costs) -> tuple[Schedule, Costs, list[str]]:
     from shardlab.pipeline.table_csv import read_csv
 
     if options.csv:
-        return read_csv(options.csv), costs, []
+        return read_csv(options.csv, in_order=options.in_order), costs, []
+    if options.in_order:
+        raise DeclarationError("--in-order: says how the rows of a table are read; give one with --csv FILE")
     sizes = {"stages": options.stages, "microbatches": options.microbatches}
     if options.name != "automatic":
         return make_schedule(options.name, **sizes, virtual=options.virtual or None), costs, []
