@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import pytest
 
+import shardlab.pipeline.schedules
 import shardlab.run.loop
 import shardlab.step.verify
 from shardlab.cli import HELP, VERBS, main
@@ -187,6 +188,15 @@ def test_a_bad_table_is_printed_with_the_cell_marked(call: Call, tmp_path: Path)
     status, out, err = call("schedule", "--csv", file)
     assert (status, out) == (2, "")
     assert "\n   1  [0B0]    1F0       <-- 0B0 needs 1B0, which runs in tick 2 on device 1\n" in err
+    # In order, device 0 waits.
+    found = facts(call, "schedule", "--csv", file, "--in-order")
+    assert (found["table"], found["name"]) == ([["0F0", None], [None, "1F0"], [None, "1B0"], ["0B0", None]], "bad")
+
+
+def test_rows_in_order_are_of_a_table(call: Call) -> None:
+    status, out, err = call("schedule", "1f1b", "--in-order")
+    assert (status, out) == (2, "")
+    assert err == "shardlab: --in-order: says how the rows of a table are read; give one with --csv FILE\n"
 
 
 def test_a_schedule_as_json(call: Call) -> None:
@@ -584,6 +594,9 @@ def test_an_error_of_shardlab_itself_is_a_traceback(call: Call, monkeypatch: pyt
     monkeypatch.setattr(Config, "plan", None)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         call("plan", CONFIG)
+    monkeypatch.setattr(shardlab.pipeline.schedules, "SCHEDULES", {"broken": None})
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'virtual'"):
+        call("schedule", "broken")
 
 
 def test_data_that_ends_before_verify_does(tmp_path: Path, call: Call) -> None:

@@ -6,18 +6,27 @@ A row per device, a column per tick, in each cell an action such as ``2F0``, ``0
     ,1F0,1B0,1F1,1B1
 
 Tables move between the two: `torch.distributed.pipelining` reads and writes them with `_load_csv` and `_dump_csv`.
-Source: torch/distributed/pipelining/schedules.py, 2.13.
+Its devices wait for their data wherever they stand, so that the rows it writes are orders and its columns no ticks;
+`in_order` reads them so. Its cell ``(0F3;3B1)OVERLAP_F_B`` is a forward and a backward that overlap: here one, then
+the other.
+Source: torch/distributed/pipelining/schedules.py, 2.14.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from shardlab.pipeline.actions import Action, ScheduleError, Tick, parse_action
-from shardlab.pipeline.check import check
+from shardlab.pipeline.check import check, find_faults
 from shardlab.pipeline.schedules import Placement, Schedule
+from shardlab.pipeline.zero_bubble import in_ticks
+
+_OVERLAPPED = re.compile(r"\(([^;()]+);([^;()]+)\)OVERLAP_F_B")
 
 
 def to_csv(schedule: Schedule) -> str:
@@ -36,11 +45,15 @@ def to_csv(schedule: Schedule) -> str:
     return text.getvalue()
 
 
-def from_csv(text: str, name: str = "table") -> Schedule:
+def from_csv(text: str, name: str = "table", *, in_order: bool = False) -> Schedule:
     """The schedule that a CSV text describes, checked.
 
     How many stages, microbatches and virtual stages there are is read from its actions, and so is where the stages
     sit: round and round the devices, or back and forth (a V). Rows may differ in length.
+
+    Args:
+        in_order: whether the rows are orders, each action to be put in the earliest tick that its data allows, and
+            not a table of ticks.
 
     Raises:
         ScheduleError: a cell that is no action, with its row and column; stages that sit in neither way; a table that
@@ -48,6 +61,9 @@ def from_csv(text: str, name: str = "table") -> Schedule:
 
     >>> from_csv("0F0,0B0\\n").num_stages
     1
+    >>> print(to_csv(from_csv("0F0,0B0\\n1F0,1B0\\n", in_order=True)), end="")
+    0F0,,,0B0
+    ,1F0,1B0,
     """
     rows = [row for row in csv.reader(io.StringIO(text)) if row]
     if not rows:
@@ -57,11 +73,9 @@ def from_csv(text: str, name: str = "table") -> Schedule:
         cells.append([])
         for tick, cell in enumerate(row):
             try:
-                cells[-1].append(parse_action(cell.strip()) if cell.strip() else None)
+                cells[-1] += _actions(cell.strip(), in_order=in_order) or [None]
             except ScheduleError as error:
                 raise ScheduleError(f"schedule '{name}': row {device + 1}, column {tick + 1}: {error}") from None
-    length = max(map(len, cells))
-    ticks: tuple[Tick, ...] = tuple(zip(*([*row, *[None] * (length - len(row))] for row in cells), strict=True))
     actions = [action for row in cells for action in row if action is not None]
     if not actions:
         raise ScheduleError(f"schedule '{name}': the CSV has no actions; give it at least an F and a B")
@@ -72,14 +86,46 @@ def from_csv(text: str, name: str = "table") -> Schedule:
             f"schedule '{name}': {virtual * devices + short} stages on {devices} devices; every device holds the same "
             f"number of stages, so use {virtual * devices or devices} or {(virtual + 1) * devices}"
         )
+    length = max(map(len, cells))
+    ticks: tuple[Tick, ...] = tuple(zip(*([*row, *[None] * (length - len(row))] for row in cells), strict=True))
     microbatches = 1 + max(action.microbatch for action in actions)
     schedule = Schedule(name, devices, virtual, microbatches, ticks, _placement(ticks, devices, name))
-    check(schedule)
+    if in_order:
+        schedule = _in_order(schedule) or schedule
+    try:
+        check(schedule)
+    except ScheduleError as error:
+        waiting = _in_order(schedule)
+        if waiting is None or find_faults(waiting):
+            raise
+        raise ScheduleError(
+            f"{error}\nas orders, each device waiting for its data, the rows do compute one: read them with "
+            "in_order=True (--in-order)"
+        ) from None
     return schedule
 
 
-def read_csv(path: str | Path) -> Schedule:
-    """The schedule in a CSV file, named after it.
+def _actions(cell: str, *, in_order: bool) -> Sequence[Action]:
+    """What a cell says: an action, nothing, or two that overlap."""
+    overlapped = _OVERLAPPED.fullmatch(cell)
+    if overlapped is None:
+        return [parse_action(cell)] if cell else []
+    if not in_order:
+        raise ScheduleError(f"{cell!r} is two actions in one tick; read the rows with in_order=True (--in-order)")
+    return [parse_action(action.strip()) for action in overlapped.groups()]
+
+
+def _in_order(schedule: Schedule) -> Schedule | None:
+    """Each device's actions in the earliest ticks; None where devices wait for one another for ever."""
+    rows = [schedule.row(device) for device in range(schedule.num_devices)]
+    try:
+        return dataclasses.replace(schedule, ticks=in_ticks(rows, num_stages=schedule.num_stages))
+    except ScheduleError:
+        return None
+
+
+def read_csv(path: str | Path, *, in_order: bool = False) -> Schedule:
+    """The schedule in a CSV file, named after it; `in_order` as in `from_csv`.
 
     Raises:
         ScheduleError: no such file, or one that `from_csv` refuses.
@@ -87,7 +133,7 @@ def read_csv(path: str | Path) -> Schedule:
     file = Path(path)
     if not file.is_file():
         raise ScheduleError(f"schedule {str(path)!r}: there is no such file; give a CSV with a row for each device")
-    return from_csv(file.read_text(), file.stem)
+    return from_csv(file.read_text(), file.stem, in_order=in_order)
 
 
 def _placement(ticks: tuple[Tick, ...], devices: int, name: str) -> Placement:

@@ -233,7 +233,7 @@ ONE = make_schedule("1f1b", stages=3, microbatches=4)
 DEADLOCK: Table = [["0F0", "1B0"], ["0B0", "1F0"]]
 
 PRINTED: dict[str, Schedule] = {
-    # The four tables that PyTorch's _validate_schedule lets pass.
+    # Of the kinds that PyTorch's _validate_schedule lets pass (test_torch asks it).
     "same_forward_twice": at(ONE, t4d2="2F0"),
     "same_backward_twice": at(ONE, t9d2="2B2"),
     "deadlock": from_table(DEADLOCK, microbatches=1, name="mine"),

@@ -42,7 +42,23 @@ REFUSED = {
         "tick  device 0 device 1\n"
         "   0  0F0      .\n"
         "   1  [0B0]    1F0       <-- 0B0 needs 1B0, which runs in tick 2 on device 1\n"
-        "   2  .        1B0",
+        "   2  .        1B0\n"
+        "as orders, each device waiting for its data, the rows do compute one: read them with in_order=True "
+        "(--in-order)",
+    ),
+    "no train step in any way": (
+        "0F0,0B0\n,1B0,1F0\n",
+        "schedule 'mine': 2 stages on 2 devices, 1 microbatch: 2 faults\n"
+        "tick  device 0 device 1\n"
+        "   0  0F0      .\n"
+        "   1  [0B0]    [1B0]     <-- 0B0 needs 1B0, which runs in the same tick on device 1; device 0 waits here for "
+        "ever; 1B0 needs 1F0, which runs in tick 2; device 1 waits here for ever\n"
+        "   2  .        1F0",
+    ),
+    "two actions in a tick": (
+        "0F0,0F1,(1F0;1B0)OVERLAP_F_B\n",
+        "schedule 'mine': row 1, column 3: '(1F0;1B0)OVERLAP_F_B' is two actions in one tick; read the rows with "
+        "in_order=True (--in-order)",
     ),
 }
 
@@ -53,3 +69,27 @@ def test_refused_with(case: str) -> None:
     with pytest.raises(ScheduleError) as error:
         from_csv(text, "mine")
     assert str(error.value) == message
+
+
+def test_rows_in_order() -> None:
+    """Each action as early as its data allows, idle cells or not; what overlaps runs one after the other."""
+    rows = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1B0,,(1F1;1B1)OVERLAP_F_B\n"
+    assert from_csv(rows, "mine", in_order=True).table() == [
+        ["0F0", None],
+        ["0F1", "1F0"],
+        [None, "1B0"],
+        ["0B0", "1F1"],
+        [None, "1B1"],
+        ["0B1", None],
+    ]
+
+
+def test_rows_that_wait_for_ever_are_printed_as_they_stand() -> None:
+    with pytest.raises(ScheduleError) as error:
+        from_csv("0F0,0B0\n1B0,1F0\n", "mine", in_order=True)
+    assert str(error.value) == (
+        "schedule 'mine': 2 stages on 2 devices, 1 microbatch: 1 fault\n"
+        "tick  device 0 device 1\n"
+        "   0  0F0      [1B0]     <-- 1B0 needs 1F0, which runs in tick 1; device 1 waits here for ever\n"
+        "   1  0B0      1F0"
+    )

@@ -22,18 +22,18 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
+from shardlab.cli.options import Common, option, read, show
+from shardlab.cli.schedules import schedule
 from shardlab.mesh.emulate import emulate, environment
-from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
+from shardlab.mesh.faults import DeclarationError, suggestion
 from shardlab.mesh.targets import parse_target
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.run.output import write
 
 if TYPE_CHECKING:
-    from shardlab.pipeline.cost import Costs
-    from shardlab.pipeline.schedules import Schedule
-    from shardlab.run.config import Config, Scalar
+    from shardlab.run.config import Config
     from shardlab.run.view import View
 
 HELP = """\
@@ -66,57 +66,29 @@ Exit status: 0; 1 where verify fails; 2 for a faulty declaration; 130 for what C
 """
 
 
-def _option(default: Any, help: str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "metavar": metavar})
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Common:
-    """Options of every verb."""
-
-    json: bool = _option(False, "print one JSON object on standard output")
-    debug: bool = _option(False, "show the traceback of an error")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Configured(_Common):
+class _Configured(Common):
     """Options of the verbs that take a CONFIG, before the config's own scalars."""
 
-    mesh: str = _option("", "sizes of the declared axes; one not named becomes 1", "AXIS=N,...")
-    target: str = _option("", "another machine, as cpu:4 or tpu:v5p:4x8x8", "MACHINE")
+    mesh: str = option("", "sizes of the declared axes; one not named becomes 1", "AXIS=N,...")
+    target: str = option("", "another machine, as cpu:4 or tpu:v5p:4x8x8", "MACHINE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Train(_Configured):
-    out: str = _option("", "directory to write to, instead of runs/ and the config's name", "DIR")
-    profile: int = _option(0, "capture a JAX profile of this many steps (3 if no number follows) in DIR/profile")
-    tensorboard: bool = _option(False, "write the metrics to DIR/tensorboard too")
+    out: str = option("", "directory to write to, instead of runs/ and the config's name", "DIR")
+    profile: int = option(0, "capture a JAX profile of this many steps (3 if no number follows) in DIR/profile")
+    tensorboard: bool = option(False, "write the metrics to DIR/tensorboard too")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Eval(_Configured):
-    run: str = _option("", "the run whose parameters to evaluate, instead of those that the seed gives", "DIR")
+    run: str = option("", "the run whose parameters to evaluate, instead of those that the seed gives", "DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Report(_Common):
+class _Report(Common):
     run: str = field(metadata={"help": "the --out directory of a run", "metavar": "RUN"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Schedule(_Common):
-    name: str = field(metadata={"help": "of the schedule, or automatic; a wrong one lists them", "metavar": "NAME"})
-    stages: int = _option(4, "devices on the stage axis")
-    microbatches: int = _option(8, "microbatches a step")
-    virtual: int = _option(0, "stages that a device holds; 0 leaves it to the schedule")
-    costs: str = _option("1,1,1", "times of a stage's forward, gradient of the input, gradient of the weights", "F,I,W")
-    send: float = _option(0.0, "time of a send between devices")
-    limit: float = _option(0.0, "for automatic: microbatches' activations that a device may hold; 0 is any number")
-    compare: bool = _option(False, "every schedule side by side, and automatic; the costs are of a whole device")
-    csv: str = _option("", "read the table from a CSV file, a row a device, as PyTorch's compute_only", "FILE")
-    to_csv: str = _option("", "write the table to a CSV file", "FILE")
-    draw: str = _option("", "write a picture over time: PNG, SVG or PDF by its suffix", "FILE")
-    trace: str = _option("", "write a trace that https://ui.perfetto.dev opens", "FILE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +127,7 @@ def _users_line(error: Exception) -> str | None:
 
     The user's own is what is in no library; a model of `shardlab.models` stands for the user's.
     """
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     libraries = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = frame.f_code.co_filename
@@ -169,94 +141,6 @@ def _users_line(error: Exception) -> str | None:
     return None
 
 
-def schedule(arguments: list[str], *, restart: bool) -> int:
-    """The verb `schedule`: a schedule drawn and costed, or all of them compared. Starts nothing."""
-    from shardlab.pipeline.cost import Costs, schedule_facts
-    from shardlab.pipeline.draw import draw
-
-    given = {text.partition("=")[0] for text in arguments}
-    if given & {"--csv", "--compare"} and (not arguments or arguments[0].startswith("-")):
-        arguments = ["", *arguments]  # these need no name
-    options = _read(_Schedule, arguments, prog="shardlab schedule", about="A pipeline schedule, drawn and costed.")
-    try:
-        forward, inputs, weights = (float(part) for part in options.costs.split(","))
-    except ValueError:
-        raise DeclarationError(f"costs {options.costs!r}: is not three times F,I,W; write them as 1,1,1") from None
-    costs = Costs(F=forward, I=inputs, W=weights, send=options.send)
-    if options.compare:
-        return _compare(options, costs)
-    made, costs, remarks = _schedule(options, costs)
-    facts: dict[str, Any] = schedule_facts(made, costs)
-    lines = [draw(made)]
-    for clock, text in (("lockstep", "in lockstep"), ("async", "asynchronous")):
-        at = facts[clock]
-        lines.append(f"{text:<13} makespan {at['makespan']:g}, bubble {at['bubble_fraction']:.1%}")
-    lines.append(f"microbatches in flight at most, by device: {', '.join(map(str, facts['peak_in_flight']))}")
-    return _show(options, facts, "\n".join([*lines, *remarks, *_schedule_files(options, made, costs)]))
-
-
-def _schedule(options: Any, costs: Costs) -> tuple[Schedule, Costs, list[str]]:
-    """The schedule that is asked for, the costs of its virtual stages, and what is to be said of it."""
-    from shardlab.pipeline.automatic import automatic
-    from shardlab.pipeline.schedules import make_schedule
-    from shardlab.pipeline.table_csv import read_csv
-
-    if options.csv:
-        return read_csv(options.csv), costs, []
-    sizes = {"stages": options.stages, "microbatches": options.microbatches}
-    if options.name != "automatic":
-        return make_schedule(options.name, **sizes, virtual=options.virtual or None), costs, []
-    found = automatic(**sizes, costs=costs, limit=options.limit or None, virtual=options.virtual or 2)
-    remarks = [f"the best found: {found.schedule.name}; a stage's costs are its share of a device's"]
-    remarks += [f"takes as long: {', '.join(found.equals)}"] if found.equals else []
-    slower = ", ".join(f"{name} {makespan:g}" for name, makespan in found.beats)
-    remarks += [f"takes longer: {slower}"] if slower else []
-    large = ", ".join(f"{name} {held:g}" for name, held in found.too_large)
-    remarks += [f"holds more than {found.limit:g} microbatches: {large}"] if large else []
-    return found.schedule, costs.shared(found.schedule), remarks
-
-
-def _schedule_files(options: Any, made: Schedule, costs: Costs) -> list[str]:
-    """Writes what is asked for; a line for each file."""
-    from shardlab.pipeline.table_csv import to_csv
-
-    lines = []
-    try:
-        if options.to_csv:
-            Path(options.to_csv).write_text(to_csv(made))
-            lines.append(f"table written to {options.to_csv}")
-        if options.trace or options.draw:
-            from shardlab.report.timeline import draw_timeline, write_trace
-
-            if options.trace:
-                write_trace(Path(options.trace), made, costs)
-                lines.append(f"trace written to {options.trace}")
-            if options.draw:
-                draw_timeline(Path(options.draw), [made], costs)
-                lines.append(f"picture written to {options.draw}")
-    except (OSError, ValueError) as error:  # a suffix that is no picture's is a ValueError
-        raise DeclarationError(f"{error}; give a file that can be written, a picture as .png, .svg or .pdf") from error
-    return lines
-
-
-def _compare(options: Any, costs: Costs) -> int:
-    """Every schedule side by side."""
-    from shardlab.report.comparison import comparison_rows, comparison_table
-
-    rows = comparison_rows(
-        stages=options.stages, microbatches=options.microbatches, costs=costs, limit=options.limit or None
-    )
-    if options.draw:
-        from shardlab.pipeline.schedules import make_schedule
-        from shardlab.report.timeline import draw_timeline
-
-        sizes = {"stages": options.stages, "microbatches": options.microbatches}
-        made = [make_schedule(row["name"], **sizes) for row in rows if row["name"] != "automatic"]
-        draw_timeline(Path(options.draw), made, [costs.shared(one) for one in made])
-    facts = {"stages": options.stages, "microbatches": options.microbatches, "schedules": rows}
-    return _show(options, facts, comparison_table(rows))
-
-
 def plan(arguments: list[str], *, restart: bool) -> int:
     """The verb `plan`: no device is needed."""
     about = "Where every array lives, bytes per device, the schedule. No device is needed."
@@ -268,7 +152,7 @@ def plan(arguments: list[str], *, restart: bool) -> int:
     facts = plan_facts(made)
     text = [str(made), *(f"note: {remark}" for remark in call.remarks), "", schedule_text(facts)]
     facts["notes"] += call.remarks
-    return _show(call.options, {**json.loads(made.to_json()), **facts}, "\n".join(text))
+    return show(call.options, {**json.loads(made.to_json()), **facts}, "\n".join(text))
 
 
 def verify(arguments: list[str], *, restart: bool) -> int:
@@ -302,7 +186,7 @@ def verify(arguments: list[str], *, restart: bool) -> int:
     with view.phase(f"running {steps} on {made.mesh}, and on one device"):
         found = prove(config.model, config.loss, config.make_optimizer(), made, batches, seed=config.seed)
     facts = {**dataclasses.asdict(found), "passed": found.passed, "mesh": made.mesh.sizes}
-    _show(call.options, facts, str(found))
+    show(call.options, facts, str(found))
     return 0 if found.passed else 1
 
 
@@ -325,7 +209,7 @@ def train(arguments: list[str], *, restart: bool) -> int:
         about={"config": call.path, "overrides": call.given},
     )
     # The report's text has been shown by the run.
-    return _show(call.options, record.report, None)
+    return show(call.options, record.report, None)
 
 
 def evaluate(arguments: list[str], *, restart: bool) -> int:
@@ -334,18 +218,18 @@ def evaluate(arguments: list[str], *, restart: bool) -> int:
     _start(call.config, restart=restart)
     from shardlab.run.evaluate import evaluate as run
 
-    return _show(call.options, run(call.config, call.options.run or None, view=call.view()), None)
+    return show(call.options, run(call.config, call.options.run or None, view=call.view()), None)
 
 
 def report(arguments: list[str], *, restart: bool) -> int:
     """The verb `report`."""
     about = "What a run compiled to and what came of it."
-    options = _read(_Report, arguments, prog="shardlab report", about=about)
+    options = read(_Report, arguments, prog="shardlab report", about=about)
     from shardlab.report.text import report_text
     from shardlab.run.record import read_run
 
     record = read_run(options.run)
-    return _show(options, record.report, report_text(record.report))
+    return show(options, record.report, report_text(record.report))
 
 
 VERBS: Mapping[str, Callable[..., int]] = {
@@ -387,7 +271,7 @@ def _configured(kind: type, arguments: list[str], verb: str, about: str, **defau
     if place is None:
         if "-h" in arguments or "--help" in arguments:
             about += " What a config declares is the default: for its values, give it before --help."
-            _read(kind, ["--help"], prog=prog, about=about, scalars=scalars_of_every_config(), defaults=False)
+            read(kind, ["--help"], prog=prog, about=about, scalars=scalars_of_every_config(), defaults=False)
         raise DeclarationError(
             f"{verb}: CONFIG is missing; give a config file first: shardlab {verb} configs/quickstart.py"
         )
@@ -396,7 +280,7 @@ def _configured(kind: type, arguments: list[str], verb: str, about: str, **defau
         config = load_config(path)
     config = dataclasses.replace(config, **defaults)
     known = scalars(config)
-    options = _read(kind, rest, prog=prog, about=about, scalars=known)
+    options = read(kind, rest, prog=prog, about=about, scalars=known)
     given = {}
     for scalar in known:
         value = options
@@ -466,57 +350,6 @@ def _with_number(arguments: list[str], option: str, number: str) -> list[str]:
     return [*out, number] if out and out[-1] == option else out
 
 
-def _read(
-    kind: type,
-    arguments: list[str],
-    *,
-    prog: str,
-    about: str,
-    scalars: Sequence[Scalar] = (),
-    defaults: bool = True,
-) -> Any:
-    """The options of `kind` and those of `scalars`, read from the arguments; `defaults` says whether help shows them.
-
-    Raises:
-      SystemExit: by tyro, which has printed the help, or what is wrong with the arguments.
-    """
-    import tyro
-
-    fields: list[Any] = []
-    annotation: Any
-    for item in dataclasses.fields(kind):
-        text, metavar = item.metadata["help"], item.metadata["metavar"]
-        if item.default is dataclasses.MISSING:
-            positional = Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=text, metavar=metavar)]
-            fields.append((item.name, positional))
-        else:
-            # An empty or false default says nothing to a reader.
-            hint = None if item.default else ""
-            shown = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hint)
-            annotation = Annotated[type(item.default), shown, tyro.conf.FlagCreatePairsOff]
-            fields.append((item.name, annotation, item.default))
-    inner: dict[str, list[Any]] = {}
-    for scalar in scalars:
-        owner, _, name = scalar.name.rpartition(".")
-        shown = tyro.conf.arg(help=scalar.help.removesuffix("."), help_behavior_hint=None if defaults else "")
-        annotation = Annotated[scalar.kind, shown, tyro.conf.FlagConversionOff]
-        (inner.setdefault(owner, []) if owner else fields).append((name, annotation, scalar.value))
-    for owner, items in inner.items():
-        made = dataclasses.make_dataclass(owner, items, frozen=True, kw_only=True)
-        fields.append((owner, Annotated[made, tyro.conf.arg(help="")], made()))
-    names = [item[0] for item in fields if item[0] not in inner and len(item) == 3]  # what has no default is positional
-    names += [f"{owner}.{name}" for owner, items in inner.items() for name, *_ in items]
-    known = [f"--{name.replace('_', '-')}" for name in names]
-    given = [text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("--")]
-    raise_faults(
-        Fault(name, f"is no option of {prog}", f"{suggestion(name, known)}--help lists them")
-        for name in given
-        if name not in (*known, "--help", "--") and not name.startswith("--tyro-")
-    )
-    options = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
-    return tyro.cli(options, prog=prog, description=about, args=arguments)
-
-
 def _start(config: Config, *, restart: bool) -> None:
     """Emulated devices for a CPU target.
 
@@ -537,14 +370,3 @@ def _start(config: Config, *, restart: bool) -> None:
 
 
 _RESTARTED = "SHARDLAB_RESTARTED"
-
-
-def _show(options: Any, facts: Mapping[str, Any], text: str | None) -> int:
-    """Prints the facts as JSON where that is asked for, otherwise the text if there is one."""
-    from shardlab.run.record import plain
-
-    if options.json:
-        write(json.dumps(plain(facts), allow_nan=False), sys.stdout)
-    elif text is not None:
-        write(text, sys.stdout)
-    return 0
