@@ -407,7 +407,7 @@ CASES: dict[str, Case] = {
     ),
     "kinds-encoder-decoder": case("encoder-decoder", stage=2, data=2, tensor=2, microbatches=2, schedule="zb_h1"),
     "kinds-after-another-split": case(
-        "dense-then-experts", stage=3, data=2, microbatches=3, batch=18, schedule="1f1b_split"
+        "dense-then-experts", stage=2, data=2, microbatches=3, batch=12, schedule="1f1b_split"
     ),
     "kinds-linen-zb-v": case("linen-two-widths", stage=2, data=2, microbatches=2, schedule="zb_v", optimizer="muon"),
     # Remat.
