@@ -36,11 +36,12 @@ def to_csv(schedule: Schedule) -> str:
     return text.getvalue()
 
 
-def from_csv(text: str, name: str = "table") -> Schedule:
+def from_csv(text: str, name: str = "table", *, delayed: bool = False) -> Schedule:
     """The schedule that a CSV text describes, checked.
 
     How many stages, microbatches and virtual stages there are is read from its actions, and so is where the stages
-    sit: round and round the devices, or back and forth (a V). Rows may differ in length.
+    sit: round and round the devices, or back and forth (a V). Rows may differ in length. The format knows no delayed
+    sends: that they are is said by `delayed`, and a column without actions is then a tick in which only sends go on.
 
     Raises:
         ScheduleError: a cell that is no action, with its row and column; stages that sit in neither way; a table that
@@ -73,13 +74,13 @@ def from_csv(text: str, name: str = "table") -> Schedule:
             f"number of stages, so use {virtual * devices or devices} or {(virtual + 1) * devices}"
         )
     microbatches = 1 + max(action.microbatch for action in actions)
-    schedule = Schedule(name, devices, virtual, microbatches, ticks, _placement(ticks, devices, name))
+    schedule = Schedule(name, devices, virtual, microbatches, ticks, _placement(ticks, devices, name), delayed)
     check(schedule)
     return schedule
 
 
-def read_csv(path: str | Path) -> Schedule:
-    """The schedule in a CSV file, named after it.
+def read_csv(path: str | Path, *, delayed: bool = False) -> Schedule:
+    """The schedule in a CSV file, named after it; `delayed` says whether its sends are.
 
     Raises:
         ScheduleError: no such file, or one that `from_csv` refuses.
@@ -87,7 +88,7 @@ def read_csv(path: str | Path) -> Schedule:
     file = Path(path)
     if not file.is_file():
         raise ScheduleError(f"schedule {str(path)!r}: there is no such file; give a CSV with a row for each device")
-    return from_csv(file.read_text(), file.stem)
+    return from_csv(file.read_text(), file.stem, delayed=delayed)
 
 
 def _placement(ticks: tuple[Tick, ...], devices: int, name: str) -> Placement:

@@ -41,6 +41,7 @@ def choice_faults(**given: Any) -> list[Fault]:
         "head": HEADS,
         "gather": ("step", "layer"),
         "accumulate": ("full", "sharded"),
+        "sends": ("auto", "direct", "delayed"),
         "batch_axes": ("manual", "automatic"),
     }
     faults = []
@@ -126,7 +127,14 @@ def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: in
 
 
 def stage_faults(
-    model: Model, mesh: MeshSpec, schedule: str | Schedule, virtual: int | None, microbatches: int, manual: bool
+    model: Model,
+    mesh: MeshSpec,
+    schedule: str | Schedule,
+    virtual: int | None,
+    microbatches: int,
+    manual: bool,
+    *,
+    delayed: bool,
 ) -> list[Fault]:
     """What is wrong with the stages: parts, schedule, layers."""
     stages = mesh.sizes[mesh.stage] if mesh.stage else 1
@@ -149,7 +157,8 @@ def stage_faults(
         )
     try:
         if isinstance(schedule, str):
-            made = make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1), virtual=virtual)
+            sizes = {"stages": stages, "microbatches": max(microbatches, 1)}
+            made = make_schedule(schedule, **sizes, virtual=virtual, delayed=delayed)
         else:
             made = schedule
             check(made)
