@@ -144,8 +144,8 @@ class Plan:
         ``"layer"``, each layer's whenever it is used.
       accumulate: gradients of blocks over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each
         layer's reduce-scattered in every backward.
-      sends: when what a tick makes for another stage is sent: ``"direct"``, at its end, or ``"delayed"``, during the next
-        tick, beside what that computes.
+      sends: when what a tick makes for another stage is sent: ``"direct"``, at its end, or ``"delayed"``, during the
+        next tick, beside what that computes.
       activation_spec: the spec of what flows between blocks, or None.
       notes: what was decided and not declared.
     """
