@@ -74,20 +74,21 @@ class _Simulation:
 
     def _travelling(self, phase: Phase, index: int) -> None:
         """A uniform iteration with delayed sends: what a part has made travels during the next one."""
-        step = step_of(phase.parts[-1])
+        made, step = self.outbox, step_of(phase.parts[-1])
         for part in phase.parts:
-            sent = self.outbox
+            sent = made
             if part == "F":
-                self.outbox = [self._forward(phase, index, device) for device in range(self.count)]
+                made = [self._forward(phase, index, device) for device in range(self.count)]
                 self._head(phase, index)
             elif part == "W":
                 for device in range(self.count):
                     self._weights(phase, index, device)
             elif part is not None:
-                self.outbox = [self._backward(phase, index, device) for device in range(self.count)]
+                made = [self._backward(phase, index, device) for device in range(self.count)]
             if step:
                 self._receive(sent, step, phase, index)
             step = step_of(part)
+        self.outbox = made if step else [None] * self.count
 
     def _one(self, phase: Phase, index: int, device: int) -> _Symbol | None:
         kind = phase.kind[index][device]

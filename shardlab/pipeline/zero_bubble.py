@@ -12,7 +12,7 @@ another idles at least the (P-1) tF of that start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shardlab.pipeline.actions import Action, Kind, ScheduleError, Tick, needs
 
@@ -197,24 +197,16 @@ def in_ticks(rows: Sequence[Sequence[Action]], *, num_stages: int, delayed: bool
     >>> [[str(action) if action else "." for action in tick] for tick in in_ticks(orders, num_stages=2)]
     [['0F0', '.'], ['.', '1F0'], ['.', '1B0'], ['0B0', '.']]
     """
-    done: dict[Action, tuple[int, int]] = {}  # the tick and the device
+    done: dict[Action, tuple[int, int]] = {}
     fronts = [0] * len(rows)
     ticks: list[Tick] = []
-
-    def there(action: Action, device: int) -> bool:
-        """Whether its data is on the device now."""
-        return all(
-            any(
-                need in done and done[need][0] + (2 if delayed and done[need][1] != device else 1) <= len(ticks)
-                for need in alternatives
-            )
-            for alternatives in needs(action, num_stages)
-        )
-
     while any(front < len(row) for front, row in zip(fronts, rows, strict=True)):
         following = (row[front] if front < len(row) else None for front, row in zip(fronts, rows, strict=True))
         tick = tuple(
-            action if action is not None and there(action, device) else None for device, action in enumerate(following)
+            action
+            if action is not None and is_there(action, device, len(ticks), done, num_stages, delayed=delayed)
+            else None
+            for device, action in enumerate(following)
         )
         # With nothing under way from the tick before, nothing will come.
         if not any(tick) and not (delayed and ticks and any(ticks[-1])):
@@ -226,3 +218,21 @@ def in_ticks(rows: Sequence[Sequence[Action]], *, num_stages: int, delayed: bool
                 fronts[device] += 1
         ticks.append(tick)
     return tuple(ticks)
+
+
+def is_there(
+    action: Action, device: int, tick: int, done: Mapping[Action, tuple[int, int]], num_stages: int, *, delayed: bool
+) -> bool:
+    """Whether an action's data is on a device in a tick, where `done` holds the tick and the device of all before.
+
+    >>> done = {Action(0, "F", 0): (0, 0)}
+    >>> [is_there(Action(1, "F", 0), 1, tick, done, 2, delayed=True) for tick in (1, 2)]
+    [False, True]
+    """
+    return all(
+        any(
+            need in done and done[need][0] + (2 if delayed and done[need][1] != device else 1) <= tick
+            for need in alternatives
+        )
+        for alternatives in needs(action, num_stages)
+    )

@@ -262,8 +262,8 @@ class Cells:
     def _travelling(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
         """An iteration in which what a part has made travels during the next one; the last one's stays in the outbox.
 
-        What travels is put into its slot after the part beside it, and the part reads nothing of it, so that XLA may
-        compute between the start and the end of the send.
+        What travels is put into its slot after the part beside it, which reads nothing of it, so that XLA may compute
+        between the start and the end of the send.
         """
         made, step = carry["outbox"], step_of(phase.parts[-1])
         for part in phase.parts:
@@ -277,6 +277,7 @@ class Cells:
                 carry, made = self.backward(carry, row, split=part == "I")
                 carry = self.finish(phase, carry, row, made)
             if sent is not None:
+                sent, made, carry = self.after(sent, made, carry)
                 carry = carry | {"mail": self.put(carry["mail"], sent, slot, slot >= 0)}
             step = step_of(part)
         return carry | {"outbox": made} if step else carry
@@ -307,6 +308,7 @@ class Cells:
             mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
             mail = self.arrive(mail, out, row["back_slot"], step=-1)
         else:
+            sent, out, carry = self.after(sent, out, carry)
             mail, carry = carry["mail"], carry | {"outbox": out}
             for arrived, slot in zip(sent, (row["onward_slot"], row["back_slot"]), strict=True):
                 mail = self.put(mail, arrived, slot, slot >= 0)
@@ -362,6 +364,14 @@ class Cells:
         count = self.region.num_stages
         ring = [(i, (i + step) % count) for i in range(count)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.region.stage, ring), value)
+
+    def after(self, sent: Any, made: Any, carry: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """The same, where what was sent is not used before what a part has made is there.
+
+        Else XLA may fuse its put into a slot with reads of other slots, on which the next part waits.
+        """
+        sent, made, mail = jax.lax.optimization_barrier((sent, made, carry["mail"]))
+        return sent, made, carry | {"mail": mail}
 
     def put(self, buffer: Any, value: Any, slot: jax.Array, valid: jax.Array) -> Any:
         """`buffer` with `value` in `slot`, where `valid`."""
