@@ -4,7 +4,8 @@ Two clocks for the same table:
 
     lockstep    all devices start a tick together, so a tick lasts as long as its longest action, and then as
                 long as a send if anything is sent in it. So runs a scan with a ppermute a tick. With delayed sends
-                what the tick before made travels beside the action, and the tick lasts as long as the longer.
+                what the tick before made travels beside the action, and the tick lasts as long as the longer. (Of the
+                program's scans one may begin with a send that stands alone, see `buffers`; that is not counted.)
     async       every device runs its row in order and waits only for its own data. So count published
                 formulas.
 

@@ -9,6 +9,11 @@ forward r cycles after device 0, and a backward P-1-r cycles after device P-1. L
     forwards    for each round: for each virtual stage: its microbatches
     backwards   for each round: for each virtual stage, the last first: its microbatches
 
+Delayed sends need a tick between what makes a value and what reads it on another device. While forwards and backwards
+take turns each stands between two of the other, and the steady state is as long as without sends. Where only forwards
+or only backwards are left, a tick without actions stands between (which is what a direct send costs), or device r runs
+a forward 2 r cycles after device 0. A device's order, and with it what it holds, is that of direct sends.
+
 A round of at least P microbatches is why a device never waits: what leaves device P-1 on one virtual stage comes to
 device 0 on the next one when that device turns to it.
 """
@@ -31,6 +36,13 @@ def gpipe(stages: int, microbatches: int, virtual: int, delayed: bool = False) -
         device 1   .  F0 F1 F2 .  .  B0 B1 B2 .
         device 2   .  .  F0 F1 F2 B0 B1 B2 .  .
 
+    With delayed sends either (M + 2 (P-1)) (F + B) with forwards two ticks later on each device, or, of few
+    microbatches, (M+P-1) (F+B) + 2 (M+P-2) sends with a tick between any two: the first from M + P - 2 = 6 (P-1) on,
+    where for a send of F/4 and B = 2 F it takes no longer. Forwards, P=2, M=3:
+
+        two later   F0 F1 F2 .  .          between   F0 .  F1 .  F2 .  .
+                    .  .  F0 F1 F2                   .  .  F0 .  F1 .  F2
+
     Backwards run in the order of the forwards, so that gradients add up in the same order as in every other
     schedule.
     """
@@ -42,7 +54,7 @@ def looped_bfs(stages: int, microbatches: int, virtual: int, delayed: bool = Fal
 
     All microbatches pass a device's first virtual stage, then all its second, so that each layer's weights are needed
     once forward and once backward: one gather and one reduction with ZeRO 3. 2 (M V + P - 1) ticks for M >= P; M V
-    activations.
+    activations. With delayed sends as `gpipe`, where rounds of 2 P microbatches wait for nothing.
     """
     if delayed:
         apart = _apart(_breadth_first(stages, microbatches, virtual, hop=1))
@@ -94,6 +106,9 @@ def one_f_one_b(stages: int, microbatches: int, virtual: int, delayed: bool = Fa
         device 2   .    .    F0 B0 F1 B1 F2 B2 .    .
 
     F comes first in a cycle: the last stage runs the backward of the forward it has just run.
+
+    With delayed sends (M+P-1)(F+B) + 2 (P-1) sends where a send takes no longer than an F: y travels beside a B, dx
+    beside an F, and only in the first P-1 and the last P-1 cycles in a tick of their own.
     """
     return _interleaved(stages, microbatches, virtual, split=False, delayed=delayed)
 
@@ -103,7 +118,7 @@ def interleaved_1f1b(stages: int, microbatches: int, virtual: int, delayed: bool
 
     (M V + P - 1)(F + B) for M >= P, where F and B are of one virtual stage; device r holds
     P(V-1) + 2(P-1-r) + 1 activations of virtual stages where P divides M, and at most twice the first term where it
-    does not.
+    does not. With delayed sends 2 (P V - 1) sends more where P divides M, as in `one_f_one_b`.
     """
     return _interleaved(stages, microbatches, virtual, split=False, delayed=delayed)
 
@@ -113,7 +128,8 @@ def one_f_one_b_split(stages: int, microbatches: int, virtual: int, delayed: boo
 
     W waits until every device has one, so that no W tick is partly idle: (M V + P - 1)(F + I) + M V W. The price is
     memory, a microbatch is held until its W: at most P(V-1) + 2P - 1 - r on device r where P divides M. The idea of
-    filling bubbles with W is that of Qi et al., 2023 (arXiv 2401.10241).
+    filling bubbles with W is that of Qi et al., 2023 (arXiv 2401.10241). With delayed sends P-1 sends more for V = 1
+    and M >= P: in the last cycles dx travels beside a W.
     """
     return _interleaved(stages, microbatches, virtual, split=True, delayed=delayed)
 

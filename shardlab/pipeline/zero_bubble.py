@@ -25,6 +25,9 @@ def zb_h1(stages: int, microbatches: int, virtual: int, delayed: bool = False) -
         device 0   F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
         device 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
         device 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+
+    With delayed sends a microbatch comes back to device 0 after 4 P ticks, and P of them cannot fill these: 4 M - M/P +
+    4 P - 5 ticks where P divides M and M >= 2 P. ZB-H2 holds enough.
     """
     return _delayed(
         stages,
@@ -40,7 +43,8 @@ def zb_h2(stages: int, microbatches: int, virtual: int, delayed: bool = False) -
     """ZB-H1 with up to twice the microbatches in flight (same source).
 
     A device idles (P-1)(tF + tI - 2 tW) between its first action and its last; at most 2P-1 microbatches. With a wait
-    for all devices at the end of the step its makespan is no shorter than ZB-H1's where tF = tI = tW.
+    for all devices at the end of the step its makespan is no shorter than ZB-H1's where tF = tI = tW. With delayed
+    sends 3 M + 2 (P-1) ticks for M >= 2 P: P-1 more than with direct ones that take no time.
     """
     return _delayed(
         stages,
@@ -56,7 +60,8 @@ def zb_v(stages: int, microbatches: int, virtual: int, delayed: bool = False) ->
     """Two stages a device, down and up again: the last stage is on device 0 (Qi et al., 2024, arXiv 2405.15362).
 
     A device idles (P-1) max(0, 2 (tI - tW), tI - tF) between its first action and its last, for tW <= tI, tF <= tI;
-    it holds at most 2P activations of half a stage, 1F1B's memory.
+    it holds at most 2P activations of half a stage, 1F1B's memory. With delayed sends 6 M + 6 P - 7 ticks for M >= 2 P,
+    the turn at the far end without a wait.
     """
     # The order needs 2P-1 microbatches to close; with fewer, those beyond are left out of it.
     total = max(microbatches, 2 * stages - 1)
@@ -86,7 +91,7 @@ def dualpipe_v(stages: int, microbatches: int, virtual: int, delayed: bool = Fal
 
     Steadily a forward of one direction stands beside a backward of the other, so that a communication in one of them
     can hide behind the other's computation; that, not the bubble, is its point. At most 2P+1 activations of half a
-    stage. A whole backward is an I and a W in the next tick.
+    stage. A whole backward is an I and a W in the next tick. With delayed sends 6 M + 6 P - 8 ticks for M >= 2 P.
     """
     # The order needs 2P microbatches; with fewer, those beyond are left out of it.
     total = max(microbatches, 2 * stages)
