@@ -39,6 +39,7 @@ def choice_faults(**given: Any) -> list[Fault]:
         "head": HEADS,
         "gather": ("step", "layer"),
         "accumulate": ("full", "sharded"),
+        "sends": ("auto", "direct", "delayed"),
         "batch_axes": ("manual", "automatic"),
     }
     faults = []
@@ -149,6 +150,8 @@ def stage_faults(
     microbatches: int,
     manual: bool,
     remat: str | tuple[str, ...],
+    *,
+    delayed: bool,
 ) -> list[Fault]:
     """What is wrong with the stages: parts, schedule, layers, remat policies."""
     stages = mesh.sizes[mesh.stage] if mesh.stage else 1
@@ -171,7 +174,8 @@ def stage_faults(
         )
     try:
         if isinstance(schedule, str):
-            made = make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1), virtual=virtual)
+            sizes = {"stages": stages, "microbatches": max(microbatches, 1)}
+            made = make_schedule(schedule, **sizes, virtual=virtual, delayed=delayed)
         else:
             made = schedule
             check(made)

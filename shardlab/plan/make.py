@@ -74,6 +74,7 @@ def make_plan(
     head: str = "auto",
     gather: str = "step",
     accumulate: str = "full",
+    sends: str = "auto",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
 ) -> Plan:
@@ -105,6 +106,8 @@ def make_plan(
         ``"layer"``: each block's whenever it is used, in every tick.
       accumulate: how the gradients of blocks add up over microbatches (from ZeRO 2). ``"full"``: each shard's own,
         reduced once a step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device.
+      sends: when what a tick makes for another stage is sent. ``"direct"``: at its end; ``"delayed"``: during the next
+        tick, beside what that computes, to be read in the one after. ``"auto"``: as `schedule` says; by name, direct.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
         ``"automatic"``: XLA places every reduction, which models that compute across examples need.
       activation: spec of what flows between blocks, for sequence parallelism: ``P("data", "tensor", None)``.
@@ -142,6 +145,7 @@ def make_plan(
         batch_axes=batch_axes,
         gather=gather,
         accumulate=accumulate,
+        sends=sends,
     )
     notes: list[str] = []
     written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
@@ -152,7 +156,10 @@ def make_plan(
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
     faults += reduce_faults(reduce_dtype, dtype, _accumulated(dtype), manual)
-    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual, remat)
+    if isinstance(schedule, Schedule) and sends != "auto":
+        schedule = dataclasses.replace(schedule, delayed=sends == "delayed")
+    delayed = schedule.delayed if isinstance(schedule, Schedule) else sends == "delayed"
+    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual, remat, delayed=delayed)
     raise_faults(faults)
 
     stages = sizes.get(mesh.stage, 1) if mesh.stage else 1
@@ -163,10 +170,12 @@ def make_plan(
         if schedule != "1f1b":
             name = schedule if isinstance(schedule, str) else schedule.name
             notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
-        schedule, virtual = "1f1b", 1
+        if sends == "delayed":
+            notes.append("sends delayed is ignored: one stage sends nothing")
+        schedule, virtual, delayed = "1f1b", 1, False
     table = schedule
     if isinstance(table, str):
-        table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual)
+        table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual, delayed=delayed)
     if model.parts is not None:
         layers = assign_layers(len(model.parts.layers), table.num_stages)
         of_kinds = engine_kinds(model.parts.kinds, layers, remat)
@@ -251,6 +260,7 @@ def make_plan(
         recomputed_bytes=recomputed_bytes,
         gather=gather,
         accumulate=accumulate,
+        sends="delayed" if delayed else "direct",
         activation_spec=activation,
         notes=tuple(notes),
     )

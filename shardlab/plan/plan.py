@@ -146,6 +146,8 @@ class Plan:
         ``"layer"``, each layer's whenever it is used.
       accumulate: gradients of blocks over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each
         layer's reduce-scattered in every backward.
+      sends: when what a tick makes for another stage is sent: ``"direct"``, at its end, or ``"delayed"``, during the
+        next tick, beside what that computes.
       activation_spec: the spec of what flows between blocks, or None.
       notes: what was decided and not declared.
     """
@@ -174,6 +176,7 @@ class Plan:
     recomputed_bytes: int
     gather: str
     accumulate: str
+    sends: str
     activation_spec: PartitionSpec | None
     notes: tuple[str, ...]
 
@@ -206,9 +209,13 @@ class Plan:
     def table(self) -> Schedule:
         """The schedule, as a table of ticks x devices."""
         if self.table_csv is not None:
-            return from_csv(self.table_csv, self.schedule)
+            return from_csv(self.table_csv, self.schedule, delayed=self.sends == "delayed")
         return make_schedule(
-            self.schedule, stages=self.num_stage_devices, microbatches=self.num_microbatches, virtual=self.virtual
+            self.schedule,
+            stages=self.num_stage_devices,
+            microbatches=self.num_microbatches,
+            virtual=self.virtual,
+            delayed=self.sends == "delayed",
         )
 
     def bytes_per_device(self) -> dict[str, int]:

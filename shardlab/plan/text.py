@@ -98,6 +98,7 @@ def describe(plan: Plan) -> str:
         blocks = f"{_of(plan.layers[0], 'layer')} each" if alike else f"{', '.join(map(str, plan.layers))} layers"
         lines.append(
             f"{plan.num_stages} stages of {blocks}{each}, schedule {plan.schedule}, "
+            f"{'sends delayed, ' if plan.sends == 'delayed' else ''}"
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]

@@ -128,6 +128,8 @@ class Config:
       head: how the parts before and after the blocks are spread: examples, last_stage, auto.
       gather: when weights in shards are gathered: step (all once a step) or layer (each when it is used).
       accumulate: gradients of blocks over the microbatches: full (reduced once a step) or sharded (in every backward).
+      sends: when what a tick makes for another stage is sent: direct (at its end) or delayed (during the next tick,
+        beside what that computes).
       batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).
       steps: train steps.
       seed: of the parameters, dropout and the order of the data.
@@ -156,6 +158,7 @@ class Config:
     head: str = "auto"
     gather: str = "step"
     accumulate: str = "full"
+    sends: str = "direct"
     batch_axes: str = "manual"
     steps: int = 100
     seed: int = 0
@@ -201,8 +204,8 @@ class Config:
             "microbatches": (int, "a whole number"),
             "zero": (int, "a whole number, 0 to 3"),
         }
-        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "batch_axes", "unit")
-        kinds |= dict.fromkeys(names, (str, "a text"))
+        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "sends", "batch_axes")
+        kinds |= dict.fromkeys((*names, "unit"), (str, "a text"))
         faults = [
             Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")
             for name, (kind, way_out) in kinds.items()
@@ -244,7 +247,9 @@ class Config:
             batch=self.abstract_batch(),
             pipeline=self.pipeline,
             specs=self.specs,
-            schedule=read_csv(self.schedule) if self.schedule.endswith(".csv") else self.schedule,
+            schedule=read_csv(self.schedule, delayed=self.sends == "delayed")
+            if self.schedule.endswith(".csv")
+            else self.schedule,
             virtual=self.virtual or None,
             microbatches=self.microbatches,
             zero=self.zero,
@@ -254,6 +259,7 @@ class Config:
             head=self.head,
             gather=self.gather,
             accumulate=self.accumulate,
+            sends=self.sends,
             batch_axes=self.batch_axes,
             activation=self.activation,
         )

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from shardlab.module.model import computed
 from shardlab.module.residuals import BlockVjp, differentiable
-from shardlab.pipeline.buffers import Phase, Program, When
+from shardlab.pipeline.buffers import Phase, Program, When, step_of
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.region import Region, check_rows, rows_of, tree_where
@@ -211,6 +211,9 @@ class Cells:
             "auxiliary": (jnp.zeros((), self.wide), jnp.zeros((), self.wide)),
             "residuals": (),
         }
+        if table.delayed:
+            one = PartitionSpec(*self.calls.flow_spec)
+            carry["outbox"] = jax.tree.map(lambda leaf: laid(self._empty(leaf), one), self.x)
         if self.key_data is None:
             return carry
 
@@ -278,6 +281,10 @@ class Cells:
 
     def train(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> dict[str, Any]:
         """One scan over the iterations of a phase."""
+        if phase.first_step:
+            slot = jnp.asarray(phase.first_slot, jnp.int32)[self.stage_index]
+            sent = self.sent(carry["outbox"], phase.first_step)
+            carry = carry | {"mail": self.put(carry["mail"], sent, slot, slot >= 0)}
 
         def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], None]:
             return self._iteration(phase, carry, _own(row)), None
@@ -287,6 +294,8 @@ class Cells:
     def _iteration(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
         if phase.divergent:
             return self._divergent(phase, carry, row)
+        if self.program.delayed:
+            return self._travelling(phase, carry, row)
         if "F" in phase.cell:
             carry, y = self.forward(carry, row, self.entering(phase, row))
             carry = self.head(phase, carry, row, y)
@@ -297,8 +306,32 @@ class Cells:
             carry = carry | {"mail": self.arrive(carry["mail"], dx, row["back_slot"], step=-1)}
         return self.weights(carry, row) if "W" in phase.cell else carry
 
+    def _travelling(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
+        """An iteration in which what a part has made travels during the next one; the last one's stays in the outbox.
+
+        What travels is put into its slot after the part beside it, which reads nothing of it, so that XLA may compute
+        between the start and the end of the send.
+        """
+        made, step = carry["outbox"], step_of(phase.parts[-1])
+        for part in phase.parts:
+            sent, slot = self.sent(made, step) if step else None, row["onward_slot" if step > 0 else "back_slot"]
+            if part == "F":
+                carry, made = self.forward(carry, row, self.entering(phase, row))
+                carry = self.head(phase, carry, row, made)
+            elif part == "W":
+                carry = self.weights(carry, row)
+            elif part is not None:
+                carry, made = self.backward(carry, row, split=part == "I")
+                carry = self.finish(phase, carry, row, made)
+            if sent is not None:
+                sent, made, carry = self.after(sent, made, carry)
+                carry = carry | {"mail": self.put(carry["mail"], sent, slot, slot >= 0)}
+            step = step_of(part)
+        return carry | {"outbox": made} if step else carry
+
     def _divergent(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
         """Each device its own cell, in a branch; what spans devices before and after it."""
+        sent = [self.sent(carry["outbox"], step) for step in (1, -1)] if self.program.delayed else None
         x = self.entering(phase, row)
         out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
         cells: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]]] = {
@@ -318,8 +351,14 @@ class Cells:
             carry, out = carry | state[0], state[1]
         carry = self.head(phase, carry, row, out)
         carry = self.finish(phase, carry, row, out)
-        mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
-        mail = self.arrive(mail, out, row["back_slot"], step=-1)
+        if sent is None:
+            mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
+            mail = self.arrive(mail, out, row["back_slot"], step=-1)
+        else:
+            sent, out, carry = self.after(sent, out, carry)
+            mail, carry = carry["mail"], carry | {"outbox": out}
+            for arrived, slot in zip(sent, (row["onward_slot"], row["back_slot"]), strict=True):
+                mail = self.put(mail, arrived, slot, slot >= 0)
         return carry | {"mail": self.put(mail, out, row["local_slot"], row["local_slot"] >= 0)}
 
     def where_due(
@@ -365,10 +404,21 @@ class Cells:
         """Send `value` one stage on (or back), round the ring, and put what arrives into `slot`."""
         if self.region.stage is None:
             return buffer
+        return self.put(buffer, self.sent(value, step), slot, slot >= 0)
+
+    def sent(self, value: Any, step: int) -> Any:
+        """What the device `step` before this one on the ring holds as `value`."""
         count = self.region.num_stages
         ring = [(i, (i + step) % count) for i in range(count)]
-        arrived = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.region.stage, ring), value)
-        return self.put(buffer, arrived, slot, slot >= 0)
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.region.stage, ring), value)
+
+    def after(self, sent: Any, made: Any, carry: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """The same, where what was sent is not used before what a part has made is there.
+
+        Else XLA may fuse its put into a slot with reads of other slots, on which the next part waits.
+        """
+        sent, made, mail = jax.lax.optimization_barrier((sent, made, carry["mail"]))
+        return sent, made, carry | {"mail": mail}
 
     def put(self, buffer: Any, value: Any, slot: jax.Array, valid: jax.Array) -> Any:
         """`buffer` with `value` in `slot`, where `valid`."""

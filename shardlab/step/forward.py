@@ -92,7 +92,7 @@ def _for_batch(plan: Plan, shapes: Any) -> Plan:
     each = size // (shards if plan.batch_axes_manual else 1)
     count = next(m for m in range(min(plan.num_microbatches, each), 0, -1) if each % m == 0)
     head = plan.head if each // count % plan.num_stage_devices == 0 else "last_stage"
-    plan = dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head)
+    plan = dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head, sends="direct")
     if plan.table_csv is None:
         return plan
     # A table of the user's own is for the plan's microbatches; its forwards need nothing but its placement.

@@ -357,6 +357,12 @@ CASES: dict[str, Case] = {
     "zb-v-conditioned-tied": case("decoder-conditioned", stage=2, microbatches=4, schedule="zb_v", head="last_stage"),
     "dualpipe-v": case("decoder-tied", stage=2, data=2, microbatches=4, schedule="dualpipe_v", remat="full"),
     "dualpipe-v-3-stages": case("mlp-7-layers", stage=3, microbatches=7, batch=21, schedule="dualpipe_v"),
+    # What a tick makes is sent during the next one.
+    "delayed-hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=4, sends="delayed"),
+    "delayed-split-virtual": case(
+        "mlp-7-layers", stage=3, microbatches=5, batch=15, schedule="1f1b_split", virtual=2, sends="delayed"
+    ),
+    "delayed-zb-v": case("decoder-dropout", data=2, stage=2, microbatches=4, schedule="zb_v", sends="delayed"),
     # Weights gathered when they are used, gradients reduce-scattered in every backward.
     "gather-layer": case("decoder-dropout", data=4, microbatches=2, zero=3, gather="layer", accumulate="sharded"),
     "gather-layer-hybrid": case(

@@ -16,7 +16,9 @@ def pairs_of(choice: Mapping[str, Any]) -> set[Pair]:
     return set(itertools.combinations(choice.items(), 2))
 
 
-def pairwise(features: Mapping[str, Sequence[Any]], allowed: Callable[[Choice], bool], *, seed: int = 0) -> list[Choice]:
+def pairwise(
+    features: Mapping[str, Sequence[Any]], allowed: Callable[[Choice], bool], *, seed: int = 0
+) -> list[Choice]:
     """Choices, one value of every feature, in which each two values meet that any allowed choice has.
 
     Greedy: of some choices drawn around a pair that is left, the one with the most such pairs. The same for one seed.

@@ -127,7 +127,7 @@ def test_grid(data: int, stage: int, tensor: int, schedule: str, zero: int, subj
 
 
 PIPELINES = [
-    (schedule, virtual, stages, microbatches, more, subject, remat)
+    (schedule, virtual, stages, microbatches, more, subject, remat, sends)
     for schedule, published in SCHEDULES.items()
     for virtual in ((1, 2, 3) if published.any_virtual else (published.virtual,))
     for stages, microbatches, more in (
@@ -147,14 +147,27 @@ PIPELINES = [
             (8, 8, {"zero": 1}),
         ),
     )
-    for subject, remat in (("mlp-24-layers", "none"), ("decoder-24-layers-dropout", "full"))
+    for subject, remat, sends in (
+        ("mlp-24-layers", "none", "direct"),
+        ("decoder-24-layers-dropout", "full", "direct"),
+        ("mlp-24-layers", "none", "delayed"),
+    )
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "virtual", "stages", "microbatches", "more", "subject", "remat"), PIPELINES)
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "stages", "microbatches", "more", "subject", "remat", "sends"), PIPELINES
+)
 def test_pipelines(
-    schedule: str, virtual: int, stages: int, microbatches: int, more: dict[str, Any], subject: str, remat: str
+    schedule: str,
+    virtual: int,
+    stages: int,
+    microbatches: int,
+    more: dict[str, Any],
+    subject: str,
+    remat: str,
+    sends: str,
 ) -> None:
     """Every schedule on 2 to 8 devices; 24 layers divide by some numbers of stages, by 5 and 10 and 16 not."""
     batch = stages * microbatches * more.get("data", 1)
@@ -167,6 +180,7 @@ def test_pipelines(
             schedule=schedule,
             virtual=virtual,
             remat=remat,
+            sends=sends,
             **more,
         )
     )

@@ -104,6 +104,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"head": "example"},
         "head='example': is not one of auto, examples, last_stage; did you mean 'examples'? write one of them",
     ),
+    "sends": (
+        {"sends": "delay"},
+        "sends='delay': is not one of auto, direct, delayed; did you mean 'delayed'? write one of them",
+    ),
     "batch axes": (
         {"batch_axes": "manually"},
         "2 faults in the declaration:\n"
