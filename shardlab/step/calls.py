@@ -12,11 +12,13 @@ from jax.sharding import PartitionSpec
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
 from shardlab.plan.plan import Plan
+from shardlab.plan.vocabulary import part_of, shared_by_example
 from shardlab.step.constraints import made_legal, uses_batch_sum
 from shardlab.step.examples import ROWS, Value, check_rows_to_rows, check_sums
 from shardlab.step.random import Drawn, batched_draws, rows_key, site_key
 from shardlab.step.region import Region
 from shardlab.step.state import cut
+from shardlab.step.vocabulary import check_classes
 
 Loss = Callable[[Any, Any], tuple[Any, Any]]
 """``(y, batch) -> (sum, weight)``."""
@@ -34,7 +36,8 @@ class Calls:
       train: whether the model is called as in training, with dropout.
 
     Attributes:
-      shared: whether the stages share the examples of a microbatch before and after the blocks.
+      shared: whether the stages share the examples of a microbatch before the blocks, and, but for ``head="vocab"``,
+        after them.
       has_auxiliary: whether blocks return an auxiliary loss.
 
     Raises:
@@ -46,16 +49,20 @@ class Calls:
         self._functions = _functions(model, loss, plan, train=train)
         self._draws: dict[tuple[str, int], frozenset[Drawn]] = {}
         self._padded = {p.path: p.shape for p in plan.parameters if p.shape != p.stored_shape}
+        # The dim of the vocabulary of those parameters of which `after` is given this stage's part.
+        self._vocabulary = plan.vocabulary
         layer = model.parts.layers[0] if model.parts is not None else {}
         self._padded_in_block = {inner: self._padded[path] for inner, path in layer.items() if path in self._padded}
         # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
         # layer that normalises.
         self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
-        self.shared = region.stage is not None and plan.head == "examples"
+        self.shared = region.stage is not None and (plan.head == "examples" or self._may_share())
         self.has_auxiliary = self._has_auxiliary()
         if region.manual or plan.num_microbatches > 1:
             for rows in {plan.microbatch_rows, plan.microbatch_rows // (plan.num_stage_devices if self.shared else 1)}:
                 self._check(rows)
+        if self._vocabulary:
+            self._check_vocabulary()
 
     @property
     def has_loss(self) -> bool:
@@ -108,9 +115,27 @@ class Calls:
     def _legal(self, name: str) -> Callable[..., Any]:
         region = self._region
         # Each stage has its own share of the examples before and after the blocks, if they are shared.
-        spread = region.manual if self.shared and name in ("before", "after", "loss") else region.batch
+        apart = ("before",) if self._vocabulary else ("before", "after", "loss")
+        spread = region.manual if self.shared and name in apart else region.batch
         platform = region.mesh.devices.flat[0].platform
-        return made_legal(self._functions[name], region.manual, spread, region.automatic_mesh, platform=platform)
+        vocabulary = region.stage if self._vocabulary and name in ("after", "loss") else None
+        return made_legal(
+            self._functions[name],
+            region.manual,
+            spread,
+            region.automatic_mesh,
+            platform=platform,
+            vocabulary=vocabulary,
+        )
+
+    def _may_share(self) -> bool:
+        """With ``head="vocab"``: whether the stages may share the examples of `before`."""
+        rows, stages = self._plan.microbatch_rows, self._plan.num_stage_devices
+        if not self._vocabulary or rows % stages:
+            return False
+        with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
+            share, every = (self._arguments(count)["block"][1] for count in (rows // stages, rows))
+        return shared_by_example(share, every, rows // stages, rows) is None
 
     def _has_auxiliary(self) -> bool:
         if self._model.parts is None:
@@ -119,12 +144,14 @@ class Calls:
             given = self._arguments(self._plan.microbatch_rows)["block"]
             return jax.eval_shape(self._functions["block"], *given)[1] is not None
 
-    def _arguments(self, rows: int) -> dict[str, tuple[Any, ...]]:
-        """Shapes of the arguments of every function with `rows` examples."""
+    def _arguments(self, rows: int, parts: int = 1) -> dict[str, tuple[Any, ...]]:
+        """Shapes of the arguments of every function with `rows` examples and `parts` stages' parts of a vocabulary."""
         model, functions = self._model, self._functions
         kinds = {path: computed(leaf.dtype, self._plan.dtype) for path, leaf in model.parameters.items()}
         values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in model.parameters.items()}
         values |= model.buffers
+        for path, dim in self._vocabulary.items():
+            values[path] = part_of(values[path], dim, self._plan.num_stage_devices, parts)
         examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
         key = jax.eval_shape(lambda: jax.random.key(0)) if self._train else None
         outer = (values, examples, key)
@@ -168,6 +195,22 @@ class Calls:
                     draws = (here, there) if rows == several else (self._traced(name, rows), here)
                     drawn = batched_draws(draws[0].jaxpr, draws[1].jaxpr, rows, name)
                     self._draws[name, rows] = drawn | {(kind, (n * rows // several,)) for kind, (n,) in folds}
+
+    def _check_vocabulary(self) -> None:
+        """That `after` and the loss do with a part of the vocabulary what they would with all of it.
+
+        Each is traced with one stage's part and with that of two.
+        """
+        rows, known = self._plan.microbatch_rows, list[Value]()
+        path, dim = next(iter(self._vocabulary.items()))
+        with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
+            one, two = self._arguments(rows, 1), self._arguments(rows, 2)
+            held = one["after"][0][path].shape[dim]
+            for name in ("after", "loss") if self.has_loss else ("after",):
+                function = self._functions[name]
+                here, there = jax.make_jaxpr(function)(*one[name]), jax.make_jaxpr(function)(*two[name])
+                given = _given(name, one[name], {"after": known}) if name == "loss" else ()
+                known = check_classes(here, there, name, held, whole=name == "loss", given=given)
 
     def _traced(self, name: str, rows: int) -> Any:
         return jax.make_jaxpr(self._functions[name])(*self._arguments(rows)[name])

@@ -141,7 +141,7 @@ def check_rows_to_rows(
     Raises:
       DeclarationError: naming the operation and the line of the model.
     """
-    walk = _Walk(where, rows)
+    walk = Walk(where, rows)
     values = walk.closed(here, there, given)
     if auxiliary:
         values, extra = values[:-2], values[-2:]
@@ -166,7 +166,7 @@ def check_sums(here: Any, there: Any, where: str, rows: int, *, given: Sequence[
     Raises:
       DeclarationError: naming the operation and the line, or which of the two does not follow the examples.
     """
-    _check_pair(_Walk(where, rows).closed(here, there, given), where)
+    _check_pair(Walk(where, rows).closed(here, there, given), where)
 
 
 def _check_pair(values: list[Value], where: str) -> None:
@@ -190,7 +190,7 @@ _WAY_OUT = (
 )
 
 
-class _Walk:
+class Walk:
     """A walk over two traces of one function, equation by equation."""
 
     def __init__(self, where: str, rows: int) -> None:

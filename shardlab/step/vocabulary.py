@@ -1,0 +1,79 @@
+"""Whether `after` and a loss treat the classes of a vocabulary one by one, but for `shardlab.cross_entropy`.
+
+With ``head="vocab"`` a stage has a part of the classes as a shard of the batch has a part of the examples, and the
+proof is the same: `shardlab.step.examples` walks over a trace with the classes of one stage and one with those of two.
+What it calls rows are classes here, and a sum over those at hand is right only where a mark of `cross_entropy` adds up
+all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.step.batch_sum import is_batch_sum
+from shardlab.step.cross_entropy import CLASSES, MAX, SUM, mark_of
+from shardlab.step.examples import ROWS, SAME, Kind, Value, Walk
+
+
+def check_classes(
+    here: Any, there: Any, where: str, classes: int, *, whole: bool, given: Sequence[Value | None] = ()
+) -> list[Value]:
+    """What is known of what `where` returns, of a part of the classes what it would be of all of them.
+
+    Args:
+      here, there: the closed jaxprs with `classes` classes and with twice as many.
+      where: what to call the function in an error.
+      whole: whether nothing that it returns may still follow the classes.
+      given: what is known of the inputs, where it is more than their shapes tell.
+
+    Raises:
+      DeclarationError: naming the operation and the line of the model.
+    """
+    values = _Classes(where, classes).closed(here, there, given)
+    free = (Kind.SAME, Kind.ZERO, Kind.OWN)
+    for index, value in enumerate(values):
+        if value.kind in free or (value.kind in (Kind.ROWS, Kind.ALIKE) and not whole):
+            continue
+        name = f"its {('sum', 'weight')[index]}" if whole else "what it returns"
+        raise DeclarationError(f"{where}: {name} is of the classes at hand, {_held(classes)}; {_WAY_OUT}")
+    return values
+
+
+_WAY_OUT = "make nothing but shardlab.cross_entropy of the logits, or use head='examples'"
+
+
+def _held(classes: int) -> str:
+    return f"and with head='vocab' a stage holds {classes} of the vocabulary's"
+
+
+class _Classes(Walk):
+    """The walk, with classes for examples and the marks of `cross_entropy` for `batch_sum`."""
+
+    def _equation(self, mine: Any, other: Any, ins: list[Value]) -> list[Value]:
+        if is_batch_sum(mine):
+            return ins  # it adds up over examples, each class for itself
+        mark = mark_of(mine)
+        if mark is None:
+            return super()._equation(mine, other, ins)
+        (kind,) = (value.kind for value in ins)
+        if mark == CLASSES and kind is Kind.PLACE:
+            return [ROWS]
+        if (mark == SUM and kind in (Kind.SUM, Kind.ZERO)) or (mark == MAX and kind in (Kind.ROWS, Kind.ALIKE)):
+            return [SAME]
+        self._fault(mine, "is given logits that do not follow the vocabulary, or is differentiated", _NAME)
+
+    def _random(self, mine: Any, name: str, ins: list[Value], follows: bool) -> Value:
+        if follows or any(value.kind is not Kind.SAME and value.kind is not Kind.OWN for value in ins):
+            self._fault(mine, "draws for every example")
+        return super()._random(mine, name, ins, follows)
+
+    def _fault(self, equation: Any, what: str, name: str = "") -> NoReturn:
+        what = what.replace("examples", "classes").replace("example", "class")
+        raise DeclarationError(
+            f"{self._where}: {name or equation.primitive.name}{self._line} {what}, {_held(self._rows)}; {_WAY_OUT}"
+        )
+
+
+_NAME = "shardlab.cross_entropy"
