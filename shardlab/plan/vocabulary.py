@@ -9,6 +9,7 @@ Legend: V classes of the vocabulary, P stages.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -89,16 +90,40 @@ def vocabulary_faults(
         if axes[0] != stage:
             problem = f"its spec {spec_text(placement.spec)} names the stage axis {stage!r} after {axes[0]!r}"
             faults.append(Fault(where, problem, f"name {stage!r} first: a stage's part of the vocabulary is one piece"))
-        if placement.padded is not None:
-            problem = f"pad=True would give some stages {placement.padded[dim] // mesh.sizes[stage]} classes that "
-            problem += "are none"
-            size = model.parameters[path].shape[dim]
-            way_out = f"make the vocabulary {placement.padded[dim]} instead of {size} in the model"
-            faults.append(Fault(where, problem, way_out))
-    return faults or _faults_of_functions(model, entering, mesh.sizes[stage], {p: dim for p, (_, dim) in found.items()})
+    if faults:
+        return faults
+    values, cuts = entering[1], dict[str, _Cut]()
+    for path, (placement, dim) in found.items():
+        stored = jax.ShapeDtypeStruct(placement.padded or values[path].shape, values[path].dtype)
+        part = part_of(stored, dim, mesh.sizes[stage])
+        cuts[path] = _Cut(values[path].shape[dim], stored.shape[dim], part.shape[dim], part)
+    return [*_faults_of_sizes(cuts), *_faults_of_use(model, entering, cuts)] or _faults_of_part(
+        model.parts.after, entering, cuts
+    )
 
 
-def _faults_of_functions(model: Model, entering: tuple[Any, ...], stages: int, dims: Mapping[str, int]) -> list[Fault]:
+@dataclass(frozen=True)
+class _Cut:
+    """One parameter: its classes, that number with padding, how many of these a stage has, and the shape of those."""
+
+    classes: int
+    stored: int
+    held: int
+    part: jax.ShapeDtypeStruct
+
+
+def _faults_of_sizes(cuts: Mapping[str, _Cut]) -> list[Fault]:
+    """Numbers of classes that padding makes the same: of the logits alone nothing could tell them apart."""
+    faults, first = [], dict[int, str]()
+    for path, cut in cuts.items():
+        like = first.setdefault(cut.stored, path)
+        if cut.classes != cuts[like].classes:
+            problem = f"has {cut.classes} classes and {like} {cuts[like].classes}, both padded to {cut.stored}"
+            faults.append(Fault(path, problem, "give both the same number of classes"))
+    return faults
+
+
+def _faults_of_use(model: Model, entering: tuple[Any, ...], cuts: Mapping[str, _Cut]) -> list[Fault]:
     """Parameters that are used where no part of them will do."""
     parts = model.parts
     assert parts is not None
@@ -109,33 +134,31 @@ def _faults_of_functions(model: Model, entering: tuple[Any, ...], stages: int, d
         uses["context"] = _read(lambda v, b, k: context(v, b, k, True), values, batch, key)
     used = _read(lambda v, x, b, k: after(v, x, b, k, True), values, x, batch, key)
     faults = []
-    for path, dim in dims.items():
-        share = f"a stage has {values[path].shape[dim] // stages} of its {values[path].shape[dim]} classes"
+    for path, cut in cuts.items():
+        share = f"with head='vocab' a stage has {cut.held} of its {cut.stored} classes"
         for name in (name for name, paths in uses.items() if path in paths):
             way_out = "use head='examples'" if path in used else "leave the stage axis out of its spec"
-            faults.append(Fault(path, f"`{name}` uses it whole, and with head='vocab' {share}", way_out))
+            faults.append(Fault(path, f"`{name}` uses it whole, and {share}", way_out))
         if path not in used | set().union(*uses.values()):
-            problem = "its spec names the stage axis, and `after` does not use it"
-            faults.append(Fault(path, f"with head='vocab' {problem}", "leave the stage axis out of its spec"))
-    return faults or _faults_of_part(after, entering, stages, dims)
+            problem = f"its spec names the stage axis, and `after` does not use it: {share}"
+            faults.append(Fault(path, problem, "leave the stage axis out of its spec"))
+    return faults
 
 
-def _faults_of_part(
-    after: Callable[..., Any], entering: tuple[Any, ...], stages: int, dims: Mapping[str, int]
-) -> list[Fault]:
+def _faults_of_part(after: Callable[..., Any], entering: tuple[Any, ...], cuts: Mapping[str, _Cut]) -> list[Fault]:
     """That `after` does not take a stage's part of the parameters."""
     x, values, batch, key = entering
-    mine = {**values, **{path: part_of(values[path], dim, stages) for path, dim in dims.items()}}
+    mine = {**values, **{path: cut.part for path, cut in cuts.items()}}
     try:
         jax.eval_shape(lambda v, x, b, k: after(v, x, b, k, True), mine, x, batch, key)
     except Exception as error:  # whatever the user's code raises
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        shown = ", ".join(f"{path} {list(mine[path].shape)} of {list(values[path].shape)}" for path in dims)
+        shown = ", ".join(f"{path} {list(cut.part.shape)} of {list(values[path].shape)}" for path, cut in cuts.items())
+        problem = f"`after` does not take a stage's part of its parameters ({shown}): {type(error).__name__}: {text}"
         way_out = (
-            "compute with the shapes that are given (nnx.Linear and x @ kernel do, Linen's Dense does not), name the "
-            "stage axis in the spec of every parameter that has the vocabulary's dim, or use head='examples'"
+            "name the stage axis in the spec of every parameter with the vocabulary's dim, and compute with the shapes "
+            "that are given (nnx.Linear and x @ kernel do, Linen's Dense does not); or use head='examples'"
         )
-        problem = f"`after` does not take one stage's part of {shown}: {type(error).__name__}: {text}"
         return [Fault("head='vocab'", problem, way_out)]
     return []
 

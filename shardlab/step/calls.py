@@ -14,11 +14,12 @@ from shardlab.module.model import Model, Parts, computed, flowing, split_auxilia
 from shardlab.plan.plan import Plan
 from shardlab.plan.vocabulary import part_of, shared_by_example
 from shardlab.step.constraints import made_legal, uses_batch_sum
+from shardlab.step.cross_entropy import Vocabulary
 from shardlab.step.examples import ROWS, Value, check_rows_to_rows, check_sums
 from shardlab.step.random import Drawn, batched_draws, rows_key, site_key
 from shardlab.step.region import Region
 from shardlab.step.state import cut
-from shardlab.step.vocabulary import check_classes
+from shardlab.step.vocabulary import check_classes, on_a_part
 
 Loss = Callable[[Any, Any], tuple[Any, Any]]
 """``(y, batch) -> (sum, weight)``."""
@@ -48,9 +49,14 @@ class Calls:
         self._model, self._plan, self._region, self._batch, self._train = model, plan, region, batch, train
         self._functions = _functions(model, loss, plan, train=train)
         self._draws: dict[tuple[str, int], frozenset[Drawn]] = {}
-        self._padded = {p.path: p.shape for p in plan.parameters if p.shape != p.stored_shape}
         # The dim of the vocabulary of those parameters of which `after` is given this stage's part.
         self._vocabulary = plan.vocabulary
+        padded = {p.path: p for p in plan.parameters if p.shape != p.stored_shape}
+        # What pads a vocabulary is left to `cross_entropy`: some stages have more of it than others.
+        self._padded = {path: p.shape for path, p in padded.items() if path not in self._vocabulary}
+        cut_into = ((padded[path], dim) for path, dim in self._vocabulary.items() if path in padded)
+        sizes = tuple(sorted({(p.stored_shape[dim], p.shape[dim]) for p, dim in cut_into}))
+        self._parts = None if region.stage is None else Vocabulary(region.stage, region.num_stages, sizes)
         layer = model.parts.layers[0] if model.parts is not None else {}
         self._padded_in_block = {inner: self._padded[path] for inner, path in layer.items() if path in self._padded}
         # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
@@ -58,11 +64,11 @@ class Calls:
         self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
         self.shared = region.stage is not None and (plan.head == "examples" or self._may_share())
         self.has_auxiliary = self._has_auxiliary()
+        if self._vocabulary:
+            self._check_vocabulary()
         if region.manual or plan.num_microbatches > 1:
             for rows in {plan.microbatch_rows, plan.microbatch_rows // (plan.num_stage_devices if self.shared else 1)}:
                 self._check(rows)
-        if self._vocabulary:
-            self._check_vocabulary()
 
     @property
     def has_loss(self) -> bool:
@@ -118,7 +124,7 @@ class Calls:
         apart = ("before",) if self._vocabulary else ("before", "after", "loss")
         spread = region.manual if self.shared and name in apart else region.batch
         platform = region.mesh.devices.flat[0].platform
-        vocabulary = region.stage if self._vocabulary and name in ("after", "loss") else None
+        vocabulary = self._parts if self._vocabulary and name in ("after", "loss") else None
         return made_legal(
             self._functions[name],
             region.manual,
@@ -151,7 +157,9 @@ class Calls:
         values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in model.parameters.items()}
         values |= model.buffers
         for path, dim in self._vocabulary.items():
-            values[path] = part_of(values[path], dim, self._plan.num_stage_devices, parts)
+            stored = next(p.stored_shape for p in self._plan.parameters if p.path == path)
+            held = jax.ShapeDtypeStruct(stored, kinds[path])
+            values[path] = part_of(held, dim, self._plan.num_stage_devices, parts)
         examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
         key = jax.eval_shape(lambda: jax.random.key(0)) if self._train else None
         outer = (values, examples, key)
@@ -201,15 +209,19 @@ class Calls:
 
         Each is traced with one stage's part and with that of two.
         """
-        rows, known = self._plan.microbatch_rows, list[Value]()
+        rows, stages, known = self._plan.microbatch_rows, self._plan.num_stage_devices, list[Value]()
         path, dim = next(iter(self._vocabulary.items()))
         with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
-            one, two = self._arguments(rows, 1), self._arguments(rows, 2)
-            held = one["after"][0][path].shape[dim]
+            # One class is traced as two: JAX writes a program otherwise where a dim has size 1.
+            few = 1 if self._arguments(rows)["after"][0][path].shape[dim] > 1 else 2
+            some, twice, every = (self._arguments(rows, parts) for parts in (few, 2 * few, stages))
+            held = some["after"][0][path].shape[dim]
             for name in ("after", "loss") if self.has_loss else ("after",):
                 function = self._functions[name]
-                here, there = jax.make_jaxpr(function)(*one[name]), jax.make_jaxpr(function)(*two[name])
-                given = _given(name, one[name], {"after": known}) if name == "loss" else ()
+                jax.eval_shape(function, *every[name])
+                with on_a_part(name, held):
+                    here, there = jax.make_jaxpr(function)(*some[name]), jax.make_jaxpr(function)(*twice[name])
+                given = _given(name, some[name], {"after": known}) if name == "loss" else ()
                 known = check_classes(here, there, name, held, whole=name == "loss", given=given)
 
     def _traced(self, name: str, rows: int) -> Any:

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from shardlab.sharding.zero import without
 from shardlab.step.backward import as_function, backward_of, has_rule, operands_of
 from shardlab.step.batch_sum import is_batch_sum
-from shardlab.step.cross_entropy import mark_of, over_stages
+from shardlab.step.cross_entropy import Vocabulary, mark_of
 
 
 def made_legal(
@@ -32,7 +32,7 @@ def made_legal(
     automatic: AbstractMesh,
     *,
     platform: str = "",
-    vocabulary: str | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Callable[..., Any]:
     """`function`, with `manual` axes left out of its constraints, and its batch sums taken over `spread`.
 
@@ -42,7 +42,7 @@ def made_legal(
       spread: those of them that the examples at hand are spread over.
       automatic: the mesh with every axis automatic.
       platform: what the result will run on; XLA's CPU backend aborts on a narrow sum over manual axes.
-      vocabulary: the manual axis that the classes of its `cross_entropy` are spread over, if any.
+      vocabulary: how the classes of its `cross_entropy` are cut over the stages, if they are.
     """
     return _Legal(manual, spread, automatic, platform, vocabulary).of(function) if manual else function
 
@@ -84,7 +84,7 @@ class _Legal:
     spread: tuple[str, ...]
     automatic: AbstractMesh
     platform: str
-    vocabulary: str | None
+    vocabulary: Vocabulary | None
     rules: bool = True
 
     def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,10 +150,10 @@ class _Legal:
 
     def _joined(self, mark: str, equation: Any) -> Any:
         """The program of a mark of `cross_entropy`, over all stages."""
-        stage, part = self.vocabulary, jaxpr_as_fun(equation.params["jaxpr"])
-        assert stage is not None
+        vocabulary, part = self.vocabulary, jaxpr_as_fun(equation.params["jaxpr"])
+        assert vocabulary is not None
         (operand,) = equation.invars
-        return jax.make_jaxpr(lambda x: over_stages(mark, part(x)[0], stage))(operand.aval)
+        return jax.make_jaxpr(lambda x: vocabulary.joined(mark, part(x)[0]))(operand.aval)
 
     def _has_concerned_rule(self, equation: Any, jaxpr: Any) -> bool:
         if not has_rule(equation):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ def cross_entropy(logits: Any, labels: Any) -> jax.Array:
 
     Args:
       logits: [..., V], floating point.
-      labels: [...], integers from 0 to V-1. Another label picks no logit: what it gives is finite, and the caller's to
-        leave out, with its gradient.
+      labels: [...], integers from 0 to V-1. Any other label picks no logit and gives ``logsumexp(logits)``: the
+        caller's to leave out, or to use.
 
     Raises:
       DeclarationError: labels that are no integers, or not of the shape of the logits without their last dim.
@@ -44,10 +45,13 @@ def cross_entropy(logits: Any, labels: Any) -> jax.Array:
         )
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     classes = _classes(jax.lax.iota(jnp.int32, logits.shape[-1]))
+    # Numbers below zero are those of padding.
+    known = classes >= 0
+    # Not take_along_axis: gathering from logits that a second axis splits too aborts XLA's partitioner.
+    picked = jnp.where(known & (classes == labels[..., None]), logits, 0)
+    logits = jnp.where(known, logits, -jnp.inf)
     most = _max(jax.lax.stop_gradient(logits))
     most = jnp.where(jnp.isfinite(most), most, 0)
-    # Not take_along_axis: gathering from logits that a second axis splits too aborts XLA's partitioner.
-    picked = jnp.where(classes == labels[..., None], logits, 0)
     found = jnp.stack([jnp.exp(logits - most[..., None]).sum(-1), picked.sum(-1)])
     exponentials, label = _sum(found)
     return jnp.log(exponentials) + most - label
@@ -59,23 +63,38 @@ def mark_of(equation: Any) -> str | None:
     return name if name in (SUM, MAX, CLASSES) else None
 
 
-def over_stages(mark: str, x: jax.Array, stage: str) -> jax.Array:
-    """What the result `x` of a mark on this stage's part of the vocabulary becomes; called where `stage` is manual.
+@dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary that is cut over the stages.
 
-    A sum and a maximum are of all parts; class numbers, [V / stages] from 0, are those of this stage's part.
+    Attributes:
+      stage: the manual axis that cuts it.
+      stages: into how many parts.
+      sizes: the number of classes by that number with padding, of each such number.
     """
-    if mark == SUM:
-        return jax.lax.psum(x, stage)
-    if mark == MAX:
-        return jax.lax.pmax(x, stage)
-    return x + jax.lax.axis_index(stage).astype(x.dtype) * x.shape[0]
+
+    stage: str
+    stages: int
+    sizes: tuple[tuple[int, int], ...]
+
+    def joined(self, mark: str, x: jax.Array) -> jax.Array:
+        """What the result `x` of a mark on this stage's part becomes; called where `stage` is manual.
+
+        A sum and a maximum are of all parts. Class numbers, [V / stages] from 0, are those of this part, and -1 for
+        padding.
+        """
+        if mark == SUM:
+            return jax.lax.psum(x, self.stage)
+        if mark == MAX:
+            return jax.lax.pmax(x, self.stage)
+        numbers = x + jax.lax.axis_index(self.stage).astype(x.dtype) * x.shape[0]
+        held = self.stages * x.shape[0]
+        size = dict(self.sizes).get(held, held)
+        return numbers if size == held else jnp.where(numbers < size, numbers, -1)
 
 
 def _marked(name: str, function: Any) -> Any:
-    """`function`, found again by its name in a traced program, where `step.constraints` puts `over_stages` behind it.
-
-    As it is, each part of the vocabulary would be all of it.
-    """
+    """`function`, found again by its name in a trace, where `step.constraints` puts `Vocabulary.joined` behind it."""
     function.__name__ = function.__qualname__ = name
     return jax.jit(function)
 

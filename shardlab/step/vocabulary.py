@@ -8,12 +8,14 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.step.batch_sum import is_batch_sum
-from shardlab.step.cross_entropy import CLASSES, MAX, SUM, mark_of
+from shardlab.step.blocks import following
+from shardlab.step.cross_entropy import CLASSES, SUM, mark_of
 from shardlab.step.examples import ROWS, SAME, Kind, Value, Walk
 
 
@@ -41,6 +43,20 @@ def check_classes(
     return values
 
 
+@contextlib.contextmanager
+def on_a_part(where: str, classes: int) -> Iterator[None]:
+    """Says that a function was called with a part of the vocabulary, where it fails for that reason."""
+    try:
+        yield
+    except DeclarationError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise DeclarationError(
+            f"{where}: fails on a part of the vocabulary, {_held(classes)}: {type(error).__name__}: {text}; {_WAY_OUT}"
+        ) from error
+
+
 _WAY_OUT = "make nothing but shardlab.cross_entropy of the logits, or use head='examples'"
 
 
@@ -57,10 +73,11 @@ class _Classes(Walk):
         mark = mark_of(mine)
         if mark is None:
             return super()._equation(mine, other, ins)
-        (kind,) = (value.kind for value in ins)
-        if mark == CLASSES and kind is Kind.PLACE:
+        (value,), (out,) = ins, mine.outvars
+        joined = following(out.aval, other.outvars[0].aval) is None and not value.blocks
+        if mark == CLASSES and value.kind is Kind.PLACE:
             return [ROWS]
-        if (mark == SUM and kind in (Kind.SUM, Kind.ZERO)) or (mark == MAX and kind in (Kind.ROWS, Kind.ALIKE)):
+        if joined and value.kind in ((Kind.SUM, Kind.ZERO) if mark == SUM else (Kind.ROWS, Kind.ALIKE)):
             return [SAME]
         self._fault(mine, "is given logits that do not follow the vocabulary, or is differentiated", _NAME)
 

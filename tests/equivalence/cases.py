@@ -216,9 +216,9 @@ def _decoder_vocab(**more: Any) -> Subject:
 
 
 def _mlp_vocab(**more: Any) -> Subject:
-    """12 classes, whose kernel and bias lie over the stages; the loss of one example, mapped."""
-    config = mlp.MLPConfig(num_classes=12, **more)
-    split = Rule("outputs/kernel", P(None, "stage")), Rule("outputs/bias", P("stage"))
+    """10 classes over the stages, padded where these do not divide them, and a loss that is mapped over examples."""
+    config = mlp.MLPConfig(**more)
+    split = Rule("outputs/kernel", P(None, "stage"), pad=True), Rule("outputs/bias", P("stage"), pad=True)
     rules = Rules((*split, *mlp.mlp_rules("tensor").rules[:-1]))
     return Subject(config, class_loss, rules, PARTS, features)
 
