@@ -19,7 +19,7 @@ from shardlab.step.examples import ROWS, Value, check_rows_to_rows, check_sums
 from shardlab.step.random import Drawn, batched_draws, rows_key, site_key
 from shardlab.step.region import Region
 from shardlab.step.state import cut
-from shardlab.step.vocabulary import check_classes, on_a_part
+from shardlab.step.vocabulary import check_classes, check_same_program, on_a_part
 
 Loss = Callable[[Any, Any], tuple[Any, Any]]
 """``(y, batch) -> (sum, weight)``."""
@@ -210,19 +210,23 @@ class Calls:
         Each is traced with one stage's part and with that of two.
         """
         rows, stages, known = self._plan.microbatch_rows, self._plan.num_stage_devices, list[Value]()
-        path, dim = next(iter(self._vocabulary.items()))
         with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
             # One class is traced as two: JAX writes a program otherwise where a dim has size 1.
-            few = 1 if self._arguments(rows)["after"][0][path].shape[dim] > 1 else 2
+            few = 2 if 1 in self._held(self._arguments(rows)) else 1
             some, twice, every = (self._arguments(rows, parts) for parts in (few, 2 * few, stages))
-            held = some["after"][0][path].shape[dim]
+            held = f"{self._held(self._arguments(rows))[0]} of {self._held(every)[0]} classes"
             for name in ("after", "loss") if self.has_loss else ("after",):
                 function = self._functions[name]
-                jax.eval_shape(function, *every[name])
+                whole = jax.make_jaxpr(function)(*every[name])
                 with on_a_part(name, held):
                     here, there = jax.make_jaxpr(function)(*some[name]), jax.make_jaxpr(function)(*twice[name])
+                check_same_program(here, whole, name, held)
                 given = _given(name, some[name], {"after": known}) if name == "loss" else ()
-                known = check_classes(here, there, name, held, whole=name == "loss", given=given)
+                known = check_classes(here, there, name, self._held(some), held, whole=name == "loss", given=given)
+
+    def _held(self, arguments: dict[str, tuple[Any, ...]]) -> list[int]:
+        """How many of its classes each parameter of a vocabulary has."""
+        return [arguments["after"][0][path].shape[dim] for path, dim in self._vocabulary.items()]
 
     def _traced(self, name: str, rows: int) -> Any:
         return jax.make_jaxpr(self._functions[name])(*self._arguments(rows)[name])

@@ -214,10 +214,7 @@ class Walk:
         known: dict[Any, Value] = dict(zip(here.constvars, constants, strict=False))
         known |= {var: value for var, value in zip(here.invars, given, strict=False) if value is not None}
         if len(here.eqns) != len(there.eqns):
-            raise DeclarationError(
-                f"{self._where}: is another program for {2 * self._rows} examples than for {self._rows}; let nothing "
-                "but shapes follow the number of examples"
-            )
+            self._other_program()
 
         def value_of(mine: Any, other: Any) -> Value:
             if isinstance(mine, Literal) or isinstance(other, Literal):
@@ -642,6 +639,12 @@ class Walk:
             changed = [(m, n) for m, n in pairs if m != n]
             if len(changed) > 1 or any(2 * m != n for m, n in changed):
                 self._fault(mine, f"makes {list(a.aval.shape)} of {self._rows} examples")
+
+    def _other_program(self) -> NoReturn:
+        raise DeclarationError(
+            f"{self._where}: is another program for {2 * self._rows} examples than for {self._rows}; let nothing "
+            "but shapes follow the number of examples"
+        )
 
     def _fault(self, equation: Any, what: str, name: str = "") -> NoReturn:
         raise DeclarationError(
