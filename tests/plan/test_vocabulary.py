@@ -146,8 +146,8 @@ BAD: dict[str, tuple[Any, tuple[Rule, ...], dict[str, Any], str]] = {
         (KERNEL, BIAS),
         {"stage": 5},
         "2 faults in the declaration:\n"
-        "  1. outputs/bias: dim 0 has size 24, not divisible by axis 'stage' of size 5 (rule 2, \"outputs/bias\"); pad it "
-        "to 25 with Rule(..., pad=True), or replicate it on purpose with None\n"
+        "  1. outputs/bias: dim 0 has size 24, not divisible by axis 'stage' of size 5 (rule 2, \"outputs/bias\"); "
+        "pad it to 25 with Rule(..., pad=True), or replicate it on purpose with None\n"
         "  2. outputs/kernel: dim 1 has size 24, not divisible by axis 'stage' of size 5 (rule 1, \"outputs/kernel\"); "
         "pad it to 25 with Rule(..., pad=True), or replicate it on purpose with None",
     ),
