@@ -94,7 +94,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "head": (
         {"head": "example"},
-        "head='example': is not one of auto, examples, last_stage; did you mean 'examples'? write one of them",
+        "head='example': is not one of auto, examples, last_stage, vocab; did you mean 'examples'? write one of them",
     ),
     "batch axes": (
         {"batch_axes": "manually"},
@@ -286,7 +286,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "  5. remat='some': is not one of none, full, dots_saveable, dots_with_no_batch_dims_saveable, "
         "everything_saveable, nothing_saveable; write one of them\n"
         "  6. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
-        "  7. head='first': is not one of auto, examples, last_stage; write one of them\n"
+        "  7. head='first': is not one of auto, examples, last_stage, vocab; write one of them\n"
         "  8. batch x: leading dim 9 is not the 3 examples of labels; give every array the examples first\n"
         "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4",
     ),
