@@ -33,7 +33,7 @@ RULES = Rules((Rule("out", P(None, "stage")), Rule("**", P())))
 def batch_of(size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, size).astype(np.int32)
-    return {"x": rng.normal(size=(size, WIDTH)).astype(np.float32), "labels": labels, "soft": np.eye(CLASSES)[labels]}
+    return {"x": rng.normal(size=(size, WIDTH)).astype(np.float32), "labels": labels, "soft": np.eye(CLASSES, dtype=np.float32)[labels]}
 
 
 def init(key: jax.Array) -> Any:
@@ -128,6 +128,22 @@ def test_what_is_right_on_a_part_of_the_classes(name: str) -> None:
     after, loss = GOOD[name]
     given: dict[str, Any] = {"rules": RULES, "microbatches": 2, "head": "vocab"}
     assert_matches_reference(model(after), loss, SGD, batch_of(8), mesh=mesh_of(3), steps=2, **given)
+
+
+def test_sums_over_the_batch_before_and_after_the_blocks() -> None:
+    """Before them each stage has a share of the examples; after them all stages have the same."""
+
+    def centred(x: jax.Array) -> jax.Array:
+        return x - shardlab.batch_sum(x.sum(0)) / shardlab.batch_sum(jnp.ones(len(x), x.dtype).sum())
+
+    this = Functions(
+        init=init,
+        before=lambda params, batch: centred(batch["x"] * params["scale"]),
+        block=lambda layer, x: x + jnp.tanh(x @ layer["w"]),
+        after=lambda params, x: centred(logits(params, centred(x))),
+    )
+    mesh = MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4")
+    assert_matches_reference(this, cross_entropy, SGD, batch_of(8), mesh=mesh, steps=1, rules=RULES, head="vocab")
 
 
 HELD = ", and with head='vocab' a stage has 6 of 12 classes"
