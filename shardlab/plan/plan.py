@@ -52,7 +52,8 @@ class Parameter:
       state: how its optimizer state lies, and its gradient once reduced.
       bytes_per_device: of `storage`; for a block of a pipeline, on the devices of its stage.
       stored_shape: `shape`, or, where its rule says ``pad=True``, that with dims rounded up to what their axes divide.
-        What is beyond `shape` is zero, and is cut off before the model sees the parameter.
+        What is beyond `shape` is zero, and is cut off before the model sees the parameter; of a vocabulary that the
+        stages have parts of, `shardlab.cross_entropy` leaves it out.
     """
 
     path: str

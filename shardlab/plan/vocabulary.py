@@ -39,9 +39,16 @@ def part_of(shape: jax.ShapeDtypeStruct, dim: int, stages: int, parts: int = 1) 
     >>> part_of(jax.ShapeDtypeStruct((8, 12), "float32"), 1, 4).shape
     (8, 3)
     """
-    sizes = list(shape.shape)
-    sizes[dim] = sizes[dim] // stages * parts
-    return jax.ShapeDtypeStruct(tuple(sizes), shape.dtype)
+    return with_size(shape, dim, shape.shape[dim] // stages * parts)
+
+
+def with_size(shape: jax.ShapeDtypeStruct, dim: int, size: int) -> jax.ShapeDtypeStruct:
+    """The shape with another size of one dim.
+
+    >>> with_size(jax.ShapeDtypeStruct((8, 12), "float32"), 0, 3).shape
+    (3, 12)
+    """
+    return jax.ShapeDtypeStruct((*shape.shape[:dim], size, *shape.shape[dim + 1 :]), shape.dtype)
 
 
 def shared_by_example(share: Any, every: Any, few: int, rows: int) -> str | None:
@@ -94,7 +101,7 @@ def vocabulary_faults(
         return faults
     values, cuts = entering[1], dict[str, _Cut]()
     for path, (placement, dim) in found.items():
-        stored = jax.ShapeDtypeStruct(placement.padded or values[path].shape, values[path].dtype)
+        stored = with_size(values[path], dim, (placement.padded or values[path].shape)[dim])
         part = part_of(stored, dim, mesh.sizes[stage])
         cuts[path] = _Cut(values[path].shape[dim], stored.shape[dim], part.shape[dim], part)
     return [*_faults_of_sizes(cuts), *_faults_of_use(model, entering, cuts)] or _faults_of_part(

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
-from shardlab.plan.plan import Plan
-from shardlab.plan.vocabulary import part_of, shared_by_example
+from shardlab.plan.plan import Parameter, Plan
+from shardlab.plan.vocabulary import part_of, shared_by_example, with_size
 from shardlab.step.constraints import made_legal, uses_batch_sum
 from shardlab.step.cross_entropy import Vocabulary
 from shardlab.step.examples import ROWS, Value, check_rows_to_rows, check_sums
@@ -52,9 +52,10 @@ class Calls:
         # The dim of the vocabulary of those parameters of which `after` is given this stage's part.
         self._vocabulary = plan.vocabulary
         padded = {p.path: p for p in plan.parameters if p.shape != p.stored_shape}
+        self._padded = {path: p.shape for path, p in padded.items()}
         # What pads a vocabulary is left to `cross_entropy`: some stages have more of it than others.
-        self._padded = {path: p.shape for path, p in padded.items() if path not in self._vocabulary}
-        cut_into = ((padded[path], dim) for path, dim in self._vocabulary.items() if path in padded)
+        cut_into = [(padded[path], dim) for path, dim in self._vocabulary.items() if path in padded]
+        self._padded |= {p.path: part_of(_whole(p, dim), dim, region.num_stages).shape for p, dim in cut_into}
         sizes = tuple(sorted({(p.stored_shape[dim], p.shape[dim]) for p, dim in cut_into}))
         self._parts = None if region.stage is None else Vocabulary(region.stage, region.num_stages, sizes)
         layer = model.parts.layers[0] if model.parts is not None else {}
@@ -157,9 +158,8 @@ class Calls:
         values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in model.parameters.items()}
         values |= model.buffers
         for path, dim in self._vocabulary.items():
-            stored = next(p.stored_shape for p in self._plan.parameters if p.path == path)
-            held = jax.ShapeDtypeStruct(stored, kinds[path])
-            values[path] = part_of(held, dim, self._plan.num_stage_devices, parts)
+            whole = _whole(next(p for p in self._plan.parameters if p.path == path), dim, kinds[path])
+            values[path] = part_of(whole, dim, self._plan.num_stage_devices, parts)
         examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
         key = jax.eval_shape(lambda: jax.random.key(0)) if self._train else None
         outer = (values, examples, key)
@@ -230,6 +230,11 @@ class Calls:
 
     def _traced(self, name: str, rows: int) -> Any:
         return jax.make_jaxpr(self._functions[name])(*self._arguments(rows)[name])
+
+
+def _whole(parameter: Parameter, dim: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    """Its shape, the dim of the vocabulary with padding."""
+    return with_size(jax.ShapeDtypeStruct(parameter.shape, dtype), dim, parameter.stored_shape[dim])
 
 
 # Where the arguments of a function come from: by name and position, which function returned them.

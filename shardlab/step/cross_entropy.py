@@ -51,7 +51,6 @@ def cross_entropy(logits: Any, labels: Any) -> jax.Array:
     picked = jnp.where(known & (classes == labels[..., None]), logits, 0)
     logits = jnp.where(known, logits, -jnp.inf)
     most = _max(jax.lax.stop_gradient(logits))
-    most = jnp.where(jnp.isfinite(most), most, 0)
     found = jnp.stack([jnp.exp(logits - most[..., None]).sum(-1), picked.sum(-1)])
     exponentials, label = _sum(found)
     return jnp.log(exponentials) + most - label

@@ -33,7 +33,11 @@ RULES = Rules((Rule("out", P(None, "stage")), Rule("**", P())))
 def batch_of(size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, size).astype(np.int32)
-    return {"x": rng.normal(size=(size, WIDTH)).astype(np.float32), "labels": labels, "soft": np.eye(CLASSES, dtype=np.float32)[labels]}
+    return {
+        "x": rng.normal(size=(size, WIDTH)).astype(np.float32),
+        "labels": labels,
+        "soft": np.eye(CLASSES, dtype=np.float32)[labels],
+    }
 
 
 def init(key: jax.Array) -> Any:
@@ -140,7 +144,7 @@ def test_sums_over_the_batch_before_and_after_the_blocks() -> None:
         init=init,
         before=lambda params, batch: centred(batch["x"] * params["scale"]),
         block=lambda layer, x: x + jnp.tanh(x @ layer["w"]),
-        after=lambda params, x: centred(logits(params, centred(x))),
+        after=lambda params, x: logits(params, centred(x) + 0.1 * shardlab.batch_sum(x.sum(0))),
     )
     mesh = MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4")
     assert_matches_reference(this, cross_entropy, SGD, batch_of(8), mesh=mesh, steps=1, rules=RULES, head="vocab")
@@ -287,9 +291,24 @@ def test_one_class_a_stage() -> None:
         init=lambda key: init(key) | {"out": jax.random.normal(key, (WIDTH, 2))},
         before=lambda params, batch: batch["x"],
         block=lambda layer, x: x + jnp.tanh(x @ layer["w"]),
-        after=logits,
+        after=lambda params, x: logits(params, x) * jnp.full((len(x), 1), 2.0, x.dtype),
     )
     given: dict[str, Any] = {"rules": RULES, "microbatches": 2, "head": "vocab"}
     batch = batch_of(8)
     batch["labels"] %= 2
     assert_matches_reference(narrow, cross_entropy, SGD, batch, mesh=mesh_of(2), steps=1, **given)
+
+
+def test_a_kernel_padded_in_both_dims() -> None:
+    """4 x 11 on tensor=3 and stage=2, as 6 x 12: what pads the features is cut off, what pads the classes is not."""
+    mesh = MeshSpec({"stage": 2, "tensor": 3}, stage="stage", target="cpu:6")
+    rules = Rules((Rule("out", P("tensor", "stage"), pad=True), Rule("**", P())))
+    odd = Functions(
+        init=lambda key: init(key) | {"out": jax.random.normal(key, (WIDTH, CLASSES - 1))},
+        before=lambda params, batch: batch["x"],
+        block=lambda layer, x: x + jnp.tanh(x @ layer["w"]),
+        after=logits,
+    )
+    batch = batch_of(8)
+    batch["labels"] %= CLASSES - 1
+    assert_matches_reference(odd, cross_entropy, SGD, batch, mesh=mesh, rules=rules, steps=2, head="vocab")

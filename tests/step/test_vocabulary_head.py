@@ -20,7 +20,7 @@ from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import Rule, Rules
 from shardlab.step.compile import CompiledStep, compile_train_step
-from shardlab.step.forward import compile_forward
+from shardlab.step.forward import _for_batch, compile_forward
 from shardlab.step.state import users_own
 
 ADAM = optax.adam(1e-2)
@@ -80,7 +80,9 @@ def test_a_stage_holds_its_part_alone() -> None:
 
 @pytest.mark.parametrize("size", [16, 6])
 def test_y_and_loss_of_any_batch(size: int) -> None:
-    plan, batch = planned(), batch_of(size)
+    plan = planned()
+    batch: Any = batch_of(size)
+    assert _for_batch(plan, batch).head == "vocab"
     state = compiled("vocab").init(0)
     params = read(plan, state.parameters)
     x = mlp.before(params, batch)
