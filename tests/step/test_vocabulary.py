@@ -291,7 +291,7 @@ def test_one_class_a_stage() -> None:
         init=lambda key: init(key) | {"out": jax.random.normal(key, (WIDTH, 2))},
         before=lambda params, batch: batch["x"],
         block=lambda layer, x: x + jnp.tanh(x @ layer["w"]),
-        after=lambda params, x: logits(params, x) * jnp.full((len(x), 1), 2.0, x.dtype),
+        after=lambda params, x: logits(params, x) + jnp.broadcast_to(x[:, :1], (len(x), params["out"].shape[1])),
     )
     given: dict[str, Any] = {"rules": RULES, "microbatches": 2, "head": "vocab"}
     batch = batch_of(8)
