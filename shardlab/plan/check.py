@@ -27,7 +27,7 @@ from shardlab.plan.plan import Parameter, Stack
 from shardlab.sharding.rules import axes_of
 
 DTYPES = ("float32", "bfloat16", "float64")
-HEADS = ("auto", "examples", "last_stage")
+HEADS = ("auto", "examples", "last_stage", "vocab")
 
 
 def choice_faults(**given: Any) -> list[Fault]:

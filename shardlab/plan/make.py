@@ -50,6 +50,7 @@ from shardlab.plan.layout import (
 )
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
+from shardlab.plan.vocabulary import shared_by_example, vocabulary_faults
 from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules, read_rules
 from shardlab.sharding.zero import without
@@ -101,7 +102,11 @@ def make_plan(
         microbatches. ``"auto"``: what they accumulate in, float32 or `dtype` if that is wider. ``"bfloat16"`` halves
         what is sent and rounds every shard's gradient.
       head: ``"examples"`` spreads `before` and `after` over the stages by example, ``"last_stage"`` runs them whole
-        on every stage and uses one; ``"auto"`` takes the first that divides.
+        on every stage and uses one; ``"auto"`` takes the first that divides. ``"vocab"`` computes with parts of the
+        vocabulary: the parameters outside the blocks whose specs name the stage axis, as in
+        ``Rule("head/kernel", P(None, "stage"))``, are never gathered over it; on every stage `after` is given the
+        stage's part and all examples, and gives that part of the logits, of which the loss makes nothing but
+        `shardlab.cross_entropy`. `before` is spread by example where that divides.
       gather: when weights that lie in shards (ZeRO 3) are gathered. ``"step"``: all once a step, a whole working copy;
         ``"layer"``: each block's whenever it is used, in every tick.
       accumulate: how the gradients of blocks add up over microbatches (from ZeRO 2). ``"full"``: each shard's own,
@@ -183,13 +188,17 @@ def make_plan(
         notes += _kinds_note(of_kinds, layers)
         raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
-    if stages > 1:
+    if stages > 1 and head == "vocab":
+        notes += _over_vocabulary(model, shapes, mesh, resolution.placements, rows, stages, dtype)
+    elif stages > 1:
         head = _head(head, rows, stages, _not_by_example(model, shapes, mesh, rows, stages, dtype), notes)
     elif head == "auto":
         head = "last_stage"
 
     inside = {path for stack in stacks for path in stack.members}
     mixed = jnp.dtype(dtype).itemsize < 4
+    over_vocabulary = stages > 1 and head == "vocab"
+    stored_over = (*mesh.batch, *((mesh.stage,) if mesh.stage and not over_vocabulary else ()))
     parameters = []
     for path, leaf in model.parameters.items():
         placement = resolution.placements[path]
@@ -206,6 +215,11 @@ def make_plan(
         if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
             notes.append(f"{path}: no dim of {list(stored)} divides by the batch axes; replicated over them")
         kind = _master_dtype(leaf.dtype, dtype)
+        if lent and mesh.stage in axes_in(placement.spec) and head != "vocab":
+            notes.append(
+                f"{path}: its spec names the stage axis {mesh.stage!r}, which is storage: every stage gathers it once "
+                "a step; head='vocab' computes with the parts"
+            )
         parameters.append(
             Parameter(
                 path=path,
@@ -213,7 +227,7 @@ def make_plan(
                 dtype=kind,
                 spec=placement.spec,
                 source=placement.source,
-                compute=without(placement.spec, (*mesh.batch, *((mesh.stage,) if mesh.stage else ()))),
+                compute=without(placement.spec, stored_over),
                 storage=storage,
                 state=state,
                 bytes_per_device=shard_bytes(stored, kind, storage, sizes),
@@ -345,16 +359,10 @@ def _accumulated(dtype: str) -> str:
 
 
 def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:
-    if rows % stages:
-        counted = f"{rows} example{'s' if rows != 1 else ''}"
-        problem, way_out = f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
-    elif other is not None:
-        problem, way_out = (
-            f"{other}, and stages share x by example",
-            "give every array of x the examples as its first dim",
-        )
-    else:
+    why = _why_not_shared(rows, stages, other)
+    if why is None:
         return "examples" if head == "auto" else head
+    problem, way_out = why
     if head == "examples":
         raise DeclarationError(f"head='examples': {problem}; use head='last_stage', or {way_out}")
     if head == "auto":
@@ -362,17 +370,44 @@ def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]
     return "last_stage"
 
 
+def _why_not_shared(rows: int, stages: int, other: str | None) -> tuple[str, str] | None:
+    """Why the stages cannot share the examples of a microbatch, and the way out; None if they can."""
+    if rows % stages:
+        counted = f"{rows} example{'s' if rows != 1 else ''}"
+        return f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
+    if other is not None:
+        return f"{other}, and stages share x by example", "give every array of x the examples as its first dim"
+    return None
+
+
 def _not_by_example(model: Model, batch: Any, mesh: MeshSpec, rows: int, stages: int, dtype: str) -> str | None:
     """The first array of x whose leading dim is not the examples, in words."""
     assert model.parts is not None
     if rows % stages:
         return None
-    share = rows // stages
-    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (share, rows))
-    for (keys, here), there in zip(jax.tree_util.tree_flatten_with_path(few)[0], jax.tree.leaves(all_of), strict=True):
-        if (share, *there.shape[1:]) != here.shape or there.shape[:1] != (rows,):
-            return f"x {path_of(keys)}".rstrip() + f" is {list(there.shape)} for {rows} examples"
-    return None
+    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (rows // stages, rows))
+    return shared_by_example(few, all_of, rows // stages, rows)
+
+
+def _over_vocabulary(
+    model: Model,
+    batch: Any,
+    mesh: MeshSpec,
+    placements: Mapping[str, Placement],
+    rows: int,
+    stages: int,
+    dtype: str,
+) -> list[str]:
+    """What to note of a head over the vocabulary.
+
+    Raises:
+      DeclarationError: with every reason against one.
+    """
+    entering = _entering(model, batch, mesh, rows, dtype)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        raise_faults(vocabulary_faults(model, entering, mesh, placements))
+    whole = _why_not_shared(rows, stages, _not_by_example(model, batch, mesh, rows, stages, dtype))
+    return [] if whole is None else [f"head vocab: every stage runs before whole: {whole[0]}"]
 
 
 def optimizer_rows(

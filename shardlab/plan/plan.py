@@ -17,7 +17,7 @@ from shardlab.module.model import computed
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.table_csv import from_csv
-from shardlab.sharding.rules import spec_from_json, spec_to_json
+from shardlab.sharding.rules import axes_of, spec_from_json, spec_to_json
 
 
 def shard_bytes(shape: tuple[int, ...], dtype: str, spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
@@ -46,12 +46,14 @@ class Parameter:
       dtype: of the parameter as it is stored; the step computes in the plan's `dtype`.
       spec: as declared.
       source: the rule, annotation or spec that said so.
-      compute: how a step computes with it: the declared axes that are not batch axes.
+      compute: how a step computes with it: the declared axes that are not batch axes. The stage axis is among them
+        with ``head="vocab"`` alone.
       storage: how it lies between steps.
       state: how its optimizer state lies, and its gradient once reduced.
       bytes_per_device: of `storage`; for a block of a pipeline, on the devices of its stage.
       stored_shape: `shape`, or, where its rule says ``pad=True``, that with dims rounded up to what their axes divide.
-        What is beyond `shape` is zero, and is cut off before the model sees the parameter.
+        What is beyond `shape` is zero, and is cut off before the model sees the parameter; of a vocabulary that the
+        stages have parts of, `shardlab.cross_entropy` leaves it out.
     """
 
     path: str
@@ -136,7 +138,7 @@ class Plan:
       dtype: what the step computes in.
       reduce_dtype: what gradients are summed over the batch axes in; within a device they accumulate in at least
         float32.
-      head: ``"examples"`` or ``"last_stage"``: how `before` and `after` are spread over the stages.
+      head: ``"examples"``, ``"last_stage"`` or ``"vocab"``: how `before` and `after` are spread over the stages.
       batch: path, shape and dtype of every leaf of the batch.
       batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
         reduction (needed where the model computes statistics over the batch).
@@ -200,6 +202,17 @@ class Plan:
         """Examples of one microbatch on one shard of the batch."""
         shards = self.mesh.batch_size_divisor if self.batch_axes_manual else 1
         return self.batch_size // shards // self.num_microbatches
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The parameters that the stages have a part of each, computing with it, and the dim that is cut."""
+        if self.num_stage_devices == 1:
+            return {}
+        dims = ((p.path, dim) for p in self.parameters for dim, entry in enumerate(p.compute) if self._by_stage(entry))
+        return dict(dims)
+
+    def _by_stage(self, entry: Any) -> bool:
+        return self.mesh.stage in axes_of(entry)
 
     @property
     def num_parameters(self) -> int:

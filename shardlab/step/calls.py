@@ -11,12 +11,15 @@ from jax.sharding import PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
-from shardlab.plan.plan import Plan
+from shardlab.plan.plan import Parameter, Plan
+from shardlab.plan.vocabulary import part_of, shared_by_example, with_size
 from shardlab.step.constraints import made_legal, uses_batch_sum
+from shardlab.step.cross_entropy import Vocabulary
 from shardlab.step.examples import ROWS, Value, check_rows_to_rows, check_sums
 from shardlab.step.random import Drawn, batched_draws, rows_key, site_key
 from shardlab.step.region import Region
 from shardlab.step.state import cut
+from shardlab.step.vocabulary import check_classes, check_same_program, on_a_part
 
 Loss = Callable[[Any, Any], tuple[Any, Any]]
 """``(y, batch) -> (sum, weight)``."""
@@ -34,7 +37,8 @@ class Calls:
       train: whether the model is called as in training, with dropout.
 
     Attributes:
-      shared: whether the stages share the examples of a microbatch before and after the blocks.
+      shared: whether the stages share the examples of a microbatch before the blocks, and, but for ``head="vocab"``,
+        after them.
 
     Raises:
       DeclarationError: a function computes across examples, and not all of them are in one place.
@@ -44,7 +48,15 @@ class Calls:
         self._model, self._plan, self._region, self._batch, self._train = model, plan, region, batch, train
         self._functions = _functions(model, loss, plan, train=train)
         self._draws: dict[tuple[str, int], frozenset[Drawn]] = {}
-        self._padded = {p.path: p.shape for p in plan.parameters if p.shape != p.stored_shape}
+        # The dim of the vocabulary of those parameters of which `after` is given this stage's part.
+        self._vocabulary = plan.vocabulary
+        padded = {p.path: p for p in plan.parameters if p.shape != p.stored_shape}
+        self._padded = {path: p.shape for path, p in padded.items()}
+        # What pads a vocabulary is left to `cross_entropy`: some stages have more of it than others.
+        cut_into = [(padded[path], dim) for path, dim in self._vocabulary.items() if path in padded]
+        self._padded |= {p.path: part_of(_whole(p, dim), dim, region.num_stages).shape for p, dim in cut_into}
+        sizes = tuple(sorted({(p.stored_shape[dim], p.shape[dim]) for p, dim in cut_into}))
+        self._parts = None if region.stage is None else Vocabulary(region.stage, region.num_stages, sizes)
         self._block_names = () if model.parts is None else block_names(model.parts)
         self._padded_in_block = {
             name: {inner: self._padded[path] for inner, path in layer.items() if path in self._padded}
@@ -53,8 +65,10 @@ class Calls:
         # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
         # layer that normalises.
         self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
-        self.shared = region.stage is not None and plan.head == "examples"
+        self.shared = region.stage is not None and (plan.head == "examples" or self._may_share())
         self._auxiliary = self._with_auxiliary()
+        if self._vocabulary:
+            self._check_vocabulary()
         if region.manual or plan.num_microbatches > 1:
             for rows in {plan.microbatch_rows, plan.microbatch_rows // (plan.num_stage_devices if self.shared else 1)}:
                 self._check(rows)
@@ -116,9 +130,27 @@ class Calls:
     def _legal(self, name: str) -> Callable[..., Any]:
         region = self._region
         # Each stage has its own share of the examples before and after the blocks, if they are shared.
-        spread = region.manual if self.shared and name in ("before", "after", "loss") else region.batch
+        apart = ("before",) if self._vocabulary else ("before", "after", "loss")
+        spread = region.manual if self.shared and name in apart else region.batch
         platform = region.mesh.devices.flat[0].platform
-        return made_legal(self._functions[name], region.manual, spread, region.automatic_mesh, platform=platform)
+        vocabulary = self._parts if self._vocabulary and name in ("after", "loss") else None
+        return made_legal(
+            self._functions[name],
+            region.manual,
+            spread,
+            region.automatic_mesh,
+            platform=platform,
+            vocabulary=vocabulary,
+        )
+
+    def _may_share(self) -> bool:
+        """With ``head="vocab"``: whether the stages may share the examples of `before`."""
+        rows, stages = self._plan.microbatch_rows, self._plan.num_stage_devices
+        if not self._vocabulary or rows % stages:
+            return False
+        with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
+            share, every = (self._arguments(count)[self._block_names[0]][1] for count in (rows // stages, rows))
+        return shared_by_example(share, every, rows // stages, rows) is None
 
     def _first_layers(self) -> list[tuple[str, Mapping[str, str]]]:
         """Of every kind of block: its name, and the arrays of the first one."""
@@ -136,12 +168,15 @@ class Calls:
             out = {name: jax.eval_shape(self._functions[name], *given[name]) for name in self._block_names}
             return frozenset(name for name, (_, auxiliary) in out.items() if auxiliary is not None)
 
-    def _arguments(self, rows: int) -> dict[str, tuple[Any, ...]]:
-        """Shapes of the arguments of every function with `rows` examples."""
+    def _arguments(self, rows: int, parts: int = 1) -> dict[str, tuple[Any, ...]]:
+        """Shapes of the arguments of every function with `rows` examples and `parts` stages' parts of a vocabulary."""
         model, functions = self._model, self._functions
         kinds = {path: computed(leaf.dtype, self._plan.dtype) for path, leaf in model.parameters.items()}
         values: Any = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in model.parameters.items()}
         values |= model.buffers
+        for path, dim in self._vocabulary.items():
+            whole = _whole(next(p for p in self._plan.parameters if p.path == path), dim, kinds[path])
+            values[path] = part_of(whole, dim, self._plan.num_stage_devices, parts)
         examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
         key = jax.eval_shape(lambda: jax.random.key(0)) if self._train else None
         outer = (values, examples, key)
@@ -189,8 +224,37 @@ class Calls:
                     drawn = batched_draws(draws[0].jaxpr, draws[1].jaxpr, rows, name)
                     self._draws[name, rows] = drawn | {(kind, (n * rows // several,)) for kind, (n,) in folds}
 
+    def _check_vocabulary(self) -> None:
+        """That `after` and the loss do with a part of the vocabulary what they would with all of it.
+
+        Each is traced with one stage's part and with that of two.
+        """
+        rows, stages, known = self._plan.microbatch_rows, self._plan.num_stage_devices, list[Value]()
+        with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
+            # One class is traced as two: JAX writes a program otherwise where a dim has size 1.
+            few = 2 if 1 in self._held(self._arguments(rows)) else 1
+            some, twice, every = (self._arguments(rows, parts) for parts in (few, 2 * few, stages))
+            held = f"{self._held(self._arguments(rows))[0]} of {self._held(every)[0]} classes"
+            for name in ("after", "loss") if self.has_loss else ("after",):
+                function = self._functions[name]
+                whole = jax.make_jaxpr(function)(*every[name])
+                with on_a_part(name, held):
+                    here, there = jax.make_jaxpr(function)(*some[name]), jax.make_jaxpr(function)(*twice[name])
+                check_same_program(here, whole, name, held)
+                given = _given(name, some[name], {"after": known}) if name == "loss" else ()
+                known = check_classes(here, there, name, self._held(some), held, whole=name == "loss", given=given)
+
+    def _held(self, arguments: dict[str, tuple[Any, ...]]) -> list[int]:
+        """How many of its classes each parameter of a vocabulary has."""
+        return [arguments["after"][0][path].shape[dim] for path, dim in self._vocabulary.items()]
+
     def _traced(self, name: str, rows: int) -> Any:
         return jax.make_jaxpr(self._functions[name])(*self._arguments(rows)[name])
+
+
+def _whole(parameter: Parameter, dim: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    """Its shape, the dim of the vocabulary with padding."""
+    return with_size(jax.ShapeDtypeStruct(parameter.shape, dtype), dim, parameter.stored_shape[dim])
 
 
 # Where the arguments of a function come from: by name and position, which function returned them.

@@ -101,7 +101,10 @@ class Cells:
         self.last_device = schedule.device_of(schedule.num_stages - 1)
         self.is_first, self.is_last = self.stage_index == 0, self.stage_index == self.last_device
         self.blocks, self.used = ([run[0] for run in where[name]] for name in ("blocks", "used"))
-        self.shared = calls.shared
+        self.shared, self.vocabulary = calls.shared, frozenset(plan.vocabulary)
+        # Whether the stages share the examples after the blocks too; otherwise all of them have all, and each a part of
+        # the vocabulary, or one of them the head.
+        self.dealt = self.shared and not self.vocabulary
         self.share_rows = self.rows // region.num_stages if self.shared else self.rows
         self.wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
         self.has_context_gradient = self._context_depends()
@@ -382,9 +385,8 @@ class Cells:
             carry, y = self.forward(carry, mine, self.entering(phase, mine))
             out = None
             if phase.head != "never":
-                examples, _, count = self.microbatch(mine["head_microbatch"], share=True)
-                dealt = self.deal(y, self.last_device)
-                out = self.calls.after({**self.rest, **self.fixed}, dealt, examples, None, count)
+                examples, _, count = self.microbatch(mine["head_microbatch"], share=self.dealt)
+                out = self.calls.after({**self.rest, **self.fixed}, self.handed(y), examples, None, count)
                 if self.calls.has_loss:
                     total, weight = self.calls.loss(out, examples)
                     carry, out = self.count(carry, total, weight, mine["head_microbatch"] >= 0), None
@@ -589,16 +591,22 @@ class Cells:
         due = row["head_microbatch"] >= 0
 
         def do() -> tuple[dict[str, Any], Any]:
-            examples, key, rows = self.microbatch(row["head_microbatch"], share=True)
+            examples, key, rows = self.microbatch(row["head_microbatch"], share=self.dealt)
 
             def loss(rest: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
                 return self.calls.loss(self.calls.after({**rest, **self.fixed}, y, examples, key, rows), examples)
 
-            total, pull, weight = jax.vjp(loss, self.rest, self.deal(y, self.last_device), has_aux=True)
-            drest, dy = pull(jnp.ones_like(total))
-            if self.shared:
+            total, pull, weight = jax.vjp(loss, self.rest, self.handed(y), has_aux=True)
+            if self.vocabulary:
+                # The loss is the same on all stages, and counts once. Each finds what its own logits give, and since
+                # the transpose of a psum is a psum, what all of them find adds up to the derivative.
+                drest, dy = pull(jnp.where(self.is_last, jnp.ones_like(total), 0))
+                dy = self.region.over_stages(dy)
+            else:
+                drest, dy = pull(jnp.ones_like(total))
+            if self.dealt:
                 dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
-            keep = due if self.shared else due & self.is_last
+            keep = due if self.dealt or self.vocabulary else due & self.is_last
             new = self.count({name: carry[name] for name in ("sum", "weight")}, total, weight, due)
             return new | {"rest": self.add(carry["rest"], drest, keep)}, dy
 
@@ -612,11 +620,17 @@ class Cells:
 
     def count(self, carry: dict[str, Any], total: jax.Array, weight: jax.Array, due: jax.Array) -> dict[str, Any]:
         """`carry` with a microbatch's loss, from the stages that computed it on true examples."""
-        keep = due if self.shared else due & self.is_last
+        keep = due if self.dealt else due & self.is_last
         return carry | {
             "sum": carry["sum"] + jnp.where(keep, total, 0).astype(self.wide),
             "weight": carry["weight"] + jnp.where(keep, weight, 0).astype(self.wide),
         }
+
+    def handed(self, y: Any) -> Any:
+        """What the head of this stage computes with, of the last stage's y: its share of the examples, or all."""
+        if self.vocabulary:
+            return self.region.over_stages(tree_where(self.is_last, y, jax.tree.map(jnp.zeros_like, y)))
+        return self.deal(y, self.last_device) if self.dealt else y
 
     def deal(self, x: Any, source: int) -> Any:
         """This stage's share of the examples that stage `source` holds."""
@@ -641,11 +655,15 @@ class Cells:
         return jax.lax.psum(found, self.region.manual) if self.region.manual else found
 
     def reduced(self, carry: dict[str, Any], specs: dict[str, PartitionSpec]) -> tuple[Arrays, jax.Array]:
-        """Gradients summed over batch (and, outside blocks, stages), each reduced once; what `sums` gives."""
+        """Gradients summed over batch (and, outside blocks, stages), each reduced once; what `sums` gives.
+
+        Each stage keeps those of its part of the vocabulary.
+        """
         region = self.region
         layer = {name: carry["layer"][kind][inner] for name, (kind, inner) in self.inner.items() if name in specs}
         # Sharded ones have been summed layer by layer.
         axes = dict.fromkeys(layer, () if self.sharded else region.batch) | dict.fromkeys(carry["rest"], region.manual)
+        axes |= dict.fromkeys(self.vocabulary, region.batch)
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
 

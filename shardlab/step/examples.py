@@ -141,7 +141,7 @@ def check_rows_to_rows(
     Raises:
       DeclarationError: naming the operation and the line of the model.
     """
-    walk = _Walk(where, rows)
+    walk = Walk(where, rows)
     values = walk.closed(here, there, given)
     if auxiliary:
         values, extra = values[:-2], values[-2:]
@@ -166,7 +166,7 @@ def check_sums(here: Any, there: Any, where: str, rows: int, *, given: Sequence[
     Raises:
       DeclarationError: naming the operation and the line, or which of the two does not follow the examples.
     """
-    _check_pair(_Walk(where, rows).closed(here, there, given), where)
+    _check_pair(Walk(where, rows).closed(here, there, given), where)
 
 
 def _check_pair(values: list[Value], where: str) -> None:
@@ -190,7 +190,7 @@ _WAY_OUT = (
 )
 
 
-class _Walk:
+class Walk:
     """A walk over two traces of one function, equation by equation."""
 
     def __init__(self, where: str, rows: int) -> None:
@@ -214,10 +214,7 @@ class _Walk:
         known: dict[Any, Value] = dict(zip(here.constvars, constants, strict=False))
         known |= {var: value for var, value in zip(here.invars, given, strict=False) if value is not None}
         if len(here.eqns) != len(there.eqns):
-            raise DeclarationError(
-                f"{self._where}: is another program for {2 * self._rows} examples than for {self._rows}; let nothing "
-                "but shapes follow the number of examples"
-            )
+            self._other_program()
 
         def value_of(mine: Any, other: Any) -> Value:
             if isinstance(mine, Literal) or isinstance(other, Literal):
@@ -642,6 +639,12 @@ class _Walk:
             changed = [(m, n) for m, n in pairs if m != n]
             if len(changed) > 1 or any(2 * m != n for m, n in changed):
                 self._fault(mine, f"makes {list(a.aval.shape)} of {self._rows} examples")
+
+    def _other_program(self) -> NoReturn:
+        raise DeclarationError(
+            f"{self._where}: is another program for {2 * self._rows} examples than for {self._rows}; let nothing "
+            "but shapes follow the number of examples"
+        )
 
     def _fault(self, equation: Any, what: str, name: str = "") -> NoReturn:
         raise DeclarationError(

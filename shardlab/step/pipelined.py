@@ -5,6 +5,7 @@ tick scan     for each phase of the table: F cell, head, B or I cell, W cell, wh
               scan over this stage's blocks, residuals written into the table's slot
               y -> next stage
   head        last stage's y is dealt out by example; each stage runs after + loss + their vjp on its share
+              (head="vocab": all stages get y, and run them with their part of the vocabulary)
   B cell      reverse scan over this stage's blocks: vjp of one block, its gradient added to its slice
               dx -> previous stage;  stage 0's dx is dealt out by example for before's vjp
   I, W cells  the same in two: what the previous stage waits for, and later the gradients
@@ -110,6 +111,7 @@ def _entered(
     """`in_region` of ``(values, buffers, batch, key data)`` in global arrays."""
     none, stage, shard = PartitionSpec(), PartitionSpec(region.stage), PartitionSpec(region.batch or None)
     tables, storage = [_rows(phase) for phase in phases], storage_specs(plan)
+    compute = storage_specs(plan, "compute")
     table_specs = [
         {name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()} for rows in tables
     ]
@@ -125,6 +127,8 @@ def _entered(
         def spec_of(name: str) -> PartitionSpec:
             if name in storage and name in arrays.inner and plan.gather == "layer":
                 return region.manual_part(storage[name])
+            if name in plan.vocabulary:
+                return region.manual_part(compute[name])
             return stage if name in arrays.inner else none
 
         in_specs = (

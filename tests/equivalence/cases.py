@@ -204,6 +204,30 @@ def _kinds(model: Any, rules: Rules, parts: Pipeline | None = None) -> Subject:
     return Subject(model, mlp.label_loss, rules, parts, features)
 
 
+def token_loss(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    losses, counted = shardlab.cross_entropy(logits, batch["targets"]), batch["targets"] >= 0
+    return jnp.where(counted, losses, 0).sum(), counted.sum()
+
+
+def class_loss(logits: jax.Array, batch: Any) -> tuple[jax.Array, int]:
+    return jax.vmap(shardlab.cross_entropy)(logits, batch["labels"]).sum(), len(logits)
+
+
+def _decoder_vocab(**more: Any) -> Subject:
+    """The output kernel's vocabulary over the stages, and over tensor beside them."""
+    subject = _decoder(**more)
+    rules = Rules((Rule("unembed/kernel", P(None, ("stage", "tensor"))), *subject.rules.rules[:-1]))
+    return Subject(subject.model, token_loss, rules, subject.pipeline, subject.batch)
+
+
+def _mlp_vocab(**more: Any) -> Subject:
+    """10 classes over the stages, padded where these do not divide them, and a loss that is mapped over examples."""
+    config = mlp.MLPConfig(**more)
+    split = Rule("outputs/kernel", P(None, "stage"), pad=True), Rule("outputs/bias", P("stage"), pad=True)
+    rules = Rules((*split, *mlp.mlp_rules("tensor").rules[:-1]))
+    return Subject(config, class_loss, rules, PARTS, features)
+
+
 def whole(subject: Subject) -> Subject:
     """The same model, its parts not named."""
     return Subject(subject.model, subject.loss, subject.rules, None, subject.batch, subject.batch_size)
@@ -217,6 +241,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "decoder-24-layers-dropout": lambda: _decoder(num_layers=24, dropout=0.25),
     "decoder-3-layers": lambda: _decoder(num_layers=3),
     "decoder-conditioned": _conditioned,
+    "decoder-vocab": _decoder_vocab,
+    "decoder-vocab-10-layers-dropout": lambda: _decoder_vocab(num_layers=10, dropout=0.25),
+    "decoder-vocab-24-layers-dropout": lambda: _decoder_vocab(num_layers=24, dropout=0.25, vocab_size=48),
     "decoder-whole": lambda: whole(_decoder()),
     "decoder-whole-dropout": lambda: whole(_decoder(dropout=0.25)),
     "linen": _linen,
@@ -230,6 +257,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mlp-5-layers": lambda: _mlp(num_layers=5),
     "mlp-7-layers": lambda: _mlp(num_layers=7),
     "mlp-24-layers": lambda: _mlp(num_layers=24),
+    "mlp-vocab-7-layers": lambda: _mlp_vocab(num_layers=7),
     "mlp-whole": lambda: whole(_mlp()),
     "pure": _pure,
     "mlp-both-on-one-dim": _both_on_one_dim,
@@ -390,6 +418,22 @@ CASES: dict[str, Case] = {
     "hybrid-mixer": case("mixer", optimizer="adamw-eps", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-replicated-rules": case("decoder", data=2, stage=2, tensor=2, microbatches=2, replicate=True),
     "hybrid-uneven-zero-3": case("decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"),
+    # Each stage with a part of the vocabulary.
+    "vocab": case("decoder-vocab", data=2, stage=2, tensor=2, microbatches=2, zero=1, head="vocab"),
+    "vocab-interleaved-zero-3": case(
+        "decoder-vocab-10-layers-dropout",
+        data=2,
+        stage=2,
+        microbatches=2,
+        schedule="interleaved_1f1b",
+        zero=3,
+        remat="full",
+        head="vocab",
+    ),
+    "vocab-split-uneven": case("mlp-vocab-7-layers", stage=3, microbatches=2, schedule="1f1b_split", head="vocab"),
+    "vocab-zb-v": case(
+        "decoder-vocab", data=2, stage=2, tensor=2, microbatches=4, schedule="zb_v", zero=2, head="vocab"
+    ),
     # Mathematics across examples; auxiliary losses of blocks.
     "batch-sum-data": case("pure-centred", optimizer="adamw-eps", data=4, tensor=2),
     "batch-sum-stages": case("pure-centred", optimizer="adamw-eps", data=2, stage=2, tensor=2),

@@ -87,7 +87,7 @@ def check(this: Case) -> None:
 # Repeated on the newest JAX: one of each kind of program.
 NEWEST = (
     *("hybrid", "hybrid-uneven-zero-3", "dropout-hybrid", "tied-hybrid", "constraints", "batch-sum-stages", "muon"),
-    *("interleaved-hybrid", "split", "zb-h1-hybrid", "zb-v"),
+    *("interleaved-hybrid", "split", "zb-h1-hybrid", "zb-v", "vocab", "vocab-zb-v"),
 )
 
 
@@ -181,6 +181,34 @@ def test_pipelines(
             virtual=virtual,
             remat=remat,
             sends=sends,
+            **more,
+        )
+    )
+
+
+VOCABULARIES = [
+    (schedule, stages, microbatches, more)
+    for schedule in SCHEDULES
+    for stages, microbatches, more in (
+        *((2, 3, {"data": 2, "zero": 1}), (2, 4, {"data": 2, "tensor": 2, "zero": 3}), (3, 3, {"remat": "full"})),
+        *((4, 4, {"tensor": 2}), (6, 6, {})),
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "stages", "microbatches", "more"), VOCABULARIES)
+def test_vocabularies(schedule: str, stages: int, microbatches: int, more: dict[str, Any]) -> None:
+    """Every schedule with the vocabulary over the stages; `before` is spread by example, or whole in the second."""
+    rows = 1 if stages == 2 and more.get("tensor") else stages
+    check(
+        case(
+            "decoder-vocab-24-layers-dropout",
+            batch=rows * microbatches * more.get("data", 1),
+            stage=stages,
+            microbatches=microbatches,
+            schedule=schedule,
+            head="vocab",
             **more,
         )
     )

@@ -102,7 +102,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "head": (
         {"head": "example"},
-        "head='example': is not one of auto, examples, last_stage; did you mean 'examples'? write one of them",
+        "head='example': is not one of auto, examples, last_stage, vocab; did you mean 'examples'? write one of them",
     ),
     "sends": (
         {"sends": "delay"},
@@ -298,7 +298,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "everything_saveable, nothing_saveable; write one of them\n"
         "  5. zero=5: is not one of 0, 1, 2, 3; write one of them\n"
         "  6. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
-        "  7. head='first': is not one of auto, examples, last_stage; write one of them\n"
+        "  7. head='first': is not one of auto, examples, last_stage, vocab; write one of them\n"
         "  8. batch x: leading dim 9 is not the 3 examples of labels; give every array the examples first\n"
         "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4",
     ),
