@@ -1,20 +1,20 @@
 """What a pipeline's collectives cost on emulated devices: a step over the same stage calls without them.
 
-    python benchmarks/pipeline_overhead.py [SCHEDULE:MICROBATCHES ...]
+    python benchmarks/pipeline_overhead.py [--stages 4] [SCHEDULE:MICROBATCHES ...]
 
 The base is the same program, traced once more with every collective of the manual region replaced by something local
-of the same shape: the same ticks, masks, buffers and blocks on the same devices, and numbers that mean nothing. Both run
-in turns, in one process; the ratio is of the medians. The promise is under 1.15.
+of the same shape: the same ticks, masks, buffers and blocks on the same devices, and numbers that mean nothing. Both
+run in turns, in one process; the ratio is of the medians. The promise is under 1.15.
 
 Emulated devices share the machine's cores: this shows what the engine adds to its blocks, not what a link takes.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,24 +34,28 @@ from shardlab.step.compile import CompiledStep  # noqa: E402
 
 DEFAULT = ("1f1b:8", "1f1b:32", "interleaved_1f1b:8", "1f1b_split:8", "zb_h1:8", "zb_v:8")
 ROUNDS = 7
-# A tick of a stage: two blocks of 256 x 768 on 4 examples of 128 tokens.
+# On four stages a tick is two blocks of 256 x 768 on 4 examples of 128 tokens.
 CONFIG = DecoderConfig(num_layers=8, model_dim=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=768)
 EXAMPLES, TOKENS = 4, 128
 
 
-def main(asked: list[str]) -> None:
-    print(f"jax {jax.__version__}, 4 emulated devices on {os.cpu_count()} cores, data=1 x stage=4")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, choices=(2, 4), default=4)
+    parser.add_argument("schedules", nargs="*", default=DEFAULT, metavar="SCHEDULE:MICROBATCHES")
+    given = parser.parse_args()
+    print(f"jax {jax.__version__}, {given.stages} emulated devices on {os.cpu_count()} cores, one a stage")
     print(f"{'schedule':<18}{'microbatches':>13}{'step':>10}{'without':>10}{'ratio':>8}")
-    for text in asked or DEFAULT:
+    for text in given.schedules:
         name, _, count = text.partition(":")
-        measure(name, int(count))
+        measure(name, int(count), given.stages)
 
 
-def measure(name: str, microbatches: int) -> None:
+def measure(name: str, microbatches: int, stages: int) -> None:
     """A line of the table."""
-    step = compiled(name, microbatches)
+    step = compiled(name, microbatches, stages)
     with without_collectives():
-        base = compiled(name, microbatches)
+        base = compiled(name, microbatches, stages)
     left = [one.kind for one in collectives(base.compiled.as_text(), base.plan.mesh.sizes) if one.count > 4]
     assert not left, f"collectives are left in the base: {left}"
     both = [ready(step), ready(base)]
@@ -66,9 +70,9 @@ def measure(name: str, microbatches: int) -> None:
     print(f"{name:<18}{microbatches:>13}{ours * 1e3:>7.0f} ms{theirs * 1e3:>7.0f} ms{ours / theirs:>8.3f}", flush=True)
 
 
-def compiled(name: str, microbatches: int) -> CompiledStep:
-    """The step of a plan on four stages."""
-    mesh = shardlab.MeshSpec({"data": 1, "stage": 4}, batch="data", stage="stage", target="cpu:4")
+def compiled(name: str, microbatches: int, stages: int) -> CompiledStep:
+    """The step of a plan on so many stages."""
+    mesh = shardlab.MeshSpec({"data": 1, "stage": stages}, batch="data", stage="stage", target=f"cpu:{stages}")
     shape = jax.ShapeDtypeStruct((EXAMPLES * microbatches, TOKENS), jnp.int32)
     batch, optimizer = {"tokens": shape, "targets": shape}, optax.sgd(1e-3)
     plan = shardlab.make_plan(
@@ -126,4 +130,4 @@ def without_collectives() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

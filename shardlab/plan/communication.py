@@ -110,15 +110,16 @@ def _stored(plan: Plan) -> Iterator[tuple[Parameter, int, int]]:
 
     The last is 0 for those outside blocks.
     """
-    name_of = {path: stack.name for stack in plan.stacks for path in stack.members if path}
-    longest, seen = max(plan.layers, default=0), set()
+    stack_of = {path: stack for stack in plan.stacks for path in stack.members if path}
+    seen = set()
     for parameter in plan.parameters:
-        name = name_of.get(parameter.path)
-        if name is None:
+        stack = stack_of.get(parameter.path)
+        if stack is None:
             yield parameter, 1, 0
-        elif name not in seen:
-            seen.add(name)
-            yield parameter, longest * plan.virtual, longest
+        elif stack.name not in seen:
+            seen.add(stack.name)
+            held = len(stack.members) // plan.num_stage_devices
+            yield parameter, held, held // plan.virtual
 
 
 def _runs(plan: Plan) -> Counter[str]:
