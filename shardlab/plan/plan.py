@@ -33,6 +33,8 @@ def shard_bytes(shape: tuple[int, ...], dtype: str, spec: PartitionSpec, sizes: 
     return total
 
 
+# In the order of a printed plan; the last is counted among the parameters.
+_HELD = ("parameters", "buffers", "working_copy", "gradients", "optimizer_state", "activations", "padding")
 _KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}  # of a random key, which is no number to NumPy
 
 
@@ -234,13 +236,15 @@ class Plan:
     def bytes_per_device(self) -> dict[str, int]:
         """Bytes on the fullest device.
 
-        Parameters, buffers (arrays not trained), gradients, optimizer_state, activations (in flight), padding.
+        Parameters, buffers (arrays not trained), working_copy (of the parameters, as a step computes with them: cast,
+        and gathered over the batch axes and, outside blocks, the stages), gradients, optimizer_state, activations (in
+        flight), padding.
         """
         from shardlab.pipeline.cost import Costs, cost
 
         sizes = self.mesh.sizes
         stacked = {path: stack for stack in self.stacks for path in stack.members if path}
-        totals = dict.fromkeys(("parameters", "buffers", "gradients", "optimizer_state", "activations", "padding"), 0)
+        totals = dict.fromkeys(_HELD, 0)
         seen: set[str] = set()
         accumulate = "float64" if self.dtype == "float64" else "float32"
         for parameter in self.parameters:
@@ -256,6 +260,7 @@ class Plan:
             padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)
             totals["padding"] += round(parameter.bytes_per_device * padded) * copies
             totals["parameters"] += parameter.bytes_per_device * copies
+            totals["working_copy"] += self._working_bytes(parameter, copies, in_block=stack is not None)
             kind = computed(parameter.dtype, accumulate)
             spec = parameter.state if stack is not None and self.accumulate == "sharded" else parameter.compute
             totals["gradients"] += shard_bytes(parameter.stored_shape, kind, spec, sizes) * copies
@@ -269,6 +274,17 @@ class Plan:
         peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
         totals["activations"] = self.activation_bytes * peak + self.recomputed_bytes
         return totals
+
+    def _working_bytes(self, parameter: Parameter, copies: int, *, in_block: bool) -> int:
+        """What a device holds of `copies` parameters to compute with; nothing where it computes with those stored."""
+        kind, sizes = computed(parameter.dtype, self.dtype), self.mesh.sizes
+        stored, used = (
+            shard_bytes(parameter.stored_shape, kind, spec, sizes) for spec in (parameter.storage, parameter.compute)
+        )
+        by_layer = in_block and self.gather == "layer" and stored != used
+        # Of blocks that are gathered when they are used, one at a time is whole.
+        cast = stored * copies if kind != parameter.dtype else 0
+        return cast + used if by_layer else used * copies if cast or stored != used else 0
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives an equal plan back."""

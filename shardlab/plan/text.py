@@ -106,6 +106,7 @@ def describe(plan: Plan) -> str:
     lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in totals.items()]
     if not plan.layers:
         lines.append(f"  {NOT_ESTIMATED}")
+    lines += _choices(plan)
     if plan.zero > 1 and plan.batch_axes_manual and plan.accumulate == "full":
         whole = "gradients accumulate whole over the microbatches of a step, and are cut once they are reduced"
         otherwise = "; accumulate='sharded' keeps a piece on each device" if plan.layers else ""
@@ -114,11 +115,28 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _choices(plan: Plan) -> list[str]:
+    """What each choice about weights and gradients costs, a line each; none where there is nothing to choose."""
+    from shardlab.plan.communication import choices
+
+    rows = []
+    for choice in choices(plan):
+        sizes = map(human_bytes, (choice.held_bytes, choice.wire_bytes, choice.total_bytes))
+        what = {"gather": "weights", "accumulate": "gradients"}[choice.option]
+        rows.append((f'{choice.option}="{choice.value}"', what, *sizes, "chosen" if choice.chosen else ""))
+    if not rows:
+        return []
+    header = ("choice", "of", "held", "sent a step", "held in all", "")
+    table = columns(header, rows, right=(2, 3, 4))
+    return ["", "per device, by choice:", *(f"  {line}" for line in table)]
+
+
 NOT_ESTIMATED = "activations not estimated: the model is taken whole"
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _LABELS = {
     "buffers": "arrays not trained",
+    "working_copy": "weights to compute with",
     "activations": "activations, at most",
     "padding": "of the parameters, padding",
 }

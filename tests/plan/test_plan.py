@@ -117,6 +117,7 @@ def test_bytes_per_device_by_hand() -> None:
     assert residual().bytes_per_device() == {
         "parameters": 4 * (192 // 2 + 16 // 2 + 160 // 2 + 10 + 2 * block),
         "buffers": 0,
+        "working_copy": 4 * (192 + 16 + 160),  # whole again on every stage
         "gradients": 4 * (192 + 16 + 160 + 10 + 2 * block),
         "optimizer_state": 2 * 4 * (192 // 4 + 16 // 4 + 160 // 4 + 10 // 2 + 2 * state) + 4,  # and the count
         "activations": 2 * (2 * 4 * 2 * 16),  # two microbatches in flight: two blocks' x of two rows
