@@ -20,7 +20,8 @@ from shardlab.step.compile import compile_train_step
 from shardlab.step.reference import ReferenceStep
 from shardlab.step.state import users_own
 from shardlab.step.verify import TOLERANCES, relative_error, worst
-from tests.equivalence.cases import CASES, OPTIMIZERS, Case, case, subject_of
+from tests.equivalence import pipelines
+from tests.equivalence.cases import CASES, DAILY, OPTIMIZERS, Case, case, subject_of
 
 STEPS = 5
 
@@ -91,11 +92,52 @@ NEWEST = (
 )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.versions if name in NEWEST else ()) for name in CASES]
-)
+def marked(name: str) -> Any:
+    marks = [pytest.mark.versions] if name in NEWEST else []
+    return pytest.param(name, marks=[*marks, *([] if name in DAILY else [pytest.mark.slow])])
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_equals_the_reference(name: str) -> None:
     check(CASES[name])
+
+
+TOGETHER = pipelines.cases()
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_every_two_choices_together(name: str) -> None:
+    check(TOGETHER[name])
+
+
+def test_the_default_run_is_short() -> None:
+    assert set(DAILY) <= set(CASES)
+    assert len(DAILY) + len(TOGETHER) <= 90
+
+
+def test_every_two_choices_meet() -> None:
+    """Said of the features themselves, not of what made the cases."""
+    met = {
+        pair
+        for this in TOGETHER.values()
+        for pair in itertools.combinations(
+            [
+                ("subject", this.subject),
+                ("mesh", tuple(this.mesh.items())),
+                *((name, this.options[name]) for name in ("zero", "remat", "head", "sends", "microbatches")),
+                ("schedule", (this.options["schedule"], this.options["virtual"])),
+            ],
+            2,
+        )
+    }
+    # Some that a plan refuses: more stages than layers, examples that stages do not share.
+    assert (("subject", "linen-dropout"), ("schedule", ("zb_v", 2))) in met
+    for one, two in itertools.combinations(("zero", "remat", "head", "sends"), 2):
+        for a, b in itertools.product(pipelines.FEATURES[one], pipelines.FEATURES[two]):
+            assert ((one, a), (two, b)) in met, f"{one}={a} with {two}={b}"
+    for schedule in pipelines.FEATURES["schedule"]:
+        for remat in pipelines.FEATURES["remat"]:
+            assert (("remat", remat), ("schedule", schedule)) in met, f"{schedule} with remat={remat}"
 
 
 GRID = [
