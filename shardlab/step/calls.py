@@ -141,7 +141,7 @@ class Calls:
         if not self._vocabulary or rows % stages:
             return False
         with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
-            share, every = (self._arguments(count)["after"][1] for count in (rows // stages, rows))
+            share, every = (self._arguments(count)["block"][1] for count in (rows // stages, rows))
         return shared_by_example(share, every, rows // stages, rows) is None
 
     def _has_auxiliary(self) -> bool:
