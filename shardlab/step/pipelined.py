@@ -111,7 +111,7 @@ def _entered(
     """`in_region` of ``(values, buffers, batch, key data)`` in global arrays."""
     none, stage, shard = PartitionSpec(), PartitionSpec(region.stage), PartitionSpec(region.batch or None)
     tables, storage = [_rows(phase) for phase in phases], storage_specs(plan)
-    compute = storage_specs(plan, "compute")
+    compute, vocabulary = storage_specs(plan, "compute"), plan.vocabulary
     table_specs = [
         {name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()} for rows in tables
     ]
@@ -127,7 +127,7 @@ def _entered(
         def spec_of(name: str) -> PartitionSpec:
             if name in storage and name in arrays.inner and plan.gather == "layer":
                 return region.manual_part(storage[name])
-            if name in plan.vocabulary:
+            if name in vocabulary:
                 return region.manual_part(compute[name])
             return stage if name in arrays.inner else none
 

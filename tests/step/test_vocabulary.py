@@ -105,6 +105,11 @@ def with_z_loss(y: Any, batch: Any) -> Any:
     return total.sum(), len(y)
 
 
+def dropped(params: Any, x: jax.Array, key: Any = None) -> jax.Array:
+    kept = x if key is None else jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
+    return logits(params, kept)
+
+
 # What is right on a part of the classes, and counted once.
 GOOD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "logits": (logits, cross_entropy),
@@ -118,6 +123,7 @@ GOOD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda params, x: {"logits": logits(params, x), "x": x * params["scale"]},
         lambda y, batch: (cross_entropy(y["logits"], batch)[0] + 0.1 * (y["x"] ** 2).sum(), len(y["x"])),
     ),
+    "dropout of x, the same on all stages": (dropped, cross_entropy),
     "capped": (lambda params, x: 5 * jnp.tanh(logits(params, x) / 5), cross_entropy),
     "a derivative of its own": (lambda params, x: halved(logits(params, halved(x))), cross_entropy),
     "a matrix for each example": (
@@ -132,6 +138,13 @@ def test_what_is_right_on_a_part_of_the_classes(name: str) -> None:
     after, loss = GOOD[name]
     given: dict[str, Any] = {"rules": RULES, "microbatches": 2, "head": "vocab"}
     assert_matches_reference(model(after), loss, SGD, batch_of(8), mesh=mesh_of(3), steps=2, **given)
+
+
+@pytest.mark.parametrize("head", ["examples", "last_stage"])
+def test_with_another_head_the_stage_axis_is_storage(head: str) -> None:
+    assert_matches_reference(
+        model(logits), cross_entropy, SGD, batch_of(8), mesh=mesh_of(2), steps=2, rules=RULES, head=head
+    )
 
 
 def test_sums_over_the_batch_before_and_after_the_blocks() -> None:
