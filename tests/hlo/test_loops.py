@@ -330,6 +330,7 @@ def test_a_named_branch_counts_as_often_as_its_name_says() -> None:
     assert branches(TAKEN, outer, f"{inside}/cond") == [(8, True, False), (8, True, True)]
     # What the name does not say for sure is assumed: a loop that was cut, one of unknown length, a fraction above 1.
     assert branches(TAKEN, "head_taken_3_of_5/cond", "cond") == [(12, True, True), (12, True, True)]
+    assert branches(TAKEN, "head_taken_3_of_5/cond", "F_taken_3_of_4/cond") == [(12, True, True), (9, True, True)]
     assert branches(TAKEN, outer, "cond", trips="sharding={replicated}") == [(1, True, True), (1, True, True)]
     assert branches(TAKEN, "head_taken_5_of_4/cond", "cond") == [(12, True, True), (12, True, True)]
     assert branches(TAKEN, "head_taken_0_of_0/cond", "cond") == [(12, True, True), (12, True, True)]
