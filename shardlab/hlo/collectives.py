@@ -9,7 +9,8 @@ Legend: n devices in a group, b bytes of the operands of one device.
     all-to-all           b                payload x (n-1)/n
     collective-permute   b                payload
 
-Loops are counted with their trips, of a conditional's branches only the costliest, asynchronous pairs once.
+Loops are counted with their trips, of a conditional's branches only the costliest, as often as its name says that it
+is taken (`shardlab.hlo.loops.taken_name`) or else as if always, asynchronous pairs once.
 Sizes are those of the compiled program: XLA:CPU reduces bf16 as fp32 (`promoted`), XLA:TPU pads.  Copies that
 a kernel starts by itself (Pallas remote DMA) are not HLO collectives and are not seen.
 
@@ -72,6 +73,7 @@ class Collective:
       op_name: the JAX operation it came from.
       source: `file:line` of the user's code.
       in_branch: whether a conditional decides if it runs.
+      assumed: whether that branch is counted as if it were always taken: count and bytes are upper bounds.
       as_reduce_scatter: an all-reduce of which every device keeps only a slice of 1/n (XLA:CPU leaves
         the two apart).
       promoted: XLA reduces it in a wider type than the program asked for.
@@ -89,6 +91,7 @@ class Collective:
     op_name: str
     source: str
     in_branch: bool
+    assumed: bool
     as_reduce_scatter: bool
     promoted: bool
     name: str
@@ -103,7 +106,7 @@ class Collective:
 class Total:
     """Collectives of one kind over the same axes: how many a step runs, their bytes per device and step.
 
-    `in_branch`: some stand in a branch, and are counted as if it were taken every time.
+    `in_branch`: some stand in a branch of which nothing says how often it is taken, and are counted as if always.
     """
 
     kind: str
@@ -152,6 +155,7 @@ def collectives(text: str, axes: Mapping[str, int], *, every_branch: bool = Fals
                 wire_bytes=round(_wire(one) * visit.executions),
                 loop=visit.loop,
                 in_branch=visit.in_branch,
+                assumed=visit.assumed,
             )
         )
     return tuple(listed)
@@ -164,7 +168,7 @@ def totals(found: Iterable[Collective], *, sliced_as_reduce_scatter: bool = Fals
       sliced_as_reduce_scatter: count an all-reduce of which only slices are kept (`as_reduce_scatter`) as
         the reduce-scatter that GPUs and TPUs make of it, at half the wire bytes.
 
-    >>> one = Collective("all-gather", ("data",), 2, 3, 96, 48, "f32", None, "", "", False, False, False, "g")
+    >>> one = Collective("all-gather", ("data",), 2, 3, 96, 48, "f32", None, "", "", *(False,) * 4, "g")
     >>> [(t.count, t.wire_bytes) for t in totals([one, one])]
     [(6, 96)]
     """
@@ -181,7 +185,7 @@ def totals(found: Iterable[Collective], *, sliced_as_reduce_scatter: bool = Fals
             row.payload_bytes + one.payload_bytes,
             row.wire_bytes + wire,
             row.exact and one.exact,
-            row.in_branch or one.in_branch,
+            row.in_branch or one.assumed,
         )
     return tuple(sorted(rows.values(), key=lambda row: (-row.wire_bytes, row.kind, row.axes)))
 
@@ -273,6 +277,7 @@ def _once(
         op_name=instruction.op_name,
         source=module.source(instruction),
         in_branch=False,
+        assumed=False,
         as_reduce_scatter=sliced,
         promoted=any(name.endswith("_promoted") for name in reducers),
         name=instruction.name,

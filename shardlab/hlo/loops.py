@@ -1,5 +1,8 @@
 """How often each computation runs in one step: loops multiply, the costliest branch counts.
 
+How often a branch is taken is not in a program, unless whoever wrote it has said so in the conditional's name
+(`taken_name`, as a `jax.named_scope`), which XLA keeps.
+
 A computation called from two places runs for both.  Trip counts come from XLA's own `known_trip_count` where
 it is printed (CPU, GPU) and else from the loop itself (TPU), which must count:
 
@@ -17,6 +20,7 @@ from shardlab.hlo.parse import Computation, HloModule, Instruction
 
 _KNOWN = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\s*\\?"?(\d+)')
 _INTEGER = re.compile(r"\s*(-?\d+)\s*$")
+_TAKEN = re.compile(r"taken_(\d+)_of_(\d+)/cond$")
 _SAME_VALUE = frozenset({"copy", "bitcast", "convert", "reshape", "copy-done", "optimization-barrier"})
 _SWAPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 # These run what they name in `calls` or `to_apply` once; a reduction's `to_apply` is arithmetic on elements.
@@ -32,11 +36,13 @@ class Visit:
       loop: the while loops around it, outermost first, with their trip counts (`while.2*7/while.1*5`; `*?`
         where the count is not in the program and one trip is assumed); None outside loops.
       in_branch: whether a conditional decides if it runs.
+      assumed: whether a branch around it is counted as if it were always taken, since nothing says how often it is.
     """
 
     executions: int
     loop: str | None
     in_branch: bool
+    assumed: bool
 
 
 class _Call(NamedTuple):
@@ -44,6 +50,16 @@ class _Call(NamedTuple):
     times: int
     loop: str | None  # the loop this call makes
     branch_of: int | None  # which branch of the conditional it is
+    taken: tuple[int, int] | None = None  # how often the conditional takes its costliest branch, of how many times
+
+
+def taken_name(what: str, taken: int, of: int) -> str:
+    """The name of a conditional that takes its costliest branch `taken` times in every `of`.
+
+    >>> taken_name("head", 8, 20)
+    'head_taken_8_of_20'
+    """
+    return f"{what}_taken_{taken}_of_{of}"
 
 
 def visits(module: HloModule, cost: Callable[[str, Instruction], float]) -> dict[str, Visit]:
@@ -68,14 +84,15 @@ def visits(module: HloModule, cost: Callable[[str, Instruction], float]) -> dict
             made = _calls(module, computation, instruction)
             if made:
                 costs = [call.times * weigh(call.computation) for call in made]
-                total += max(costs) if made[0].branch_of is not None else sum(costs)
+                taken, of = made[0].taken or (1, 1)
+                total += max(costs) * taken / of if made[0].branch_of is not None else sum(costs)
                 calls[name].append(made)
         weights[name] = total
         order.append(name)
         return total
 
     weigh(module.entry)
-    found = {module.entry: Visit(1, None, False)}
+    found = {module.entry: Visit(1, None, in_branch=False, assumed=False)}
     for name in reversed(order):
         here = found[name]
         for made in calls[name]:
@@ -83,12 +100,18 @@ def visits(module: HloModule, cost: Callable[[str, Instruction], float]) -> dict
             for k, call in enumerate(made):
                 branch = call.branch_of is not None
                 times = here.executions * call.times * (0 if branch and k != costliest else 1)
+                taken, of = call.taken or (1, 1)
+                # A loop that XLA has peeled has a conditional in each part, and says nothing of one alone.
+                known = call.taken is not None and times * taken % of == 0
+                if known:
+                    times = times * taken // of
                 before = found.get(call.computation)
                 loops = [loop for loop in (here.loop, call.loop) if loop]
                 found[call.computation] = Visit(
                     executions=times + (before.executions if before else 0),
                     loop=before.loop if before else "/".join(loops) or None,
                     in_branch=here.in_branch or branch or (before is not None and before.in_branch),
+                    assumed=here.assumed or (branch and not known) or (before is not None and before.assumed),
                 )
     return found
 
@@ -106,7 +129,9 @@ def _calls(module: HloModule, computation: Computation, instruction: Instruction
         branches = instruction.callees("branch_computations") or (
             instruction.callees("true_computation") + instruction.callees("false_computation")
         )
-        return [_Call(branch, 1, None, k) for k, branch in enumerate(branches)]
+        said = _TAKEN.search(instruction.op_name)
+        taken = (int(said[1]), int(said[2])) if said and 0 < int(said[2]) >= int(said[1]) else None
+        return [_Call(branch, 1, None, k, taken) for k, branch in enumerate(branches)]
     if opcode.removesuffix("-start") in _CALLERS:  # the -done of an asynchronous call may name it again
         names = ("calls", "to_apply", "called_computations")
         return [_Call(callee, 1, None, None) for name in names for callee in instruction.callees(name)]

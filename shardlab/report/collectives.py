@@ -13,7 +13,8 @@ class Row(TypedDict):
     """Collectives of one kind over the same axes; bytes per device and step, loops counted.
 
     `exact` is False when a loop's trip count is not in the program: count and bytes are lower bounds then. `in_branch`
-    is True when some stand in a branch that the program may leave out: they are counted as if it were always taken.
+    is True when some stand in a branch of which the program does not say how often it is taken: they are counted as if
+    it were always. Of the branches of shardlab's own steps it does (`shardlab.hlo.loops.taken_name`).
     """
 
     kind: str

@@ -11,6 +11,7 @@ its pattern, K slots of a stage for blocks of one kind, b examples of a microbat
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
+from shardlab.hlo.loops import taken_name
 from shardlab.module.model import computed
 from shardlab.module.residuals import BlockVjp, differentiable
 from shardlab.pipeline.buffers import Phase, Program, When, step_of
@@ -350,7 +352,8 @@ class Cells:
             state = {name: carry[name] for name in written}, out
             # Three branches mark what diverges: `shardlab.hlo.hang` looks at conditionals of three or more.
             branches = [_skip, _chosen(cell, written, carry), _skip]
-            state = jax.lax.switch((row["kind"] == index).astype(jnp.int32), branches, state)
+            with _named_cell(kind, [column.count(index) for column in zip(*phase.kind, strict=True)], phase.length):
+                state = jax.lax.switch((row["kind"] == index).astype(jnp.int32), branches, state)
             carry, out = carry | state[0], state[1]
         carry = self.head(phase, carry, row, out)
         carry = self.finish(phase, carry, row, out)
@@ -365,7 +368,7 @@ class Cells:
         return carry | {"mail": self.put(mail, out, row["local_slot"], row["local_slot"] >= 0)}
 
     def where_due(
-        self, phase: Phase, when: When, due: jax.Array, do: Callable[[], Any], skip: Callable[[], Any]
+        self, phase: Phase, when: When, due: jax.Array, do: Callable[[], Any], skip: Callable[[], Any], name: str
     ) -> Any:
         """What `do` gives in the iterations that it is due in, `skip` in the others: the same ones on all devices.
 
@@ -375,7 +378,9 @@ class Cells:
             return skip()
         if when == "always" or not (self.virtual > 1 or phase.divergent):
             return do()
-        return jax.lax.cond(due, do, skip)
+        times = sum(microbatch >= 0 for microbatch in getattr(phase, f"{name}_microbatch"))
+        with jax.named_scope(taken_name(name, times, phase.length)):
+            return jax.lax.cond(due, do, skip)
 
     def evaluate(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
         """The forwards of a phase; of a phase with a head, y of every iteration [length, r, ...] or its loss."""
@@ -453,7 +458,7 @@ class Cells:
         def skip() -> Any:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
 
-        return self.where_due(phase, phase.before, row["before_microbatch"] >= 0, do, skip)
+        return self.where_due(phase, phase.before, row["before_microbatch"] >= 0, do, skip, "before")
 
     def forward(self, carry: dict[str, Any], row: dict[str, jax.Array], x: Any) -> tuple[dict[str, Any], Any]:
         """The F cell: y of a stage's blocks, residuals put into their slot; x is what enters stage 0."""
@@ -584,7 +589,7 @@ class Cells:
             return self.add(carry["rest"], new, used if self.shared else used & self.is_first)
 
         due = row["finish_microbatch"] >= 0
-        return carry | {"rest": self.where_due(phase, phase.finish, due, do, lambda: carry["rest"])}
+        return carry | {"rest": self.where_due(phase, phase.finish, due, do, lambda: carry["rest"], "finish")}
 
     def head(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array], y: Any) -> dict[str, Any]:
         """after, loss and their vjp; the cotangent of the last stage's y put into its slot."""
@@ -615,7 +620,7 @@ class Cells:
 
         if phase.head == "never":
             return carry
-        new, dy = self.where_due(phase, phase.head, due, do, skip)
+        new, dy = self.where_due(phase, phase.head, due, do, skip, "head")
         return carry | new | {"mail": self.put(carry["mail"], dy, row["head_slot"], due & self.is_last)}
 
     def count(self, carry: dict[str, Any], total: jax.Array, weight: jax.Array, due: jax.Array) -> dict[str, Any]:
@@ -670,6 +675,12 @@ class Cells:
 
 def _skip(state: Any) -> Any:
     return state
+
+
+def _named_cell(kind: str, times: list[int], of: int) -> contextlib.AbstractContextManager[None]:
+    """Names a branch that each device takes so many times of `of`, as collectives are counted: if all take it alike."""
+    same = len(set(times)) == 1
+    return jax.named_scope(taken_name(kind, times[0], of)) if same else contextlib.nullcontext()
 
 
 def _chosen(

@@ -272,3 +272,65 @@ def test_calls_asynchronous_pairs_and_the_costliest_branch() -> None:
 def test_the_costliest_branch_is_the_callers_choice() -> None:
     found = visits(parse(CALLS), lambda name, instruction: float(name == "cheap"))
     assert (found["cheap"].executions, found["dear"].executions, found["leaf"].executions) == (1, 0, 3)
+
+
+# A loop of 12 around a conditional that is named, and in its branch another, named or not.
+TAKEN = """
+HloModule taken
+
+%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %s = (s32[], f32[4]{0}) parameter(0)
+  ROOT %pick = (s32[], f32[4]{0}) conditional(%s, %s, %s), true_computation=%skip, false_computation=%do, OUTER
+}
+
+%condition (t: (s32[], f32[4])) -> pred[] {
+  %t = (s32[], f32[4]{0}) parameter(0)
+  ROOT %more = pred[] custom-call(%t)
+}
+
+%skip (u: (s32[], f32[4])) -> (s32[], f32[4]) {
+  ROOT %u = (s32[], f32[4]{0}) parameter(0)
+}
+
+%do (v: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %v = (s32[], f32[4]{0}) parameter(0)
+  %w = (s32[], f32[4]{0}) negate(%v)
+  ROOT %inner = (s32[], f32[4]{0}) conditional(%w, %w, %w), branch_computations={%skip, %deep}, INNER
+}
+
+%deep (x: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %x = (s32[], f32[4]{0}) parameter(0)
+  ROOT %y = (s32[], f32[4]{0}) negate(%x)
+}
+
+ENTRY %main (a: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %a = (s32[], f32[4]{0}) parameter(0)
+  ROOT %while.1 = (s32[], f32[4]{0}) while(%a), condition=%condition, body=%body, TRIPS
+}
+"""
+TWELVE = 'backend_config={"known_trip_count":{"n":"12"}}'
+
+
+def named(path: str) -> str:
+    return f'metadata={{op_name="jit(f)/while/body/{path}"}}'
+
+
+def branches(text: str, outer: str, inner: str, trips: str = TWELVE) -> list[tuple[int, bool, bool]]:
+    text = text.replace("OUTER", named(outer)).replace("INNER", named(inner)).replace("TRIPS", trips)
+    found = visits(parse(text), negations)
+    return [(found[name].executions, found[name].in_branch, found[name].assumed) for name in ("do", "deep")]
+
+
+def test_a_named_branch_counts_as_often_as_its_name_says() -> None:
+    outer = "head_taken_8_of_12/cond"
+    inside = "head_taken_8_of_12/cond/branch_1_fun"
+    assert branches(TAKEN, outer, f"{inside}/F_taken_3_of_4/cond") == [(8, True, False), (6, True, False)]
+    assert branches(TAKEN, "head_taken_2_of_3/cond", "cond") == [(8, True, False), (8, True, True)]
+    # The name of a conditional around it is not its own.
+    assert branches(TAKEN, outer, f"{inside}/cond") == [(8, True, False), (8, True, True)]
+    # What the name does not say for sure is assumed: a loop that was cut, one of unknown length, a fraction above 1.
+    assert branches(TAKEN, "head_taken_3_of_5/cond", "cond") == [(12, True, True), (12, True, True)]
+    assert branches(TAKEN, "head_taken_3_of_5/cond", "F_taken_3_of_4/cond") == [(12, True, True), (9, True, True)]
+    assert branches(TAKEN, outer, "cond", trips="sharding={replicated}") == [(1, True, True), (1, True, True)]
+    assert branches(TAKEN, "head_taken_5_of_4/cond", "cond") == [(12, True, True), (12, True, True)]
+    assert branches(TAKEN, "head_taken_0_of_0/cond", "cond") == [(12, True, True), (12, True, True)]
