@@ -78,6 +78,9 @@ class Cells:
         compute = storage_specs(plan, "compute")
         self.specs = {name: region.automatic_part(compute[name]) for name in values}
         self.gather, self.sharded = plan.gather == "layer", plan.accumulate == "sharded"
+        # Outside blocks: which parts read what adds up in pieces, by its name.
+        self.pieces = {p.path: p.read_by for p in plan.parameters if p.path in values and plan.in_pieces(p)}
+        self.state_specs = storage_specs(plan, "state")
         # Of one layer, by its name in the block.
         self.layer_specs = {
             which: {
@@ -192,6 +195,8 @@ class Cells:
             cuts = jax.eval_shape(lambda *args: self.split.first(*args)[1], (residuals, layer, c, extra), self.x)
 
         pieces = jax.eval_shape(self.accumulated, layer)
+        whole = {name: self.rest[name] for name in self.pieces}
+        rest_pieces = jax.eval_shape(lambda: self.reduced_now(whole, jnp.bool_(True)))
 
         def buffers(leaves: Any, slots: int) -> Any:
             return jax.tree.map(lambda leaf: self._empty(leaf, slots, self.per_stage), leaves)
@@ -205,7 +210,7 @@ class Cells:
                 if name in self.inner
             },
             "rest": {
-                name: laid(self._accumulator(self.rest[name]), spec)
+                name: laid(self._accumulator(rest_pieces.get(name, self.rest[name])), spec)
                 for name, spec in self.specs.items()
                 if name not in self.inner
             },
@@ -422,7 +427,10 @@ class Cells:
         (dx, dc, layer, cuts), _ = jax.lax.scan(body, start, self.slots_of(row["b_virtual"]), reverse=True)
         rest = carry["rest"]
         if dc is not None:
-            _, pull = jax.vjp(lambda rest: differentiable(self.context(rest, row["b_microbatch"])), self.rest)
+            _, pull = jax.vjp(
+                lambda mine: differentiable(self.context({**self.rest, **mine}, row["b_microbatch"])),
+                self.read_in("context"),
+            )
             rest = self.add(rest, pull(dc)[0], valid)
         return carry | {"layer": layer, "rest": rest, "cuts": cuts}, dx
 
@@ -448,7 +456,10 @@ class Cells:
         """The gradients of `before`, of the microbatch whose dx stage 0 has just computed."""
 
         def do() -> Arrays:
-            _, pull = jax.vjp(lambda rest: self._before(rest, row["finish_microbatch"], share=True), self.rest)
+            _, pull = jax.vjp(
+                lambda mine: self._before({**self.rest, **mine}, row["finish_microbatch"], share=True),
+                self.read_in("before"),
+            )
             used = row["finish_microbatch"] >= 0
             (new,) = pull(self.deal(dx, source=0))
             return self.add(carry["rest"], new, used if self.shared else used & self.is_first)
@@ -463,10 +474,12 @@ class Cells:
         def do() -> tuple[dict[str, Any], Any]:
             examples, key, rows = self.microbatch(row["head_microbatch"], share=True)
 
-            def loss(rest: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
-                return self.calls.loss(self.calls.after({**rest, **self.fixed}, y, examples, key, rows), examples)
+            def loss(mine: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
+                values = {**self.rest, **mine, **self.fixed}
+                return self.calls.loss(self.calls.after(values, y, examples, key, rows), examples)
 
-            total, pull, weight = jax.vjp(loss, self.rest, self.deal(y, self.last_device), has_aux=True)
+            dealt = self.deal(y, self.last_device)
+            total, pull, weight = jax.vjp(loss, self.read_in("after"), dealt, has_aux=True)
             drest, dy = pull(jnp.ones_like(total))
             if self.shared:
                 dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
@@ -502,8 +515,33 @@ class Cells:
 
         return jax.tree.map(one, x)
 
+    def read_in(self, part: str) -> Arrays:
+        """The parameters outside blocks that a part is differentiated in: of those in pieces, the ones that it reads.
+
+        The others' gradients are zero, and would be summed over the devices for nothing.
+        """
+        return {name: value for name, value in self.rest.items() if part in self.pieces.get(name, (part,))}
+
     def add(self, total: Arrays, new: Arrays, keep: jax.Array) -> Arrays:
-        return {name: jnp.where(keep, held + new[name].astype(held.dtype), held) for name, held in total.items()}
+        """Gradients outside blocks, with `new` ones where `keep`; those in pieces are summed over the devices first."""
+        pieces = {name: value for name, value in new.items() if name in self.pieces}
+        mine = {name: total[name] + value for name, value in self.reduced_now(pieces, keep).items()}
+        whole = {name: value for name, value in new.items() if name not in mine}
+        return {
+            **total,
+            **mine,
+            **{
+                name: jnp.where(keep, total[name] + v.astype(total[name].dtype), total[name])
+                for name, v in whole.items()
+            },
+        }
+
+    def reduced_now(self, new: Arrays, keep: jax.Array) -> Arrays:
+        """Of the sums over all devices where `keep`, this device's piece."""
+        if not new:
+            return {}
+        kept = {name: jnp.where(keep, value, 0).astype(self._wide_of(value)) for name, value in new.items()}
+        return self.region.reduced(kept, dict.fromkeys(kept, self.region.manual), self.specs, self.state_specs)
 
     # The end of the step.
 
@@ -516,8 +554,9 @@ class Cells:
         """Gradients summed over batch (and, outside blocks, stages), each reduced once; what `sums` gives."""
         region = self.region
         layer = {name: carry["layer"][inner] for name, inner in self.inner.items() if name in specs}
-        # Sharded ones have been summed layer by layer.
-        axes = dict.fromkeys(layer, () if self.sharded else region.batch) | dict.fromkeys(carry["rest"], region.manual)
+        # Those in pieces have been summed already.
+        axes = dict.fromkeys(layer, () if self.sharded else region.batch)
+        axes |= {name: () if name in self.pieces else region.manual for name in carry["rest"]}
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
 
