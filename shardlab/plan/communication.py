@@ -81,7 +81,7 @@ def weight_wire_bytes(plan: Plan) -> int:
 
 def gradient_wire_bytes(plan: Plan) -> int:
     """What a step sends to sum gradients over the batch and, of what all stages use, over the stages."""
-    sizes, runs = plan.mesh.sizes, _runs(plan)
+    sizes, runs, ends = plan.mesh.sizes, _runs(plan), _ends(plan)
     total = 0.0
     for parameter, copies, per_tick in _stored(plan):
         kind = computed(parameter.dtype, plan.reduce_dtype)
@@ -91,8 +91,10 @@ def gradient_wire_bytes(plan: Plan) -> int:
             axes |= {plan.mesh.stage} - axes_in(parameter.compute)  # each stage has a part of a vocabulary to itself
         pieces = _devices(plan, axes & axes_in(parameter.state))
         once = whole * (_scattered(pieces) + 2 * _scattered(_devices(plan, axes - axes_in(parameter.state))) / pieces)
-        in_ticks = plan.accumulate == "sharded" and per_tick > 0
-        total += once * (per_tick * (runs["B"] + runs["W"]) if in_ticks else copies)
+        times = copies
+        if plan.in_pieces(parameter):
+            times = per_tick * (runs["B"] + runs["W"]) or sum(ends[part] for part in parameter.read_by)
+        total += once * times
     return round(total)
 
 
@@ -137,6 +139,19 @@ def _runs(plan: Plan) -> Counter[str]:
             else:
                 runs[kind] += phase.length
     return runs
+
+
+def _ends(plan: Plan) -> Counter[str]:
+    """How often a step takes the gradient of `before` and of `after`, as `Cells.where_due` does it."""
+    ends: Counter[str] = Counter()
+    for phase in program(plan.table()).phases:
+        for part, when, due in (
+            ("after", phase.head, phase.head_microbatch),
+            ("before", phase.finish, phase.finish_microbatch),
+        ):
+            every = when == "sometimes" and not (plan.virtual > 1 or phase.divergent)
+            ends[part] += phase.length if every else sum(microbatch >= 0 for microbatch in due)
+    return ends
 
 
 def _devices(plan: Plan, axes: set[str]) -> int:

@@ -50,6 +50,7 @@ from shardlab.plan.layout import (
 )
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
+from shardlab.plan.readers import readers
 from shardlab.plan.vocabulary import shared_by_example, vocabulary_faults
 from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules, read_rules
@@ -109,8 +110,9 @@ def make_plan(
         `shardlab.cross_entropy`. `before` is spread by example where that divides.
       gather: when weights that lie in shards (ZeRO 3) are gathered. ``"step"``: all once a step, a whole working copy;
         ``"layer"``: each block's whenever it is used, in every tick.
-      accumulate: how the gradients of blocks add up over microbatches (from ZeRO 2). ``"full"``: each shard's own,
-        reduced once a step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device.
+      accumulate: how gradients add up over microbatches (from ZeRO 2). ``"full"``: each shard's own, reduced once a
+        step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device, and those of
+        what comes before and after the blocks with every microbatch.
       sends: when what a tick makes for another stage is sent. ``"direct"``: at its end; ``"delayed"``: during the next
         tick, beside what that computes, to be read in the one after. ``"auto"``: as `schedule` says; by name, direct.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
@@ -196,6 +198,7 @@ def make_plan(
         head = "last_stage"
 
     inside = {path for stack in stacks for path in stack.members}
+    read_by = _readers(model, shapes, mesh, rows, dtype)
     mixed = jnp.dtype(dtype).itemsize < 4
     over_vocabulary = stages > 1 and head == "vocab"
     stored_over = (*mesh.batch, *((mesh.stage,) if mesh.stage and not over_vocabulary else ()))
@@ -232,6 +235,7 @@ def make_plan(
                 state=state,
                 bytes_per_device=shard_bytes(stored, kind, storage, sizes),
                 stored_shape=stored,
+                read_by=() if path in inside else read_by.get(path, ()),
             )
         )
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
@@ -433,6 +437,16 @@ def optimizer_rows(
         kind = str(leaf.dtype)
         rows.append(StateLeaf(path_of(keys), leaf.shape, kind, spec, shard_bytes(leaf.shape, kind, spec, mesh.sizes)))
     return tuple(rows)
+
+
+def _readers(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> dict[str, tuple[str, ...]]:
+    """By path, the parts outside blocks that read an array; empty without parts."""
+    if model.parts is None:
+        return {}
+    with traced_in(dtype):
+        x, values, part, key = _entering(model, batch, mesh, rows, dtype)
+        with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+            return readers(model.parts, values, x, part, key)
 
 
 def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> tuple[Any, ...]:

@@ -56,6 +56,7 @@ class Parameter:
       stored_shape: `shape`, or, where its rule says ``pad=True``, that with dims rounded up to what their axes divide.
         What is beyond `shape` is zero, and is cut off before the model sees the parameter; of a vocabulary that the
         stages have parts of, `shardlab.cross_entropy` leaves it out.
+      read_by: of a parameter outside the blocks of a pipeline, the parts that read it: before, context, after.
     """
 
     path: str
@@ -68,6 +69,7 @@ class Parameter:
     state: PartitionSpec
     bytes_per_device: int
     stored_shape: tuple[int, ...]
+    read_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ class Plan:
       recomputed_bytes: of ``remat="stage"``, what a backward computes again of one microbatch before it begins.
       gather: when weights that lie in shards of the batch axes are gathered: ``"step"``, all once a step, or
         ``"layer"``, each layer's whenever it is used.
-      accumulate: gradients of blocks over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each
-        layer's reduce-scattered in every backward.
+      accumulate: gradients over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each layer's
+        reduce-scattered in every backward, and those of `before` and `after` whenever a microbatch has passed them.
       sends: when what a tick makes for another stage is sent: ``"direct"``, at its end, or ``"delayed"``, during the
         next tick, beside what that computes.
       activation_spec: the spec of what flows between blocks, or None.
@@ -233,6 +235,20 @@ class Plan:
             delayed=self.sends == "delayed",
         )
 
+    def in_pieces(self, parameter: Parameter) -> bool:
+        """Whether its gradient adds up in pieces, reduced whenever there is more of it.
+
+        Not what the context reads: each stage has a gradient of that in every backward.
+        """
+        if self.accumulate != "sharded":
+            return False
+        if any(parameter.path in stack.members for stack in self.stacks):
+            return True
+        named = {
+            axis for entry in parameter.state if entry for axis in (entry if isinstance(entry, tuple) else (entry,))
+        }
+        return bool(named & set(self.mesh.batch)) and bool(parameter.read_by) and "context" not in parameter.read_by
+
     def bytes_per_device(self) -> dict[str, int]:
         """Bytes on the fullest device.
 
@@ -262,7 +278,7 @@ class Plan:
             totals["parameters"] += parameter.bytes_per_device * copies
             totals["working_copy"] += self._working_bytes(parameter, copies, in_block=stack is not None)
             kind = computed(parameter.dtype, accumulate)
-            spec = parameter.state if stack is not None and self.accumulate == "sharded" else parameter.compute
+            spec = parameter.state if self.in_pieces(parameter) else parameter.compute
             totals["gradients"] += shard_bytes(parameter.stored_shape, kind, spec, sizes) * copies
         for buffer in self.buffers:
             stack = stacked.get(buffer.path)

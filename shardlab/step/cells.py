@@ -81,6 +81,9 @@ class Cells:
         compute = storage_specs(plan, "compute")
         self.specs = {name: region.automatic_part(compute[name]) for name in values}
         self.gather, self.sharded = plan.gather == "layer", plan.accumulate == "sharded"
+        # Outside blocks: which parts read what adds up in pieces, by its name.
+        self.pieces = {p.path: p.read_by for p in plan.parameters if p.path in values and plan.in_pieces(p)}
+        self.state_specs = storage_specs(plan, "state")
 
         def by_kind(stored: Arrays) -> list[Arrays]:
             """By kind of block, arrays of blocks by what a block calls them."""
@@ -239,6 +242,8 @@ class Cells:
                 # What was computed again for I is kept for W.
                 cuts.append((cut, kept if self.recomputes else ()))
             pieces.append(jax.eval_shape(functools.partial(self.accumulated, kind), layer))
+        whole = {name: self.rest[name] for name in self.pieces}
+        rest_pieces = jax.eval_shape(lambda: self.reduced_now(whole, jnp.bool_(True)))
         if self.recomputes:
             entered = jax.tree.map(lambda leaf: laid(self._empty(leaf, table.num_residual_slots), flow), self.x)
         return carry | {
@@ -252,7 +257,7 @@ class Cells:
                 for kind, (mine, specs) in enumerate(zip(pieces, self.stack_specs, strict=True))
             ],
             "rest": {
-                name: laid(self._accumulator(self.rest[name]), spec)
+                name: laid(self._accumulator(rest_pieces.get(name, self.rest[name])), spec)
                 for name, spec in self.specs.items()
                 if name not in self.inner
             },
@@ -551,7 +556,10 @@ class Cells:
         dx, dc, layer, cuts = self.through(block, start, row["b_virtual"], back=True)
         rest = carry["rest"]
         if dc is not None:
-            _, pull = jax.vjp(lambda rest: differentiable(self.context(rest, row["b_microbatch"])), self.rest)
+            _, pull = jax.vjp(
+                lambda mine: differentiable(self.context({**self.rest, **mine}, row["b_microbatch"])),
+                self.read_in("context"),
+            )
             rest = self.add(rest, pull(dc)[0], valid)
         return carry | {"layer": layer, "rest": rest, "cuts": cuts}, dx
 
@@ -583,7 +591,10 @@ class Cells:
         """The gradients of `before`, of the microbatch whose dx stage 0 has just computed."""
 
         def do() -> Arrays:
-            _, pull = jax.vjp(lambda rest: self._before(rest, row["finish_microbatch"], share=True), self.rest)
+            _, pull = jax.vjp(
+                lambda mine: self._before({**self.rest, **mine}, row["finish_microbatch"], share=True),
+                self.read_in("before"),
+            )
             used = row["finish_microbatch"] >= 0
             (new,) = pull(self.deal(dx, source=0))
             return self.add(carry["rest"], new, used if self.shared else used & self.is_first)
@@ -598,10 +609,11 @@ class Cells:
         def do() -> tuple[dict[str, Any], Any]:
             examples, key, rows = self.microbatch(row["head_microbatch"], share=self.dealt)
 
-            def loss(rest: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
-                return self.calls.loss(self.calls.after({**rest, **self.fixed}, y, examples, key, rows), examples)
+            def loss(mine: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
+                values = {**self.rest, **mine, **self.fixed}
+                return self.calls.loss(self.calls.after(values, y, examples, key, rows), examples)
 
-            total, pull, weight = jax.vjp(loss, self.rest, self.handed(y), has_aux=True)
+            total, pull, weight = jax.vjp(loss, self.read_in("after"), self.handed(y), has_aux=True)
             if self.vocabulary:
                 # The loss is the same on all stages, and counts once. Each finds what its own logits give, and since
                 # the transpose of a psum is a psum, what all of them find adds up to the derivative.
@@ -649,8 +661,38 @@ class Cells:
 
         return jax.tree.map(one, x)
 
+    def read_in(self, part: str) -> Arrays:
+        """The parameters outside blocks that a part is differentiated in: of those in pieces, the ones that it reads.
+
+        The others' gradients are zero, and would be summed over the devices for nothing.
+        """
+        return {name: value for name, value in self.rest.items() if part in self.pieces.get(name, (part,))}
+
     def add(self, total: Arrays, new: Arrays, keep: jax.Array) -> Arrays:
-        return {name: jnp.where(keep, held + new[name].astype(held.dtype), held) for name, held in total.items()}
+        """Gradients outside blocks, with `new` ones where `keep`; those in pieces are summed over the devices first."""
+        pieces = {name: value for name, value in new.items() if name in self.pieces}
+        mine = {name: total[name] + value for name, value in self.reduced_now(pieces, keep).items()}
+        whole = {name: value for name, value in new.items() if name not in mine}
+        return {
+            **total,
+            **mine,
+            **{
+                name: jnp.where(keep, total[name] + v.astype(total[name].dtype), total[name])
+                for name, v in whole.items()
+            },
+        }
+
+    def reduced_now(self, new: Arrays, keep: jax.Array) -> Arrays:
+        """Of the sums over all devices where `keep`, this device's piece."""
+        if not new:
+            return {}
+        kept = {name: jnp.where(keep, value, 0).astype(self._wide_of(value)) for name, value in new.items()}
+        axes = {name: self.summed_over(name) for name in kept}
+        return self.region.reduced(kept, axes, self.specs, self.state_specs)
+
+    def summed_over(self, name: str) -> tuple[str, ...]:
+        """The axes to sum a gradient outside blocks over; of a vocabulary each stage has a part to itself."""
+        return self.region.batch if name in self.vocabulary else self.region.manual
 
     # The end of the step.
 
@@ -666,9 +708,9 @@ class Cells:
         """
         region = self.region
         layer = {name: carry["layer"][kind][inner] for name, (kind, inner) in self.inner.items() if name in specs}
-        # Sharded ones have been summed layer by layer.
-        axes = dict.fromkeys(layer, () if self.sharded else region.batch) | dict.fromkeys(carry["rest"], region.manual)
-        axes |= dict.fromkeys(self.vocabulary, region.batch)
+        # Those in pieces have been summed already.
+        axes = dict.fromkeys(layer, () if self.sharded else region.batch)
+        axes |= {name: () if name in self.pieces else self.summed_over(name) for name in carry["rest"]}
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
 

@@ -410,6 +410,20 @@ CASES: dict[str, Case] = {
     "sharded-gradients": case(
         "linen", data=2, stage=2, tensor=2, microbatches=2, zero=2, accumulate="sharded", schedule="1f1b_split"
     ),
+    # What the context reads adds up whole; a tied embedding is read before and after.
+    "sharded-gradients-conditioned": case(
+        "decoder-conditioned", data=2, stage=2, microbatches=2, zero=3, accumulate="sharded"
+    ),
+    "sharded-gradients-tied": case(
+        "decoder-tied",
+        data=2,
+        stage=2,
+        microbatches=4,
+        zero=2,
+        accumulate="sharded",
+        schedule="zb_v",
+        head="last_stage",
+    ),
     # Everything at once.
     "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),

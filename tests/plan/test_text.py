@@ -153,10 +153,10 @@ def test_the_cost_of_each_choice_is_printed_beforehand() -> None:
         "per device, by choice:",
         "  choice                of          held  sent a step  held in all",
         "  --------------------  ---------  -----  -----------  -----------  ------",
-        '  gather="step"         weights    568 B        376 B      1.4 KiB  chosen',
-        '  gather="layer"        weights    568 B        776 B      1.4 KiB',
+        '  gather="step"         weights    568 B        376 B      1.1 KiB  chosen',
+        '  gather="layer"        weights    568 B        776 B      1.1 KiB',
         '  accumulate="full"     gradients  568 B        396 B      1.5 KiB',
-        '  accumulate="sharded"  gradients  488 B        556 B      1.4 KiB  chosen',
+        '  accumulate="sharded"  gradients  192 B      1.0 KiB      1.1 KiB  chosen',
     ]
     assert "by choice" not in str(small(zero=1))
 
