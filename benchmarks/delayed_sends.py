@@ -2,9 +2,9 @@
 
     pip install 'shardlab[tpu]' && python benchmarks/delayed_sends.py [SCHEDULE:MICROBATCHES ...]
 
-v5e-4, 4 stages of 2 layers of 1024/4096, 4 x 512 tokens a microbatch, bfloat16. For each schedule, with direct and with
-delayed sends: of the collective-permutes of a step (loops counted), those between whose start and end a stage's layers
-run, that is, a loop over layers or a branch with one.
+v5e-4, 4 devices of 4 layers of 1024/4096, 4 x 512 tokens a microbatch, bfloat16. For each schedule, with direct and
+with delayed sends: of the collective-permutes of a step (loops counted), those between whose start and end a stage's
+layers run, that is, a loop over layers or a branch with one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from jax.experimental import topologies
 
 import shardlab
 from shardlab.hlo.loops import visits
-from shardlab.hlo.parse import Computation, parse
+from shardlab.hlo.parse import Computation, HloModule, Instruction, parse
 from shardlab.models.decoder import DecoderConfig, decoder_rules, next_byte_loss
 from shardlab.report.memory import memory
 
 DEFAULT = ("1f1b:8", "gpipe:24", "interleaved_1f1b:8", "1f1b_split:8", "zb_h2:8", "zb_v:8")
 CONFIG = DecoderConfig(
-    num_layers=8, model_dim=1024, num_heads=8, num_kv_heads=8, head_dim=128, mlp_dim=4096, vocab_size=1024
+    num_layers=16, model_dim=1024, num_heads=8, num_kv_heads=8, head_dim=128, mlp_dim=4096, vocab_size=1024
 )
 
 
@@ -71,21 +71,33 @@ def measure(name: str, microbatches: int, sends: str, devices: list[jax.Device])
         (times[computation.name].executions, between)
         for computation in module.computations.values()
         if computation.name in times
-        for between in beside(computation)
+        for between in beside(module, computation)
     ]
     of = f"{sum(count for count, _ in pairs):>8}{sum(count for count, layers in pairs if layers):>15}"
     temporary = f"{memory(step.compiled).temp_bytes / 2**20:>10.0f} MiB"
     print(f"{name:<18}{microbatches:>13}{sends:>9}{of}{temporary}   ({seconds:.0f} s to compile)", flush=True)
 
 
-def beside(computation: Computation) -> Iterator[bool]:
-    """For every collective-permute of a computation, whether a loop or a branch stands between its start and end."""
+def beside(module: HloModule, computation: Computation) -> Iterator[bool]:
+    """For every collective-permute of a computation, whether a loop of layers stands between its start and end."""
     order = list(computation.instructions.values())
     place = {instruction.name: index for index, instruction in enumerate(order)}
     for index, instruction in enumerate(order):
         if instruction.opcode == "collective-permute-done":
             start = place[instruction.operands[0]]
-            yield any(other.opcode in ("while", "conditional") for other in order[start:index])
+            yield any(has_layers(module, other) for other in order[start:index])
+
+
+def has_layers(module: HloModule, instruction: Instruction) -> bool:
+    """Whether an instruction is a loop, or a branch with one in it: head and embedding have none."""
+    if instruction.opcode != "conditional":
+        return instruction.opcode == "while"
+    names = [
+        name
+        for key in ("branch_computations", "true_computation", "false_computation")
+        for name in instruction.callees(key)
+    ]
+    return any(has_layers(module, other) for name in names for other in module.computations[name].instructions.values())
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def make_schedule(
             f"schedule '{name}': a device holds {made.virtual} of its stages, not {virtual} ({stages * virtual} stages "
             f"on {stages} devices); write virtual={made.virtual}, or take one that holds any number: {others}"
         )
-    ticks = made.ticks(stages, microbatches, virtual, delayed and stages > 1)
+    ticks = made.ticks(stages, microbatches, virtual, delayed)
     return Schedule(name, stages, virtual, microbatches, ticks, made.placement, delayed)
 
 

@@ -247,9 +247,7 @@ class Config:
             batch=self.abstract_batch(),
             pipeline=self.pipeline,
             specs=self.specs,
-            schedule=read_csv(self.schedule, delayed=self.sends == "delayed")
-            if self.schedule.endswith(".csv")
-            else self.schedule,
+            schedule=read_csv(self.schedule) if self.schedule.endswith(".csv") else self.schedule,
             virtual=self.virtual or None,
             microbatches=self.microbatches,
             zero=self.zero,

@@ -387,7 +387,8 @@ def test_a_program_of_what_has_not_arrived_is_refused() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_through_csv_and_json_and_back(name: str) -> None:
     schedule = made(name, 3, 4)
-    assert from_csv(to_csv(schedule), name, delayed=True).ticks == schedule.ticks
+    read = from_csv(to_csv(schedule), name, delayed=True)
+    assert (read.ticks, read.delayed) == (schedule.ticks, True)
     again = from_table(
         schedule.table(),
         microbatches=4,
