@@ -141,7 +141,7 @@ def plain(model: Model, batch: Any, given: Any, *, times: int, scanned: bool) ->
     assert parts is not None
     before, context, after = parts.before, parts.context, parts.after
     assert context is not None
-    block = rematerialised(lambda layer, x, c: parts.block(layer, x, c, None, True), given.remat)
+    block = rematerialised(lambda layer, x, c: parts.blocks[0](layer, x, c, None, True), given.remat)
     in_blocks = parts.block_paths
 
     def loss(masters: Any, examples: Any) -> Any:
