@@ -20,10 +20,10 @@ from shardlab.module.residuals import POLICIES, REMAT
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.check import check
 from shardlab.pipeline.schedules import Schedule, make_schedule
-from shardlab.pipeline.stages import assign_layers
+from shardlab.pipeline.stages import Stages, stage_layers
 from shardlab.plan.layout import axes_in
 from shardlab.plan.optimizer import changed_by_padding
-from shardlab.plan.plan import Parameter, Stack
+from shardlab.plan.plan import Parameter
 from shardlab.sharding.rules import axes_of
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -126,7 +126,13 @@ def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: in
 
 
 def stage_faults(
-    model: Model, mesh: MeshSpec, schedule: str | Schedule, virtual: int | None, microbatches: int, manual: bool
+    model: Model,
+    mesh: MeshSpec,
+    schedule: str | Schedule,
+    virtual: int | None,
+    layers: Stages,
+    microbatches: int,
+    manual: bool,
 ) -> list[Fault]:
     """What is wrong with the stages: parts, schedule, layers."""
     stages = mesh.sizes[mesh.stage] if mesh.stage else 1
@@ -155,14 +161,15 @@ def stage_faults(
             check(made)
             faults += _table_faults(made, mesh, stages, microbatches)
         if model.parts is not None:
-            assign_layers(len(model.parts.layers), made.num_stages if stages > 1 else 1)
+            several = stages > 1
+            stage_layers(layers if several else None, len(model.parts.layers), made.num_stages if several else 1)
     except ScheduleError as error:
-        faults.append(_of_schedule(error))
+        faults.append(fault_of(error))
     return faults
 
 
-def _of_schedule(error: ScheduleError) -> Fault:
-    """A schedule's own message, which reads ``where: problem; way out``, as a fault beside the others."""
+def fault_of(error: ScheduleError | DeclarationError) -> Fault:
+    """A message of its own, which reads ``where: problem; way out``, as a fault beside the others."""
     where, _, rest = str(error).partition(": ")
     problem, _, way_out = rest.rpartition("; ")
     if not problem:  # a printed table, whose marks are the way out
@@ -220,11 +227,13 @@ def sharding_faults(
     return faults
 
 
-def layer_faults(stacks: tuple[Stack, ...], placements: Mapping[str, Any]) -> list[Fault]:
+def layer_faults(model: Model, placements: Mapping[str, Any]) -> list[Fault]:
     """Blocks are stacked, so the same array has the same spec in each."""
+    if model.parts is None:
+        return []
     faults = []
-    for stack in stacks:
-        paths = [path for path in stack.members if path and path in placements]
+    for inner in model.parts.layers[0]:
+        paths = [layer[inner] for layer in model.parts.layers if layer[inner] in placements]
         for path in paths[1:]:
             if placements[path].spec != placements[paths[0]].spec:
                 faults.append(
@@ -291,16 +300,12 @@ def traced_in(dtype: str) -> Iterator[None]:
         ) from error
 
 
-def activation_faults(activation: PartitionSpec | None, x: Any, mesh: MeshSpec) -> list[Fault]:
-    """What is wrong with the spec of what flows between blocks.
-
-    Args:
-      x: shapes of a microbatch on one shard; None for a model without parts.
-    """
+def activation_faults(activation: PartitionSpec | None, model: Model, mesh: MeshSpec) -> list[Fault]:
+    """What is wrong with the spec of what flows between blocks, whatever flows."""
     if activation is None:
         return []
     name = f"activation={activation}"
-    if x is None:
+    if model.parts is None:
         return [
             Fault(
                 name,
@@ -316,8 +321,16 @@ def activation_faults(activation: PartitionSpec | None, x: Any, mesh: MeshSpec) 
             faults.append(Fault(name, f"the mesh has no axis {axis!r}, it has {there}", f"{hint}name one of them"))
         elif axis == mesh.stage:
             faults.append(Fault(name, f"{axis!r} is the stage axis, and x is on one stage at a time", "leave it out"))
-    if faults:
-        return faults
+    return faults
+
+
+def flow_faults(activation: PartitionSpec, x: Any, mesh: MeshSpec) -> list[Fault]:
+    """Where the spec, whose axes are right, does not fit what flows between blocks.
+
+    Args:
+      x: shapes of a microbatch on one shard.
+    """
+    name, faults = f"activation={activation}", []
     for keys, leaf in jax.tree_util.tree_flatten_with_path(x)[0]:
         path = f"x {path_of(keys)}".rstrip()
         if len(activation) > leaf.ndim:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +16,14 @@ from jax.sharding import PartitionSpec
 from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.mesh.spec import MeshSpec
+from shardlab.module.flops import trained_flops
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, computed, flowing, read_model, split_auxiliary
 from shardlab.module.pipeline import Pipeline
-from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
+from shardlab.module.residuals import BlockVjp, rematerialised, residual_bytes, residual_shapes
 from shardlab.module.written import written_by
 from shardlab.pipeline.schedules import Schedule, make_schedule
-from shardlab.pipeline.stages import assign_layers
+from shardlab.pipeline.stages import LayerCosts, Stages, stage_layers
 from shardlab.pipeline.table_csv import to_csv
 from shardlab.plan.check import (
     activation_faults,
@@ -28,6 +31,8 @@ from shardlab.plan.check import (
     check_flow,
     choice_faults,
     dtype_faults,
+    fault_of,
+    flow_faults,
     layer_faults,
     padding_faults,
     random_faults,
@@ -62,6 +67,7 @@ def make_plan(
     specs: Mapping[str, PartitionSpec] | None = None,
     schedule: str | Schedule = "1f1b",
     virtual: int | None = None,
+    stages: Stages = None,
     microbatches: int = 1,
     zero: int = 0,
     remat: str = "none",
@@ -86,6 +92,10 @@ def make_plan(
       schedule: a name of `shardlab.pipeline.schedules.SCHEDULES`, or a schedule of your own, as
         `shardlab.pipeline.table_csv.read_csv` or `shardlab.pipeline.automatic.automatic` give one.
       virtual: stages that a device of the stage axis holds; None leaves it to the schedule.
+      stages: which blocks each stage holds; None: as even as can be. A list of them, virtual stages too, in the order
+        in which a microbatch passes them: ``"E t*2 | t*3 | t*3 | t*2 H"`` or ``(2, 3, 3, 2)``. Or how to balance them,
+        with no stage longer than the longest of even ones: ``"balanced"`` by the operations that blocks, `before` and
+        `after` are estimated to take, or a `shardlab.pipeline.stages.LayerCosts` by what was measured.
       microbatches: microbatches a step; without a pipeline, gradient accumulation.
       zero: ZeRO level 0 to 3.
       remat: ``"none"``, ``"full"`` or a name of `jax.checkpoint_policies`.
@@ -125,8 +135,8 @@ def make_plan(
         specs=specs,
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
-    faults = [*resolution.faults, *dtype_faults(model), *_padded_buffers(spoken_of, resolution.placements)]
-    faults += choice_faults(
+    untrained = dtype_faults(model)
+    choices = choice_faults(
         zero=zero,
         remat=remat,
         dtype=dtype,
@@ -136,6 +146,7 @@ def make_plan(
         gather=gather,
         accumulate=accumulate,
     )
+    faults = [*resolution.faults, *untrained, *_padded_buffers(spoken_of, resolution.placements), *choices]
     notes: list[str] = []
     written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
     if written:
@@ -143,75 +154,67 @@ def make_plan(
         notes.append(f"{written[0]} follows the whole batch: all axes are automatic")
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
-    faults += batch_faults(leaves, mesh, microbatches, manual)
+    examples = batch_faults(leaves, mesh, microbatches, manual)
+    faults += examples
     faults += reduce_faults(reduce_dtype, dtype, _accumulated(dtype), manual)
-    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual)
+    faults += stage_faults(model, mesh, schedule, virtual, stages, microbatches, manual)
+    faults += layer_faults(model, resolution.placements)
+
+    # What is found by going on stands in the same message, where what it needs is there.
+    devices = sizes.get(mesh.stage, 1) if mesh.stage else 1
+    inside = model.parts.block_paths if model.parts is not None else frozenset()
+    parameters: list[Parameter] = []
+    if not (resolution.faults or untrained or choices):
+        parameters = _parameters(model, resolution.placements, mesh, zero, dtype)
+        faults += sharding_faults([one for one in parameters if one.path in inside], mesh, zero, gather, accumulate)
+        faults += padding_faults(optimizer, model, parameters)
+    wrong_axes = activation_faults(activation, model, mesh)
+    faults += wrong_axes
+    if devices == 1 and schedule != "1f1b":
+        name = schedule if isinstance(schedule, str) else schedule.name
+        notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
+    stages = stages or None if isinstance(stages, str) else stages
+    if devices == 1 and stages is not None:
+        notes.append("stages are ignored: one stage holds every block")
+        stages = None
+    rows = block_bytes = 0
+    if model.parts is not None and not (untrained or choices or examples):
+        rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
+        with _after(faults), traced_in(dtype):
+            if devices > 1:
+                other = _not_by_example(model, shapes, mesh, rows, devices, dtype)
+                head = _head(head, rows, devices, other, notes, faults)
+            x, block_bytes = _activations(model, shapes, mesh, rows, dtype, remat)
+            if activation is not None and not wrong_axes:
+                faults += flow_faults(activation, x, mesh)
     raise_faults(faults)
 
-    stages = sizes.get(mesh.stage, 1) if mesh.stage else 1
-    layers: tuple[int, ...] = ()
-    stacks: tuple[Stack, ...] = ()
-    if stages == 1:
-        if schedule != "1f1b":
-            name = schedule if isinstance(schedule, str) else schedule.name
-            notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
-        schedule, virtual = "1f1b", 1
+    if devices == 1:
+        schedule, virtual, head = "1f1b", 1, "last_stage" if head == "auto" else head
     table = schedule
     if isinstance(table, str):
-        table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual)
+        table = make_schedule(table, stages=devices, microbatches=microbatches, virtual=virtual)
+    layers: tuple[int, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     if model.parts is not None:
-        layers = assign_layers(len(model.parts.layers), table.num_stages)
+        costs = stages if isinstance(stages, LayerCosts) else None
+        source = "estimated" if costs is None else "given"
+        if isinstance(stages, str) and stages == "balanced":
+            costs = _estimated(model, shapes, mesh, rows, dtype, remat)
+        if costs is not None and head == "examples":  # every stage has its share of them
+            costs = dataclasses.replace(costs, before=0, after=0)
+        layers = stage_layers(costs or stages, len(model.parts.layers), table.num_stages)
         stacks = stacks_of(model, layers, table)
-        raise_faults(layer_faults(stacks, resolution.placements))
-    rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
-    if stages > 1:
-        head = _head(head, rows, stages, _not_by_example(model, shapes, mesh, rows, stages, dtype), notes)
-    elif head == "auto":
-        head = "last_stage"
-
-    inside = {path for stack in stacks for path in stack.members}
-    mixed = jnp.dtype(dtype).itemsize < 4
-    parameters = []
-    for path, leaf in model.parameters.items():
-        placement = resolution.placements[path]
-        stored = placement.padded or leaf.shape
-        lent = () if path in inside or stages == 1 or mesh.stage is None else (mesh.stage,)
-        storage, state = storage_of(
-            placement.spec,
-            stored,
-            mesh,
-            lent,
-            shard=zero == 3 or (mixed and zero > 0),
-            shard_state=zero > 0,
-        )
-        if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
-            notes.append(f"{path}: no dim of {list(stored)} divides by the batch axes; replicated over them")
-        kind = _master_dtype(leaf.dtype, dtype)
-        parameters.append(
-            Parameter(
-                path=path,
-                shape=leaf.shape,
-                dtype=kind,
-                spec=placement.spec,
-                source=placement.source,
-                compute=without(placement.spec, (*mesh.batch, *((mesh.stage,) if mesh.stage else ()))),
-                storage=storage,
-                state=state,
-                bytes_per_device=shard_bytes(stored, kind, storage, sizes),
-                stored_shape=stored,
-            )
-        )
+        notes += _stage_notes(layers, costs, head, source)
+    for one in parameters if zero == 3 and mesh.batch_size_divisor > 1 else ():
+        if not set(mesh.batch) & axes_in(one.storage):
+            dims = list(one.stored_shape)
+            notes.append(f"{one.path}: no dim of {dims} divides by the batch axes; replicated over them")
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
     if widened and dtype != "float64":
         more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
         kinds = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
         notes.append(f"{widened[0]}{more}: {kinds}")
-    stacked = [parameter for parameter in parameters if parameter.path in inside]
-    raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
-    raise_faults(padding_faults(optimizer, model, parameters))
-    with traced_in(dtype):
-        x, activation_bytes = _activations(model, shapes, mesh, rows, max(layers, default=0), dtype, remat)
-    raise_faults(activation_faults(activation, x, mesh))
     reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
     if reason is not None:
         notes.append(f"the optimizer runs per layer: {reason}")
@@ -236,7 +239,7 @@ def make_plan(
         head=head,
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
-        activation_bytes=activation_bytes,
+        activation_bytes=block_bytes * max(layers, default=0),
         gather=gather,
         accumulate=accumulate,
         activation_spec=activation,
@@ -254,6 +257,78 @@ def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformat
     update = "stacked" if reason is None else "per-layer"
     rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, update, plan.mesh)
     return dataclasses.replace(plan, optimizer_state=rows, update=update)
+
+
+def _parameters(
+    model: Model, placements: Mapping[str, Placement], mesh: MeshSpec, zero: int, dtype: str
+) -> list[Parameter]:
+    """Where every parameter lies, by its placement."""
+    inside = model.parts.block_paths if model.parts is not None else frozenset()
+    several = mesh.stage is not None and mesh.sizes[mesh.stage] > 1
+    mixed = jnp.dtype(dtype).itemsize < 4
+    parameters = []
+    for path, leaf in model.parameters.items():
+        placement = placements[path]
+        stored = placement.padded or leaf.shape
+        lent = (mesh.stage,) if mesh.stage is not None and several and path not in inside else ()
+        storage, state = storage_of(
+            placement.spec,
+            stored,
+            mesh,
+            lent,
+            shard=zero == 3 or (mixed and zero > 0),
+            shard_state=zero > 0,
+        )
+        kind = _master_dtype(leaf.dtype, dtype)
+        parameters.append(
+            Parameter(
+                path=path,
+                shape=leaf.shape,
+                dtype=kind,
+                spec=placement.spec,
+                source=placement.source,
+                compute=without(placement.spec, (*mesh.batch, *((mesh.stage,) if mesh.stage else ()))),
+                storage=storage,
+                state=state,
+                bytes_per_device=shard_bytes(stored, kind, storage, mesh.sizes),
+                stored_shape=stored,
+            )
+        )
+    return parameters
+
+
+@contextlib.contextmanager
+def _after(faults: list[Fault]) -> Iterator[None]:
+    """Tracing of the model with faults known: what it finds joins them, and they come before an error of the model."""
+    try:
+        yield
+    except DeclarationError as error:
+        if not faults:
+            raise
+        faults.append(fault_of(error))
+    except Exception:
+        raise_faults(faults)
+        raise
+
+
+def _stage_notes(layers: tuple[int, ...], costs: LayerCosts | None, head: str, source: str) -> list[str]:
+    """What was decided about the stages, and what a list of them costs every stage."""
+    notes, blocks = [], ", ".join(map(str, layers))
+    even = math.ceil(sum(layers) / len(layers))
+    if costs is not None:
+        times, mean = costs.of_stages(layers), sum(costs.blocks) / len(costs.blocks)
+        burden = f"before as {costs.before / mean:.2f} blocks, after as {costs.after / mean:.2f}"
+        notes.append(
+            f"stages balanced by {source} cost "
+            f"({'before and after are spread over all stages' if head == 'examples' else burden}): {blocks} blocks; "
+            f"slowest stage {max(times) * len(times) / sum(times):.2f} x the mean"
+        )
+    elif max(layers) > even:
+        notes.append(
+            f"stages of {blocks} blocks: in a tick every stage computes {max(layers)} slots, as many as the longest "
+            f"holds; even stages would compute {even}"
+        )
+    return notes
 
 
 def _master_dtype(kind: Any, dtype: str) -> str:
@@ -301,7 +376,7 @@ def _accumulated(dtype: str) -> str:
     return dtype if dtype == "float64" else "float32"
 
 
-def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:
+def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str], faults: list[Fault]) -> str:
     if rows % stages:
         counted = f"{rows} example{'s' if rows != 1 else ''}"
         problem, way_out = f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
@@ -313,7 +388,7 @@ def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]
     else:
         return "examples" if head == "auto" else head
     if head == "examples":
-        raise DeclarationError(f"head='examples': {problem}; use head='last_stage', or {way_out}")
+        faults.append(Fault("head='examples'", problem, f"use head='last_stage', or {way_out}"))
     if head == "auto":
         notes.append(f"head last_stage: {problem}")
     return "last_stage"
@@ -373,24 +448,53 @@ def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -
     return x, values, part, key
 
 
-def _activations(
-    model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str
-) -> tuple[Any, int]:
-    """Shapes of x, and bytes of the residuals of one microbatch in the longest stage, as if no automatic axis split
-    them; None and 0 without parts."""
-    if model.parts is None:
-        return None, 0
-    parts = model.parts
+def _activations(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str, remat: str) -> tuple[Any, int]:
+    """Shapes of x, and bytes of the residuals of one microbatch in one block, as if no automatic axis split them."""
     x, values, part, key = _entering(model, batch, mesh, rows, dtype)
-    layer = {inner: values[path] for inner, path in parts.layers[0].items()}
+    layer, c = _first_block(model, mesh, values, part, key)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-        context = parts.context or (lambda values, batch, key, train: None)
+        block = BlockVjp(_run(model, dtype), remat, context=False)
+        return x, residual_bytes(residual_shapes(block, layer, x, c, key))
+
+
+def _first_block(model: Model, mesh: MeshSpec, values: Any, part: Any, key: Any) -> tuple[dict[str, Any], Any]:
+    """Shapes of the arrays of a block, and of the context."""
+    assert model.parts is not None
+    context = model.parts.context or (lambda values, batch, key, train: None)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
+    return {inner: values[path] for inner, path in model.parts.layers[0].items()}, c
 
-        def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
-            y, auxiliary = split_auxiliary(x, parts.block(w, x, c, k, True))
-            check_flow(x, y)
-            return flowing(y, dtype), auxiliary
 
-        block = BlockVjp(run, remat, context=False)
-        return x, layers * residual_bytes(residual_shapes(block, layer, x, c, key))
+def _run(model: Model, dtype: str) -> Callable[..., tuple[Any, Any]]:
+    """A block as a step runs it: ``(layer, x, c, key) -> (x, auxiliary loss)``."""
+    assert model.parts is not None
+    block = model.parts.block
+
+    def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
+        y, auxiliary = split_auxiliary(x, block(w, x, c, k, True))
+        check_flow(x, y)
+        return flowing(y, dtype), auxiliary
+
+    return run
+
+
+def _estimated(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str, remat: str) -> LayerCosts:
+    """Operations of a microbatch in each part of the model, forward and backward; the loss is not known here."""
+    parts = model.parts
+    assert parts is not None
+    x, values, part, key = _entering(model, batch, mesh, rows, dtype)
+    layer, c = _first_block(model, mesh, values, part, key)
+    trained = {inner: value for inner, value in layer.items() if parts.layers[0][inner] in model.parameters}
+    outer = {path: values[path] for path in model.parameters if path not in parts.block_paths}
+    run = rematerialised(_run(model, dtype), remat)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        before = trained_flops(
+            lambda outer, v, b, k: parts.before({**v, **outer}, b, k, True), outer, values, part, key
+        )
+        block = trained_flops(lambda wx, w, c, k: run({**w, **wx[0]}, wx[1], c, k), (trained, x), layer, c, key)
+        after = trained_flops(
+            lambda wx, v, b, k: parts.after({**v, **wx[0]}, wx[1], b, k, True), (outer, x), values, part, key
+        )
+    # A block without a product takes some time too.
+    return LayerCosts((float(max(block, 1)),) * len(parts.layers), before, after)
