@@ -16,6 +16,7 @@ free), and the bubble fraction (P-1)/(M+P-1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -164,6 +165,26 @@ def cost(schedule: Schedule, costs: Costs = EQUAL, mode: Mode = "lockstep") -> C
         peak_in_flight=peak_in_flight(schedule),
         sends=tuple(sum(sends(schedule, action) for action in schedule.row(device)) for device in devices),
     )
+
+
+def idle_fraction(schedule: Schedule, layers: Sequence[int], costs: Costs = EQUAL) -> float:
+    """The part of all devices' time in which they compute no layer, in lockstep.
+
+    A stage computes as many slots as the longest one holds layers, so a slot that only fills a shorter stage is idle
+    as the bubble is.
+
+    Args:
+        layers: of each stage, all alike.
+        costs: of each kind of action, for all stages; F, I and W alike if left out.
+
+    >>> from shardlab.pipeline.schedules import make_schedule
+    >>> made = make_schedule("1f1b", stages=2, microbatches=4)
+    >>> f"{idle_fraction(made, (2, 2)):.1%} {idle_fraction(made, (2, 1)):.1%}"
+    '20.0% 40.0%'
+    """
+    slots = max(layers) * schedule.num_devices * cost(schedule, costs).makespan
+    actions = (action for device in range(schedule.num_devices) for action in schedule.row(device))
+    return 1 - sum(costs.of(action) * layers[action.stage] for action in actions) / slots
 
 
 @dataclass(frozen=True)

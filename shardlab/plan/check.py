@@ -20,10 +20,10 @@ from shardlab.module.residuals import POLICIES, REMAT
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.check import check
 from shardlab.pipeline.schedules import Schedule, make_schedule
-from shardlab.pipeline.stages import assign_layers
+from shardlab.pipeline.stages import Stages, read_stages, stage_layers
 from shardlab.plan.layout import axes_in
 from shardlab.plan.optimizer import changed_by_padding
-from shardlab.plan.plan import Parameter, Stack
+from shardlab.plan.plan import Parameter
 from shardlab.sharding.rules import axes_of
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -147,6 +147,7 @@ def stage_faults(
     mesh: MeshSpec,
     schedule: str | Schedule,
     virtual: int | None,
+    layers: Stages,
     microbatches: int,
     manual: bool,
     remat: str | tuple[str, ...],
@@ -185,14 +186,31 @@ def stage_faults(
             problem = f"names policies of {len(remat)} stages, and there {'are' if count > 1 else 'is'} {count}"
             faults.append(Fault(f"remat={' | '.join(remat)}", problem, "name one for each, or one for all"))
         if model.parts is not None:
-            assign_layers(len(model.parts.layers), count)
+            stage_layers(layers if stages > 1 else None, len(model.parts.layers), count)
+            faults += _word_faults(layers, model) if stages > 1 else []
     except ScheduleError as error:
-        faults.append(_of_schedule(error))
+        faults.append(fault_of(error))
     return faults
 
 
-def _of_schedule(error: ScheduleError) -> Fault:
-    """A schedule's own message, which reads ``where: problem; way out``, as a fault beside the others."""
+def _word_faults(stages: Stages, model: Model) -> list[Fault]:
+    """A list of stages that names blocks by several words names each kind by its own."""
+    if not isinstance(stages, str) or "|" not in stages or model.parts is None:
+        return []
+    words = [word for stage in read_stages(stages) for word, count in stage for _ in range(count) if word not in "EH"]
+    if len(set(words)) == 1:
+        return []
+    kinds, first = model.parts.kinds, dict[str, int]()
+    for block, word in enumerate(words):
+        like = first.setdefault(word, block)
+        if kinds[block] != kinds[like]:
+            problem = f"{word} stands for block {like} and for block {block}, which are of different kinds"
+            return [Fault(f"stages {stages!r}", problem, "use a word for each kind, or one for all")]
+    return []
+
+
+def fault_of(error: ScheduleError | DeclarationError) -> Fault:
+    """A message of its own, which reads ``where: problem; way out``, as a fault beside the others."""
     where, _, rest = str(error).partition(": ")
     problem, _, way_out = rest.rpartition("; ")
     if not problem:  # a printed table, whose marks are the way out
@@ -250,11 +268,16 @@ def sharding_faults(
     return faults
 
 
-def layer_faults(stacks: tuple[Stack, ...], placements: Mapping[str, Any]) -> list[Fault]:
+def layer_faults(model: Model, placements: Mapping[str, Any]) -> list[Fault]:
     """Blocks are stacked, so the same array has the same spec in each."""
+    if model.parts is None:
+        return []
     faults = []
-    for stack in stacks:
-        paths = [path for path in stack.members if path and path in placements]
+    parts, arrays = model.parts, dict[tuple[int, str], list[str]]()
+    for kind, layer in zip(parts.kinds, parts.layers, strict=True):
+        for inner, path in layer.items():
+            arrays.setdefault((kind, inner), []).extend([path] if path in placements else [])
+    for paths in arrays.values():
         for path in paths[1:]:
             if placements[path].spec != placements[paths[0]].spec:
                 faults.append(
@@ -321,16 +344,12 @@ def traced_in(dtype: str) -> Iterator[None]:
         ) from error
 
 
-def activation_faults(activation: PartitionSpec | None, x: Any, mesh: MeshSpec) -> list[Fault]:
-    """What is wrong with the spec of what flows between blocks.
-
-    Args:
-      x: shapes of a microbatch on one shard; None for a model without parts.
-    """
+def activation_faults(activation: PartitionSpec | None, model: Model, mesh: MeshSpec) -> list[Fault]:
+    """What is wrong with the spec of what flows between blocks, whatever flows."""
     if activation is None:
         return []
     name = f"activation={activation}"
-    if x is None:
+    if model.parts is None:
         return [
             Fault(
                 name,
@@ -346,8 +365,16 @@ def activation_faults(activation: PartitionSpec | None, x: Any, mesh: MeshSpec) 
             faults.append(Fault(name, f"the mesh has no axis {axis!r}, it has {there}", f"{hint}name one of them"))
         elif axis == mesh.stage:
             faults.append(Fault(name, f"{axis!r} is the stage axis, and x is on one stage at a time", "leave it out"))
-    if faults:
-        return faults
+    return faults
+
+
+def flow_faults(activation: PartitionSpec, x: Any, mesh: MeshSpec) -> list[Fault]:
+    """Where the spec, whose axes are right, does not fit what flows between blocks.
+
+    Args:
+      x: shapes of a microbatch on one shard.
+    """
+    name, faults = f"activation={activation}", []
     for keys, leaf in jax.tree_util.tree_flatten_with_path(x)[0]:
         path = f"x {path_of(keys)}".rstrip()
         if len(activation) > leaf.ndim:

@@ -96,10 +96,20 @@ def remats(kinds: tuple[int, ...], layers: tuple[int, ...], remat: str | tuple[s
     ('full', 'none')
     """
     if isinstance(remat, str):
-        # Of "stage" the blocks keep everything, while their stage runs its forward again.
-        return ("none" if remat == "stage" else remat,) * (max(kinds) + 1)
+        return policies_of_blocks(remat) * (max(kinds) + 1)
     stage_of = [stage for stage, count in enumerate(layers) for _ in range(count)]
     return tuple(remat[stage_of[kinds.index(kind)]] for kind in range(max(kinds) + 1))
+
+
+def policies_of_blocks(remat: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The policies that some block is under: of ``"stage"`` they keep everything, while the stage runs again.
+
+    >>> policies_of_blocks("stage"), policies_of_blocks(("full", "none", "none"))
+    (('none',), ('full', 'none'))
+    """
+    if isinstance(remat, str):
+        return ("none",) if remat == "stage" else (remat,)
+    return tuple(dict.fromkeys(remat))
 
 
 def slots_of(

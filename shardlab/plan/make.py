@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,20 +18,21 @@ from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, abstract, computed, flowing, read_model, split_auxiliary
+from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.module.pipeline import Pipeline
-from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
+from shardlab.module.residuals import residual_bytes
 from shardlab.module.written import written_by
 from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import Schedule, make_schedule
-from shardlab.pipeline.stages import assign_layers
+from shardlab.pipeline.stages import LayerCosts, Stages, stage_layers
 from shardlab.pipeline.table_csv import to_csv
 from shardlab.plan.check import (
     activation_faults,
     batch_faults,
-    check_flow,
     choice_faults,
     dtype_faults,
+    fault_of,
+    flow_faults,
     layer_faults,
     padding_faults,
     random_faults,
@@ -44,14 +48,15 @@ from shardlab.plan.layout import (
     optimizer_shapes,
     optimizer_specs,
     optimizer_tree,
+    policies_of_blocks,
     remats,
     stacks_of,
     storage_of,
 )
+from shardlab.plan.microbatch import Microbatch
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
-from shardlab.plan.readers import readers
-from shardlab.plan.vocabulary import shared_by_example, vocabulary_faults
+from shardlab.plan.vocabulary import vocabulary_faults
 from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules, read_rules
 from shardlab.sharding.zero import without
@@ -68,6 +73,7 @@ def make_plan(
     specs: Mapping[str, PartitionSpec] | None = None,
     schedule: str | Schedule = "1f1b",
     virtual: int | None = None,
+    stages: Stages = None,
     microbatches: int = 1,
     zero: int = 0,
     remat: str | Sequence[str] = "none",
@@ -93,6 +99,10 @@ def make_plan(
       schedule: a name of `shardlab.pipeline.schedules.SCHEDULES`, or a schedule of your own, as
         `shardlab.pipeline.table_csv.read_csv` or `shardlab.pipeline.automatic.automatic` give one.
       virtual: stages that a device of the stage axis holds; None leaves it to the schedule.
+      stages: which blocks each stage holds; None: as even as can be. A list of them, virtual stages too, in the order
+        in which a microbatch passes them: ``"E t*2 | t*3 | t*3 | t*2 H"`` or ``(2, 3, 3, 2)``. Or how to balance them,
+        with no stage longer than the longest of even ones: ``"balanced"`` by the operations that blocks, `before` and
+        `after` are estimated to take, or a `shardlab.pipeline.stages.LayerCosts` by what was measured.
       microbatches: microbatches a step; without a pipeline, gradient accumulation.
       zero: ZeRO level 0 to 3.
       remat: what a stage keeps of a microbatch for its backward: ``"none"``, everything; ``"full"``, every block's
@@ -141,10 +151,9 @@ def make_plan(
         specs=specs,
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
-    faults = [*resolution.faults, *dtype_faults(model), *_padded_buffers(spoken_of, resolution.placements)]
     remat = _policies(remat)
-    faults += remat_faults(remat)
-    faults += choice_faults(
+    untrained = dtype_faults(model)
+    choices = choice_faults(
         zero=zero,
         dtype=dtype,
         reduce_dtype=reduce_dtype,
@@ -154,6 +163,8 @@ def make_plan(
         accumulate=accumulate,
         sends=sends,
     )
+    choices += remat_faults(remat)
+    faults = [*resolution.faults, *untrained, *_padded_buffers(spoken_of, resolution.placements), *choices]
     notes: list[str] = []
     written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
     if written:
@@ -161,94 +172,77 @@ def make_plan(
         notes.append(f"{written[0]} follows the whole batch: all axes are automatic")
     manual = batch_axes == "manual"
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
-    faults += batch_faults(leaves, mesh, microbatches, manual)
+    examples = batch_faults(leaves, mesh, microbatches, manual)
+    faults += examples
     faults += reduce_faults(reduce_dtype, dtype, _accumulated(dtype), manual)
     if isinstance(schedule, Schedule) and sends != "auto":
         schedule = dataclasses.replace(schedule, delayed=sends == "delayed")
     delayed = schedule.delayed if isinstance(schedule, Schedule) else sends == "delayed"
-    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual, remat, delayed=delayed)
+    faults += stage_faults(model, mesh, schedule, virtual, stages, microbatches, manual, remat, delayed=delayed)
+    faults += layer_faults(model, resolution.placements)
+
+    # What is found by going on stands in the same message, where what it needs is there.
+    devices = sizes.get(mesh.stage, 1) if mesh.stage else 1
+    inside = model.parts.block_paths if model.parts is not None else frozenset()
+    parameters: list[Parameter] = []
+    if not (resolution.faults or untrained or choices):
+        parameters = _parameters(model, resolution.placements, mesh, zero, dtype, head)
+        faults += sharding_faults([one for one in parameters if one.path in inside], mesh, zero, gather, accumulate)
+        faults += padding_faults(optimizer, model, parameters)
+    wrong_axes = activation_faults(activation, model, mesh)
+    faults += wrong_axes
+    stages = stages or None if isinstance(stages, str) else stages
+    if devices == 1:
+        notes += _ignored(schedule, sends, stages)
+        stages = None
+    entering: Microbatch | None = None
+    kept: dict[tuple[int, str], int] = {}
+    if model.parts is not None and not (untrained or choices or examples):
+        rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
+        entering = Microbatch(model, shapes, mesh, rows, dtype)
+        with _after(faults), traced_in(dtype):
+            if devices > 1 and head == "vocab" and not resolution.faults:
+                shapes_of = entering.x, entering.values, entering.examples, entering.key
+                with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+                    faults += vocabulary_faults(model, shapes_of, mesh, resolution.placements)
+            if devices > 1:
+                head = _head(head, entering, devices, notes, faults)
+            for kind, policy in itertools.product(range(len(model.parts.blocks)), policies_of_blocks(remat)):
+                kept[kind, policy] = entering.kept_bytes(kind, policy)
+            if activation is not None and not wrong_axes:
+                faults += flow_faults(activation, entering.x, mesh)
     raise_faults(faults)
 
-    stages = sizes.get(mesh.stage, 1) if mesh.stage else 1
-    layers: tuple[int, ...] = ()
-    of_kinds: tuple[int, ...] = ()
-    stacks: tuple[Stack, ...] = ()
-    if stages == 1:
-        if schedule != "1f1b":
-            name = schedule if isinstance(schedule, str) else schedule.name
-            notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
-        if sends == "delayed":
-            notes.append("sends delayed is ignored: one stage sends nothing")
-        schedule, virtual, delayed = "1f1b", 1, False
+    if devices == 1:
+        schedule, virtual, delayed, head = "1f1b", 1, False, "last_stage" if head == "auto" else head
     table = schedule
     if isinstance(table, str):
-        table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual, delayed=delayed)
-    if model.parts is not None:
-        layers = assign_layers(len(model.parts.layers), table.num_stages)
-        of_kinds = engine_kinds(model.parts.kinds, layers, remat)
-        stacks = stacks_of(model, of_kinds, layers, table)
-        notes += _kinds_note(of_kinds, layers)
-        raise_faults(layer_faults(stacks, resolution.placements))
-    rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
-    if stages > 1 and head == "vocab":
-        notes += _over_vocabulary(model, shapes, mesh, resolution.placements, rows, stages, dtype)
-    elif stages > 1:
-        head = _head(head, rows, stages, _not_by_example(model, shapes, mesh, rows, stages, dtype), notes)
-    elif head == "auto":
-        head = "last_stage"
-
-    inside = {path for stack in stacks for path in stack.members}
-    read_by = _readers(model, shapes, mesh, rows, dtype)
-    mixed = jnp.dtype(dtype).itemsize < 4
-    over_vocabulary = stages > 1 and head == "vocab"
-    stored_over = (*mesh.batch, *((mesh.stage,) if mesh.stage and not over_vocabulary else ()))
-    parameters = []
-    for path, leaf in model.parameters.items():
-        placement = resolution.placements[path]
-        stored = placement.padded or leaf.shape
-        lent = () if path in inside or stages == 1 or mesh.stage is None else (mesh.stage,)
-        storage, state = storage_of(
-            placement.spec,
-            stored,
-            mesh,
-            lent,
-            shard=zero == 3 or (mixed and zero > 0),
-            shard_state=zero > 0,
-        )
-        if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
-            notes.append(f"{path}: no dim of {list(stored)} divides by the batch axes; replicated over them")
-        kind = _master_dtype(leaf.dtype, dtype)
-        if lent and mesh.stage in axes_in(placement.spec) and head != "vocab":
-            notes.append(
-                f"{path}: its spec names the stage axis {mesh.stage!r}, which is storage: every stage gathers it once "
-                "a step; head='vocab' computes with the parts"
-            )
-        parameters.append(
-            Parameter(
-                path=path,
-                shape=leaf.shape,
-                dtype=kind,
-                spec=placement.spec,
-                source=placement.source,
-                compute=without(placement.spec, stored_over),
-                storage=storage,
-                state=state,
-                bytes_per_device=shard_bytes(stored, kind, storage, sizes),
-                stored_shape=stored,
-                read_by=() if path in inside else read_by.get(path, ()),
-            )
-        )
+        table = make_schedule(table, stages=devices, microbatches=microbatches, virtual=virtual, delayed=delayed)
+    layers: tuple[int, ...] = ()
+    kinds: tuple[int, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    activation_bytes = recomputed_bytes = 0
+    if entering is not None:
+        layers, remarks = _layers(stages, entering, table.num_stages, remat, head)
+        kinds = engine_kinds(entering.parts.kinds, layers, remat)
+        notes += [*remarks, *_kinds_note(kinds, layers)]
+        stacks = stacks_of(model, kinds, layers, table)
+        parameters = [
+            one if one.path in inside else dataclasses.replace(one, read_by=entering.read_by[one.path])
+            for one in parameters
+        ]
+        policies = remats(kinds, layers, remat)
+        for kind, policy in enumerate(policies):
+            room = sum(run.count(kind) for run in stage_runs(kinds, layers)[0])
+            activation_bytes += room * kept[entering.parts.kinds[kinds.index(kind)], policy]
+        if remat == "stage":
+            activation_bytes, recomputed_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))), activation_bytes
+    notes += _storage_notes(parameters, inside, mesh, zero, head)
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
     if widened and dtype != "float64":
         more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
-        kinds = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
-        notes.append(f"{widened[0]}{more}: {kinds}")
-    stacked = [parameter for parameter in parameters if parameter.path in inside]
-    raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
-    raise_faults(padding_faults(optimizer, model, parameters))
-    with traced_in(dtype):
-        x, activation_bytes, recomputed_bytes = _activations(model, shapes, mesh, rows, layers, of_kinds, dtype, remat)
-    raise_faults(activation_faults(activation, x, mesh))
+        declared = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
+        notes.append(f"{widened[0]}{more}: {declared}")
     reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
     if reason is not None:
         notes.append(f"the optimizer runs per layer: {reason}")
@@ -260,7 +254,7 @@ def make_plan(
         buffers=_buffer_rows(model, resolution.placements, sizes),
         stacks=stacks,
         layers=layers,
-        kinds=of_kinds,
+        kinds=kinds,
         virtual=table.num_virtual,
         optimizer_state=optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
         update=update,
@@ -294,6 +288,124 @@ def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformat
     update = "stacked" if reason is None else "per-layer"
     rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, update, plan.mesh)
     return dataclasses.replace(plan, optimizer_state=rows, update=update)
+
+
+def _parameters(
+    model: Model, placements: Mapping[str, Placement], mesh: MeshSpec, zero: int, dtype: str, head: str
+) -> list[Parameter]:
+    """Where every parameter lies, by its placement."""
+    inside = model.parts.block_paths if model.parts is not None else frozenset()
+    several = mesh.stage is not None and mesh.sizes[mesh.stage] > 1
+    mixed = jnp.dtype(dtype).itemsize < 4
+    # Over a vocabulary the stage axis is what a parameter is computed with, elsewhere where it is stored.
+    stored_over = (*mesh.batch, *((mesh.stage,) if mesh.stage and not (several and head == "vocab") else ()))
+    parameters = []
+    for path, leaf in model.parameters.items():
+        placement = placements[path]
+        stored = placement.padded or leaf.shape
+        lent = (mesh.stage,) if mesh.stage is not None and several and path not in inside else ()
+        storage, state = storage_of(
+            placement.spec,
+            stored,
+            mesh,
+            lent,
+            shard=zero == 3 or (mixed and zero > 0),
+            shard_state=zero > 0,
+        )
+        kind = _master_dtype(leaf.dtype, dtype)
+        parameters.append(
+            Parameter(
+                path=path,
+                shape=leaf.shape,
+                dtype=kind,
+                spec=placement.spec,
+                source=placement.source,
+                compute=without(placement.spec, stored_over),
+                storage=storage,
+                state=state,
+                bytes_per_device=shard_bytes(stored, kind, storage, mesh.sizes),
+                stored_shape=stored,
+                read_by=(),
+            )
+        )
+    return parameters
+
+
+def _storage_notes(
+    parameters: Sequence[Parameter], inside: frozenset[str], mesh: MeshSpec, zero: int, head: str
+) -> list[str]:
+    """What is stored otherwise than its spec might be read."""
+    notes, several = [], mesh.stage is not None and mesh.sizes[mesh.stage] > 1
+    for one in parameters:
+        if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(one.storage):
+            dims = list(one.stored_shape)
+            notes.append(f"{one.path}: no dim of {dims} divides by the batch axes; replicated over them")
+        if several and one.path not in inside and mesh.stage in axes_in(one.spec) and head != "vocab":
+            notes.append(
+                f"{one.path}: its spec names the stage axis {mesh.stage!r}, which is storage: every stage gathers it "
+                "once a step; head='vocab' computes with the parts"
+            )
+    return notes
+
+
+def _ignored(schedule: str | Schedule, sends: str, stages: Stages) -> list[str]:
+    """What was said of stages where there is one."""
+    notes = []
+    if schedule != "1f1b":
+        name = schedule if isinstance(schedule, str) else schedule.name
+        notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
+    if sends == "delayed":
+        notes.append("sends delayed is ignored: one stage sends nothing")
+    return [*notes, "stages are ignored: one stage holds every block"] if stages is not None else notes
+
+
+@contextlib.contextmanager
+def _after(faults: list[Fault]) -> Iterator[None]:
+    """Tracing of the model with faults known: what it finds joins them, and they come before an error of the model."""
+    try:
+        yield
+    except DeclarationError as error:
+        if not faults:
+            raise
+        faults.append(fault_of(error))
+    except Exception:
+        raise_faults(faults)
+        raise
+
+
+def _layers(
+    stages: Stages, entering: Microbatch, num_stages: int, remat: str | tuple[str, ...], head: str
+) -> tuple[tuple[int, ...], list[str]]:
+    """How many blocks each stage holds, and what to note of it."""
+    costs = stages if isinstance(stages, LayerCosts) else None
+    source = "estimated" if costs is None else "given"
+    if isinstance(stages, str) and stages == "balanced":
+        costs = entering.costs(remat if isinstance(remat, str) else "none")
+    if costs is not None and head != "last_stage":  # every stage has its share of them
+        costs = dataclasses.replace(costs, before=0, after=0)
+    kinds = entering.parts.kinds
+    layers = stage_layers(costs or stages, len(kinds), num_stages, alike=max(kinds) == 0)
+    return layers, _stage_notes(layers, costs, head, source)
+
+
+def _stage_notes(layers: tuple[int, ...], costs: LayerCosts | None, head: str, source: str) -> list[str]:
+    """What was decided about the stages, and what a list of them costs every stage."""
+    notes, blocks = [], ", ".join(map(str, layers))
+    even = math.ceil(sum(layers) / len(layers))
+    if costs is not None:
+        times, mean = costs.of_stages(layers), sum(costs.blocks) / len(costs.blocks)
+        burden = f"before as {costs.before / mean:.2f} blocks, after as {costs.after / mean:.2f}"
+        notes.append(
+            f"stages balanced by {source} cost "
+            f"({'before and after are spread over all stages' if head != 'last_stage' else burden}): {blocks} blocks; "
+            f"slowest stage {max(times) * len(times) / sum(times):.2f} x the mean"
+        )
+    elif max(layers) > even:
+        notes.append(
+            f"stages of {blocks} blocks: in a tick every stage computes {max(layers)} slots, as many as the longest "
+            f"holds; even stages would compute {even}"
+        )
+    return notes
 
 
 def _master_dtype(kind: Any, dtype: str) -> str:
@@ -362,56 +474,25 @@ def _accumulated(dtype: str) -> str:
     return dtype if dtype == "float64" else "float32"
 
 
-def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:
-    why = _why_not_shared(rows, stages, other)
-    if why is None:
+def _head(head: str, entering: Microbatch, stages: int, notes: list[str], faults: list[Fault]) -> str:
+    """How `before` and `after` are spread over several stages."""
+    rows, other = entering.rows, entering.not_by_example(stages)
+    if rows % stages:
+        counted = f"{rows} example{'s' if rows != 1 else ''}"
+        problem, way_out = f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
+    elif other is not None:
+        problem = f"{other}, and stages share x by example"
+        way_out = "give every array of x the examples as its first dim"
+    else:
         return "examples" if head == "auto" else head
-    problem, way_out = why
+    if head == "vocab":
+        notes.append(f"head vocab: every stage runs before whole: {problem}")
+        return head
     if head == "examples":
-        raise DeclarationError(f"head='examples': {problem}; use head='last_stage', or {way_out}")
+        faults.append(Fault("head='examples'", problem, f"use head='last_stage', or {way_out}"))
     if head == "auto":
         notes.append(f"head last_stage: {problem}")
     return "last_stage"
-
-
-def _why_not_shared(rows: int, stages: int, other: str | None) -> tuple[str, str] | None:
-    """Why the stages cannot share the examples of a microbatch, and the way out; None if they can."""
-    if rows % stages:
-        counted = f"{rows} example{'s' if rows != 1 else ''}"
-        return f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
-    if other is not None:
-        return f"{other}, and stages share x by example", "give every array of x the examples as its first dim"
-    return None
-
-
-def _not_by_example(model: Model, batch: Any, mesh: MeshSpec, rows: int, stages: int, dtype: str) -> str | None:
-    """The first array of x whose leading dim is not the examples, in words."""
-    assert model.parts is not None
-    if rows % stages:
-        return None
-    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (rows // stages, rows))
-    return shared_by_example(few, all_of, rows // stages, rows)
-
-
-def _over_vocabulary(
-    model: Model,
-    batch: Any,
-    mesh: MeshSpec,
-    placements: Mapping[str, Placement],
-    rows: int,
-    stages: int,
-    dtype: str,
-) -> list[str]:
-    """What to note of a head over the vocabulary.
-
-    Raises:
-      DeclarationError: with every reason against one.
-    """
-    entering = _entering(model, batch, mesh, rows, dtype)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-        raise_faults(vocabulary_faults(model, entering, mesh, placements))
-    whole = _why_not_shared(rows, stages, _not_by_example(model, batch, mesh, rows, stages, dtype))
-    return [] if whole is None else [f"head vocab: every stage runs before whole: {whole[0]}"]
 
 
 def optimizer_rows(
@@ -437,68 +518,3 @@ def optimizer_rows(
         kind = str(leaf.dtype)
         rows.append(StateLeaf(path_of(keys), leaf.shape, kind, spec, shard_bytes(leaf.shape, kind, spec, mesh.sizes)))
     return tuple(rows)
-
-
-def _readers(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> dict[str, tuple[str, ...]]:
-    """By path, the parts outside blocks that read an array; empty without parts."""
-    if model.parts is None:
-        return {}
-    with traced_in(dtype):
-        x, values, part, key = _entering(model, batch, mesh, rows, dtype)
-        with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-            return readers(model.parts, values, x, part, key)
-
-
-def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> tuple[Any, ...]:
-    """Shapes of x of some examples; of all arrays, the examples and a key, from which it is made."""
-    assert model.parts is not None
-    before = model.parts.before
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    kinds = {path: computed(leaf.dtype, dtype) for path, leaf in model.parameters.items()}
-    values = {
-        path: jax.ShapeDtypeStruct(leaf.shape, kinds.get(path, leaf.dtype))
-        for path, leaf in {**model.parameters, **model.buffers}.items()
-    }
-    part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-        x = jax.eval_shape(lambda v, b, k: flowing(before(v, b, k, True), dtype), values, part, key)
-    return x, values, part, key
-
-
-def _activations(
-    model: Model,
-    batch: Any,
-    mesh: MeshSpec,
-    rows: int,
-    layers: tuple[int, ...],
-    kinds: tuple[int, ...],
-    dtype: str,
-    remat: str | tuple[str, ...],
-) -> tuple[Any, int, int]:
-    """Shapes of x; bytes of what a stage keeps of one microbatch, and of what its backward computes again before it
-    begins, as if no automatic axis split them. None and 0 without parts."""
-    if model.parts is None:
-        return None, 0, 0
-    parts = model.parts
-    runs, _ = stage_runs(kinds, layers)
-    x, values, part, key = _entering(model, batch, mesh, rows, dtype)
-    policies = remats(kinds, layers, remat)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-        context = parts.context or (lambda values, batch, key, train: None)
-        c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
-
-        def bytes_of(kind: int) -> int:
-            """Of one block."""
-            first = kinds.index(kind)
-            layer = {inner: values[path] for inner, path in parts.layers[first].items()}
-
-            def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
-                y, auxiliary = split_auxiliary(x, parts.blocks[parts.kinds[first]](w, x, c, k, True))
-                check_flow(x, y, f"block {first}" if len(parts.blocks) > 1 else "block")
-                return flowing(y, dtype), auxiliary
-
-            return residual_bytes(residual_shapes(BlockVjp(run, policies[kind], context=False), layer, x, c, key))
-
-        each = [bytes_of(kind) for kind in range(max(kinds) + 1)]
-        residuals = sum(run.count(kind) * size for kind, size in enumerate(each) for run in runs)
-        return (x, residual_bytes(tuple(jax.tree.leaves(x))), residuals) if remat == "stage" else (x, residuals, 0)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from shardlab.pipeline.cost import idle_fraction
 from shardlab.sharding.rules import canonical, spec_text
 
 if TYPE_CHECKING:
@@ -100,6 +101,12 @@ def describe(plan: Plan) -> str:
             f"{plan.num_stages} stages of {blocks}{each}, schedule {plan.schedule}, "
             f"{'sends delayed, ' if plan.sends == 'delayed' else ''}"
             f"head over {plan.head.replace('_', ' ')}"
+        )
+        table = plan.table()
+        bubble = f": a bubble of {idle_fraction(table, (1,) * plan.num_stages):.1%}, and slots of shorter stages"
+        lines.append(
+            f"{len(table.ticks)} ticks, idle {idle_fraction(table, plan.layers):.1%} in lockstep"
+            f"{'' if alike else bubble}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
     totals = {name: size for name, size in plan.bytes_per_device().items() if size}

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.faults import Fault
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model
+from shardlab.plan.readers import read
 from shardlab.sharding.resolve import Placement
 from shardlab.sharding.rules import axes_of, spec_text
 
@@ -136,10 +136,10 @@ def _faults_of_use(model: Model, entering: tuple[Any, ...], cuts: Mapping[str, _
     assert parts is not None
     x, values, batch, key = entering
     before, context, after = parts.before, parts.context, parts.after
-    uses = {"before": _read(lambda v, b, k: before(v, b, k, True), values, batch, key)}
+    uses = {"before": read(lambda v, b, k: before(v, b, k, True), values, batch, key)}
     if context is not None:
-        uses["context"] = _read(lambda v, b, k: context(v, b, k, True), values, batch, key)
-    used = _read(lambda v, x, b, k: after(v, x, b, k, True), values, x, batch, key)
+        uses["context"] = read(lambda v, b, k: context(v, b, k, True), values, batch, key)
+    used = read(lambda v, x, b, k: after(v, x, b, k, True), values, x, batch, key)
     faults = []
     for path, cut in cuts.items():
         share = f"with head='vocab' a stage has {cut.held} of its {cut.stored} classes"
@@ -168,14 +168,3 @@ def _faults_of_part(after: Callable[..., Any], entering: tuple[Any, ...], cuts: 
         )
         return [Fault("head='vocab'", problem, way_out)]
     return []
-
-
-def _read(function: Callable[..., Any], values: Mapping[str, Any], *others: Any) -> set[str]:
-    """The paths of the arrays that what `function` returns is made of."""
-    jaxpr = jax.make_jaxpr(function)(dict(values), *others).jaxpr
-    used = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if used & set(equation.outvars):
-            used |= {var for var in equation.invars if not isinstance(var, Literal)}
-    # The arguments of a traced function are flattened, a dict's by its sorted keys.
-    return {path for path, var in zip(sorted(values), jaxpr.invars, strict=False) if var in used}

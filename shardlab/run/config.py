@@ -11,13 +11,14 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
 from shardlab.mesh.spec import MeshSpec
+from shardlab.pipeline.stages import LayerCosts
 
 if TYPE_CHECKING:
     import optax
@@ -118,6 +119,8 @@ class Config:
       microbatches: microbatches a step; with one stage, gradient accumulation.
       schedule: pipeline schedule, or a CSV file with a table of your own; shardlab schedule --compare lists them.
       virtual: stages that a device of the stage axis holds; 0 leaves it to the schedule.
+      stages: blocks of each stage, as "E t*2 | t*3 | t*3 | t*2 H" or 2,3,3,2; balanced: by estimated cost, embedding
+        and head counted; nothing: as even as can be.
       zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
         steps the float32 parameters too), 3 the parameters. Gradients accumulate whole over the microbatches of a step
         and are cut, from 1 on, when they are reduced at its end; from 2 on accumulate=sharded cuts them before.
@@ -151,6 +154,7 @@ class Config:
     microbatches: int = 1
     schedule: str = "1f1b"
     virtual: int = 0
+    stages: str | Sequence[int] | LayerCosts = ""
     zero: int = 0
     remat: str = "none"
     dtype: str = "float32"
@@ -202,6 +206,7 @@ class Config:
             "pipeline": (Pipeline | None, "Pipeline(before=..., blocks=..., after=...), or None"),
             "specs": (Mapping | None, "specs by path, as {'norm/scale': P()}, or None"),
             "microbatches": (int, "a whole number"),
+            "stages": (str | Sequence | LayerCosts, "a list as 'E t*2 | t*2 H', (2, 2) or 'balanced', or LayerCosts"),
             "zero": (int, "a whole number, 0 to 3"),
         }
         names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "sends", "batch_axes")
@@ -249,6 +254,7 @@ class Config:
             specs=self.specs,
             schedule=read_csv(self.schedule) if self.schedule.endswith(".csv") else self.schedule,
             virtual=self.virtual or None,
+            stages=self.stages,
             microbatches=self.microbatches,
             zero=self.zero,
             remat=self.remat,

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
+from shardlab.plan.microbatch import block_names
 from shardlab.plan.plan import Parameter, Plan
 from shardlab.plan.vocabulary import part_of, shared_by_example, with_size
 from shardlab.step.constraints import made_legal, uses_batch_sum
@@ -299,12 +300,6 @@ class _Shown(str):
     """A text that is printed as it is inside a tuple."""
 
     __repr__ = str.__str__
-
-
-def block_names(parts: Parts) -> tuple[str, ...]:
-    """What the blocks of each kind are called in messages: of several kinds, by the number of the first."""
-    count = len(parts.blocks)
-    return ("block",) if count == 1 else tuple(f"block {parts.kinds.index(kind)}" for kind in range(count))
 
 
 def block_function(parts: Parts, kind: int, dtype: str, train: bool) -> Callable[..., tuple[Any, Any]]:

@@ -63,10 +63,10 @@ REFUSED = {
     ),
     "one layer": ((1, 2, None), "1 layer on 2 stages: a stage holds at least 1 layer; use 1 stage, or more layers"),
     "no stages": ((3, 0, None), "3 layers on 0 stages; there must be at least 1 stage"),
-    "one cost too few": ((3, 2, [1.0, 2.0]), "2 costs for 3 layers; give one cost per layer"),
+    "one cost too few": ((3, 2, [1.0, 2.0]), "costs: 2 for 3 layers; give one cost per layer"),
     "a cost of nothing": (
         (3, 2, [1.0, 0.0, 2.0]),
-        "layer 1 has cost 0.0; give every layer a positive, finite cost",
+        "costs: layer 1 takes 0.0; give every layer a positive, finite cost",
     ),
 }
 

@@ -294,11 +294,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         '("outputs/bias", None) to replicate it on purpose\n'
         '  3. outputs/kernel: no rule matches it, and it has no annotation; add a rule ("outputs/kernel", P(...)), or '
         '("outputs/kernel", None) to replicate it on purpose\n'
-        "  4. remat='some': is not one of none, full, stage, dots_saveable, dots_with_no_batch_dims_saveable, "
+        "  4. zero=5: is not one of 0, 1, 2, 3; write one of them\n"
+        "  5. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
+        "  6. head='first': is not one of auto, examples, last_stage, vocab; write one of them\n"
+        "  7. remat='some': is not one of none, full, stage, dots_saveable, dots_with_no_batch_dims_saveable, "
         "everything_saveable, nothing_saveable; write one of them\n"
-        "  5. zero=5: is not one of 0, 1, 2, 3; write one of them\n"
-        "  6. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
-        "  7. head='first': is not one of auto, examples, last_stage, vocab; write one of them\n"
         "  8. batch x: leading dim 9 is not the 3 examples of labels; give every array the examples first\n"
         "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4",
     ),

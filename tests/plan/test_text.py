@@ -109,7 +109,7 @@ def test_arrays_that_are_not_trained_are_listed_and_counted() -> None:
     )
     assert Plan.from_json(plan.to_json()) == plan
     lines = str(plan).splitlines()
-    assert [" ".join(line.split()) for line in lines[7:10]] == [
+    assert [" ".join(line.split()) for line in lines[8:11]] == [
         'blocks/*/up/kernel x3 4x4 float32 P() as declared P() rule 2, "blocks/*/up/kernel" 64 B',
         "blocks/*/scale x3 4 float32 P() as declared not trained no rule: replicated 16 B",
         "table 4x6 float32 P('data') as declared not trained rule 1, \"table\" 48 B",

@@ -1,0 +1,149 @@
+"""A microbatch on its way through a model in parts, traced: shapes, what its blocks keep, what they take.
+
+Shapes are those on one shard of the batch, as if no automatic axis split them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from shardlab.mesh.build import abstract_mesh
+from shardlab.mesh.spec import MeshSpec
+from shardlab.module.flops import trained_flops
+from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
+from shardlab.module.residuals import BlockVjp, rematerialised, residual_bytes, residual_shapes
+from shardlab.pipeline.stages import LayerCosts
+from shardlab.plan.check import check_flow
+from shardlab.plan.readers import read_by
+from shardlab.plan.vocabulary import shared_by_example
+
+
+class Microbatch:
+    """Some examples that enter a model in parts.
+
+    Args:
+      model: with parts.
+      batch: shapes of the global batch.
+      mesh: for constraints in the user's code.
+      rows: how many examples.
+      dtype: what the step computes in.
+
+    Attributes:
+      values: shapes of all arrays by path, in the dtype that they are computed with.
+      examples: shapes.
+      key: of a random key.
+    """
+
+    def __init__(self, model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> None:
+        assert model.parts is not None
+        self.model, self.parts, self.rows, self.dtype = model, model.parts, rows, dtype
+        self._batch, self._mesh = batch, mesh
+        self.key = jax.eval_shape(lambda: jax.random.key(0))
+        kinds = {path: computed(leaf.dtype, dtype) for path, leaf in model.parameters.items()}
+        self.values: dict[str, Any] = {
+            path: jax.ShapeDtypeStruct(leaf.shape, kinds.get(path, leaf.dtype))
+            for path, leaf in {**model.parameters, **model.buffers}.items()
+        }
+        self.examples = self._examples(rows)
+
+    @cached_property
+    def x(self) -> Any:
+        """Shapes of what enters the blocks."""
+        return self._entering(self.rows)
+
+    @cached_property
+    def c(self) -> Any:
+        """Shapes of the context; None where the model has none."""
+        context = self.parts.context
+        return None if context is None else self._shapes(context, self.values, self.examples)
+
+    @cached_property
+    def read_by(self) -> dict[str, tuple[str, ...]]:
+        """By path, those of before, context and after that read an array."""
+        x, parts = self.x, self.parts
+        functions: dict[str, Callable[..., Any]] = {
+            "before": lambda v, x, b, k: parts.before(v, b, k, True),
+            "after": lambda v, x, b, k: parts.after(v, x, b, k, True),
+        }
+        if (context := parts.context) is not None:
+            functions["context"] = lambda v, x, b, k: context(v, b, k, True)
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            return read_by(functions, self.values, x, self.examples, self.key)
+
+    def not_by_example(self, stages: int) -> str | None:
+        """The first array of x whose leading dim is not the examples, so that stages cannot share them; or None."""
+        if self.rows % stages:
+            return None
+        share = self.rows // stages
+        return shared_by_example(self._entering(share), self.x, share, self.rows)
+
+    def kept_bytes(self, kind: int, remat: str) -> int:
+        """What a block of the model's `kind` keeps for its backward.
+
+        Raises:
+          DeclarationError: it changes the structure or the shapes of x.
+        """
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            block = BlockVjp(self._block(kind), remat, context=False)
+            return residual_bytes(residual_shapes(block, self._layer(kind), self.x, self.c, self.key))
+
+    def costs(self, remat: str) -> LayerCosts:
+        """Operations in each part of the model, forward and backward; those of the loss are not known here."""
+        parts, values, x, c = self.parts, self.values, self.x, self.c
+        outer = {path: values[path] for path in self.model.parameters if path not in parts.block_paths}
+        others = values, self.examples, self.key
+
+        def of_block(kind: int) -> float:
+            layer, run = self._layer(kind), rematerialised(self._block(kind), remat)
+            paths = parts.layers[parts.kinds.index(kind)]
+            trained = {inner: value for inner, value in layer.items() if paths[inner] in self.model.parameters}
+            found = trained_flops(
+                lambda wx, w, c, k: run({**w, **wx[0]}, wx[1], c, k), (trained, x), layer, c, self.key
+            )
+            return float(max(found, 1))  # a block without a product takes some time too
+
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            before = trained_flops(lambda outer, v, b, k: parts.before({**v, **outer}, b, k, True), outer, *others)
+            blocks = [of_block(kind) for kind in range(len(parts.blocks))]
+            after = trained_flops(
+                lambda wx, v, b, k: parts.after({**v, **wx[0]}, wx[1], b, k, True), (outer, x), *others
+            )
+        return LayerCosts(tuple(blocks[kind] for kind in parts.kinds), before, after)
+
+    def _examples(self, rows: int) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)
+
+    def _entering(self, rows: int) -> Any:
+        def before(values: Any, batch: Any, key: Any, train: bool) -> Any:
+            return flowing(self.parts.before(values, batch, key, train), self.dtype)
+
+        return self._shapes(before, self.values, self._examples(rows))
+
+    def _shapes(self, function: Callable[..., Any], values: Mapping[str, Any], examples: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            return jax.eval_shape(lambda v, b, k: function(v, b, k, True), values, examples, self.key)
+
+    def _layer(self, kind: int) -> dict[str, Any]:
+        """Shapes of the arrays of the first block of a kind."""
+        return {inner: self.values[path] for inner, path in self.parts.layers[self.parts.kinds.index(kind)].items()}
+
+    def _block(self, kind: int) -> Callable[..., tuple[Any, Any]]:
+        """A block as a step runs it: ``(layer, x, c, key) -> (x, auxiliary loss)``."""
+        block, name = self.parts.blocks[kind], block_names(self.parts)[kind]
+
+        def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
+            y, auxiliary = split_auxiliary(x, block(w, x, c, k, True))
+            check_flow(x, y, name)
+            return flowing(y, self.dtype), auxiliary
+
+        return run
+
+
+def block_names(parts: Parts) -> tuple[str, ...]:
+    """What the blocks of each kind are called in messages: of several kinds, by the number of the first."""
+    count = len(parts.blocks)
+    return ("block",) if count == 1 else tuple(f"block {parts.kinds.index(kind)}" for kind in range(count))
