@@ -7,11 +7,11 @@ with delayed sends: of the collective-permutes of a step (loops counted), those 
 layers run, that is, a loop over layers or a branch with one. No TPU, jax 0.10.2, libtpu 0.0.42.1:
 
     schedule:microbatches      direct           delayed
-    1f1b:8                     0 of 22         16 of 22      the others are the first and the last 3 cycles, as planned
-    interleaved_1f1b:8         0 of 38         24 of 38      the others, the first and the last 7
+    1f1b:8                     0 of 22         16 of 22      the others: first and last 3 cycles
+    interleaved_1f1b:8         0 of 38         24 of 38      the others: first and last 7 cycles
     gpipe:24                   0 of 54         60 of 60
-    1f1b_split:8               8 of 22         14 of 23      where F, I and W follow one another, dx runs beside the
-    zb_h2:8                    0 of 54         60 of 60      gradients of the embedding
+    1f1b_split:8               8 of 22         14 of 23      5 of the others: beside the gradients of the embedding
+    zb_h2:8                    0 of 54         60 of 60
     zb_v:8                     0 of 102       130 of 130
 
 XLA places a loop between a send's start and end where the other work there is too short for it by its own estimate.
