@@ -9,6 +9,8 @@ tick scan     for each phase of the table: F cell, head, B or I cell, W cell, wh
   B cell      reverse scan over this stage's blocks: vjp of one block, its gradient added to its slice
               dx -> previous stage;  stage 0's dx is dealt out by example for before's vjp
   I, W cells  the same in two: what the previous stage waits for, and later the gradients
+
+With delayed sends an arrow is a permute beside the next cell, and what it brings is there for the cell after that.
 """
 
 from __future__ import annotations
