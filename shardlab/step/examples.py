@@ -12,7 +12,7 @@ and `shardlab.step.folds` what an operation makes of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jax.extend.core import Literal
 
@@ -22,7 +22,7 @@ from shardlab.step.backward import backward_of, has_rule
 from shardlab.step.batch_sum import is_batch_sum
 from shardlab.step.blocks import following
 from shardlab.step.folds import RANDOM, Folds, drawn
-from shardlab.step.kinds import ADDITIVE, ROWS, SAME, SUM, WAY_OUT, Kind, Spot, Value, of_constants
+from shardlab.step.kinds import ADDITIVE, ROWS, SAME, SUM, Kind, Value, of_constants
 from shardlab.step.operations import operation
 from shardlab.step.random import Drawn
 
@@ -51,7 +51,7 @@ def check_rows_to_rows(
     Raises:
       DeclarationError: naming the operation and the line of the model.
     """
-    walk = _Walk(where, rows)
+    walk = Walk(where, rows)
     values = walk.closed(here, there, given)
     if auxiliary:
         values, extra = values[:-2], values[-2:]
@@ -60,7 +60,7 @@ def check_rows_to_rows(
         if value.kind in (Kind.SUM, Kind.COUNT, Kind.ODD):
             what = "sum over" if value.kind is Kind.SUM else "number that follows the count of"
             raise DeclarationError(
-                f"{where}: returns a {what} the examples, and a device holds {rows} of the batch's; {WAY_OUT}"
+                f"{where}: returns a {what} the examples, and a device holds {rows} of the batch's; {_WAY_OUT}"
             )
         if value.kind in (Kind.PLACE, Kind.SHIFTED):
             raise DeclarationError(
@@ -76,7 +76,7 @@ def check_sums(here: Any, there: Any, where: str, rows: int, *, given: Sequence[
     Raises:
       DeclarationError: naming the operation and the line, or which of the two does not follow the examples.
     """
-    _check_pair(_Walk(where, rows).closed(here, there, given), where)
+    _check_pair(Walk(where, rows).closed(here, there, given), where)
 
 
 def _check_pair(values: list[Value], where: str) -> None:
@@ -94,18 +94,20 @@ def _check_pair(values: list[Value], where: str) -> None:
             )
 
 
-class _Walk:
+_WAY_OUT = (
+    "sum it with shardlab.batch_sum, or let XLA see the whole batch: batch_axes='automatic' without a pipeline, with "
+    "microbatches=1"
+)
+
+
+class Walk:
     """A walk over two traces of one function, equation by equation."""
 
     def __init__(self, where: str, rows: int) -> None:
-        self._where, self._rows = where, rows
-        self._line = ""  # of the innermost call: what a library function does has no line of the user's own
+        self.where, self.rows = where, rows
+        self.line = ""  # of the innermost call: what a library function does has no line of the user's own
         self._in_backward = False
         self._folds: Folds = {}
-
-    @property
-    def _at(self) -> Spot:
-        return Spot(self._where, self._rows, self._line)
 
     def folds(self) -> frozenset[Drawn]:
         """How the examples are folded into keys: by their places, or by what is theirs."""
@@ -122,10 +124,7 @@ class _Walk:
         known: dict[Any, Value] = dict(zip(here.constvars, constants, strict=False))
         known |= {var: value for var, value in zip(here.invars, given, strict=False) if value is not None}
         if len(here.eqns) != len(there.eqns):
-            raise DeclarationError(
-                f"{self._where}: is another program for {2 * self._rows} examples than for {self._rows}; let nothing "
-                "but shapes follow the number of examples"
-            )
+            self._other_program()
 
         def value_of(mine: Any, other: Any) -> Value:
             if isinstance(mine, Literal) or isinstance(other, Literal):
@@ -134,12 +133,12 @@ class _Walk:
 
         for mine, other in zip(here.eqns, there.eqns, strict=True):
             ins = [value_of(a, b) for a, b in zip(mine.invars, other.invars, strict=True)]
-            outer, self._line = self._line, _line(mine) or self._line
+            outer, self.line = self.line, _line(mine) or self.line
             made = self._equation(mine, other, ins)
             if has_rule(mine) and not self._in_backward:
                 self._backward((mine, here), (other, there), ins, made)
             known |= dict(zip(mine.outvars, made, strict=True))
-            self._line = outer
+            self.line = outer
         return [value_of(a, b) for a, b in zip(here.outvars, there.outvars, strict=True)]
 
     def _equation(self, mine: Any, other: Any, ins: list[Value]) -> list[Value]:
@@ -148,7 +147,7 @@ class _Walk:
             self._one_doubled_dim(mine, other)
         if is_batch_sum(mine):
             if ins[0].kind not in ADDITIVE and not self._in_backward:
-                self._at.fault(mine, "is given what is not a sum over the examples", name="shardlab.batch_sum")
+                self.fault(mine, "is given what is not a sum over the examples", name="shardlab.batch_sum")
             return [SAME]
         if name == "scan":
             return self._scan(mine, other, ins)
@@ -156,7 +155,7 @@ class _Walk:
             return self._while(mine, other, ins)
         if name == "cond":
             if ins[0].kind in (Kind.SUM, Kind.COUNT, Kind.ODD):
-                self._at.fault(mine, "chooses by a sum over the examples")
+                self.fault(mine, "chooses by a sum over the examples")
             branches = zip(mine.params["branches"], other.params["branches"], strict=True)
             found = zip(*(self.closed(a, b, ins[1:]) for a, b in branches), strict=True)
             return [self._either(mine, values) for values in found]
@@ -168,8 +167,11 @@ class _Walk:
         if name in RANDOM:
             outs = [following(a.aval, b.aval) for a, b in zip(mine.outvars, other.outvars, strict=True)]
             follows = any(dim is not None for dim in outs)
-            return [drawn(self._at, mine, name, ins, follows, self._folds)] * len(outs)
-        return operation(self._at, mine, other, name, ins)
+            return [self._random(mine, name, ins, follows)] * len(outs)
+        return operation(self, mine, other, name, ins)
+
+    def _random(self, mine: Any, name: str, ins: list[Value], follows: bool) -> Value:
+        return drawn(self, mine, name, ins, follows, self._folds)
 
     # Programs inside the program.
 
@@ -178,7 +180,7 @@ class _Walk:
         consts, carried = scan_counts(mine)
         if params["length"] != other.params["length"]:
             if carried:
-                self._at.fault(mine, "carries something from example to example")
+                self.fault(mine, "carries something from example to example")
             return self._over_examples(mine, body, twice, ins, consts)
         values = list(ins)
         while True:
@@ -193,12 +195,12 @@ class _Walk:
         """A scan over examples that carries nothing: its body is a function of one of them."""
         orders = {value.blocks for value in ins[consts:] if value.kind is Kind.ROWS}
         if len(orders) > 1:
-            self._at.fault(mine, "brings examples together that lie in different orders")
+            self.fault(mine, "brings examples together that lie in different orders")
         places = (Kind.PLACE, Kind.SHIFTED)
         slices = [Value(Kind.SHIFTED) if value.kind in places else Value(Kind.ONE) for value in ins[consts:]]
         for value in self.closed(body, twice, [*ins[:consts], *slices]):
             if value.kind not in (Kind.ONE, Kind.SAME, Kind.ZERO):
-                self._at.fault(mine, "takes one value of all examples for each of them")
+                self.fault(mine, "takes one value of all examples for each of them")
         return [Value(Kind.ROWS, next(iter(orders), ()))] * len(mine.outvars)
 
     def _while(self, mine: Any, other: Any, ins: list[Value]) -> list[Value]:
@@ -213,7 +215,7 @@ class _Walk:
         # A condition of the examples' own shape is one for each: JAX keeps those that are done as they are.
         (again,) = self.closed(mine.params["cond_jaxpr"], other.params["cond_jaxpr"], [*conditions, *carry])
         if again.kind not in (Kind.ROWS, Kind.ALIKE, Kind.ONE, Kind.SAME, Kind.ZERO):
-            self._at.fault(mine, "repeats as all examples together say")
+            self.fault(mine, "repeats as all examples together say")
         return carry
 
     def _backward(self, mine: tuple[Any, Any], other: tuple[Any, Any], ins: list[Value], made: list[Value]) -> None:
@@ -232,9 +234,9 @@ class _Walk:
         for index, value in zip(here.given, found, strict=True):
             operand = ins[here.operands[index]]
             if operand.kind in (Kind.ROWS, Kind.ALIKE, Kind.ONE) and value.kind in (Kind.SUM, Kind.COUNT, Kind.ODD):
-                self._at.fault(mine[0], "gives each example a derivative of all of them")
+                self.fault(mine[0], "gives each example a derivative of all of them")
             if value.kind in (Kind.PLACE, Kind.SHIFTED):
-                self._at.fault(mine[0], "uses the places of the examples at hand")
+                self.fault(mine[0], "uses the places of the examples at hand")
 
     def _either(self, mine: Any, values: Sequence[Value]) -> Value:
         """What is known of a value that is one of several."""
@@ -242,7 +244,7 @@ class _Walk:
             return values[0]
         blocks = {value.blocks for value in values if value.kind is Kind.ROWS}
         if len(blocks) > 1:
-            self._at.fault(mine, "brings examples together that lie in different orders")
+            self.fault(mine, "brings examples together that lie in different orders")
         kinds = {value.kind for value in values}
         kind = next(kind for kind in Kind if kind in kinds)
         return Value(Kind.SHIFTED if kind is Kind.PLACE else kind, next(iter(blocks), ()))
@@ -252,7 +254,20 @@ class _Walk:
             pairs = zip(a.aval.shape, b.aval.shape, strict=True) if a.aval.ndim == b.aval.ndim else ()
             changed = [(m, n) for m, n in pairs if m != n]
             if len(changed) > 1 or any(2 * m != n for m, n in changed):
-                self._at.fault(mine, f"makes {list(a.aval.shape)} of {self._rows} examples")
+                self.fault(mine, f"makes {list(a.aval.shape)} of {self.rows} examples")
+
+    def _other_program(self) -> NoReturn:
+        raise DeclarationError(
+            f"{self.where}: is another program for {2 * self.rows} examples than for {self.rows}; let nothing "
+            "but shapes follow the number of examples"
+        )
+
+    def fault(self, equation: Any, what: str, name: str = "") -> NoReturn:
+        """Raises what is wrong with an equation."""
+        raise DeclarationError(
+            f"{self.where}: {name or equation.primitive.name}{self.line} {what}, and a device holds {self.rows} of "
+            f"the batch's; {_WAY_OUT}"
+        )
 
 
 _CALLS = CALLS | {"custom_vmap_call": "call"}

@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
 
-from shardlab.mesh.faults import DeclarationError
 from shardlab.step.blocks import Blocks, following
 
 
@@ -88,36 +87,16 @@ FORM = frozenset(
 ADDITIONS = frozenset({"add", "sub", "add_any", "concatenate", "stack", "pad", "select_n", "dynamic_update_slice"})
 PRODUCTS = frozenset({"mul", "div", "dot_general"})
 
-WAY_OUT = (
-    "sum it with shardlab.batch_sum, or let XLA see the whole batch: batch_axes='automatic' without a pipeline, with "
-    "microbatches=1"
-)
 
-
-@dataclass(frozen=True)
-class Spot:
-    """Where a walk stands.
-
-    Attributes:
-      where: what to call the function in an error.
-      rows: its examples.
-      line: where the user wrote the operation, or "".
-    """
+class Spot(Protocol):
+    """Where a walk stands: `where`, the function's name in an error, `rows`, its examples, and `line`, the user's."""
 
     where: str
     rows: int
     line: str
 
     def fault(self, equation: Any, what: str, name: str = "") -> NoReturn:
-        """Names the operation and the line of what is wrong with it.
-
-        Raises:
-          DeclarationError: always.
-        """
-        raise DeclarationError(
-            f"{self.where}: {name or equation.primitive.name}{self.line} {what}, and a device holds {self.rows} of "
-            f"the batch's; {WAY_OUT}"
-        )
+        """Raises a DeclarationError that names the operation, the line, and what is wrong with it."""
 
 
 def of_constants(mine: Any, other: Any) -> Value:
