@@ -44,7 +44,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; a block of {size:,} parameters")
     print(f"{'remat':<16}{'B':>9}{'I':>9}{'W':>9}{'I + W over B':>14}{'the same in FLOPs':>19}")
     for remat in ("none", "dots_saveable", "full"):
-        measure(remat, model.parts.block, layer, x, c, dy)
+        measure(remat, model.parts.blocks[0], layer, x, c, dy)
 
 
 def measure(remat: str, block: Callable[..., Any], layer: Any, x: Any, c: Any, dy: Any) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shardlab.sharding.rules import Rule, Rules
     from shardlab.step.batch_sum import batch_sum
     from shardlab.step.compile import CompiledStep, compile_train_step
+    from shardlab.step.cross_entropy import cross_entropy
     from shardlab.step.forward import CompiledForward, compile_forward
     from shardlab.step.state import TrainState
     from shardlab.step.verify import Verification, verify
@@ -38,6 +39,7 @@ __all__ = [
     "build_mesh",
     "compile_forward",
     "compile_train_step",
+    "cross_entropy",
     "emulate",
     "make_plan",
     "make_schedule",
@@ -62,6 +64,7 @@ _MODULES = {
     "build_mesh": "shardlab.mesh.build",
     "compile_forward": "shardlab.step.forward",
     "compile_train_step": "shardlab.step.compile",
+    "cross_entropy": "shardlab.step.cross_entropy",
     "emulate": "shardlab.mesh.emulate",
     "make_plan": "shardlab.plan.make",
     "make_schedule": "shardlab.pipeline.schedules",

@@ -143,6 +143,20 @@ def test_schedules_side_by_side(call: Call) -> None:
     assert len(out.splitlines()) == 2 + len(rows)
 
 
+def test_delayed_sends_side_by_side(call: Call) -> None:
+    given = ("schedule", "--compare", "--stages", 4, "--microbatches", 16, "--send", 0.5, "--delayed")
+    rows = {(row["name"], row["delayed"]): row for row in facts(call, *given)["schedules"]}
+    assert rows["1f1b", False]["makespan"] == 19 * 3 + 2 * 18 * 0.5
+    assert rows["1f1b", True]["makespan"] == 19 * 3 + 2 * 3 * 0.5
+    out = call(*given)[1]
+    assert "\n1f1b " in out
+    assert "\n1f1b, delayed " in out
+    found = facts(call, "schedule", "automatic", *given[2:])
+    assert found["sends"] == "delayed"
+    assert found["lockstep"]["makespan"] <= min(row["makespan"] for row in rows.values())
+    assert "\nthe best found: automatic, sends delayed; " in call("schedule", "automatic", *given[2:])[1]
+
+
 def test_the_best_schedule_for_given_times(call: Call) -> None:
     given = ("--stages", 4, "--microbatches", 8, "--limit", 4)
     found = facts(call, "schedule", "automatic", *given)
@@ -180,6 +194,23 @@ def test_a_table_of_ones_own_plans_and_verifies(call: Call, tmp_path: Path) -> N
     status, _, err = call("plan", CONFIG, *given, "--microbatches", 4)
     assert status == 2
     assert "schedule 'mine': is a table for 2 microbatches, a step has 4; use microbatches=2, or another table" in err
+
+
+def test_a_table_with_delayed_sends(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    made = ("--stages", 2, "--microbatches", 2, "--delayed")
+    call("schedule", "1f1b", *made, "--to-csv", file)
+    assert (
+        facts(call, "schedule", "--csv", file, "--delayed")["table"] == facts(call, "schedule", "1f1b", *made)["table"]
+    )
+    given = ("--mesh", "data=1,stage=2", "--target", "cpu:2", "--microbatches", 2, "--sends", "delayed")
+    assert facts(call, "plan", CONFIG, *given, "--schedule", file)["sends"] == "delayed"
+    assert "schedule mine, sends delayed, head over examples\n" in call("plan", CONFIG, *given, "--schedule", file)[1]
+    assert "1f1b: 2 devices, 2 microbatches, 8 ticks, sends delayed\n" in call("plan", CONFIG, *given)[1]
+    call("schedule", "1f1b", *made[:-1], "--to-csv", file)
+    status, _, err = call("plan", CONFIG, *given, "--schedule", file)
+    assert status == 2
+    assert "1F0 needs 0F0, which runs in tick 0 on device 0 and, sent a tick later, arrives for tick 2" in err
 
 
 def test_a_bad_table_is_printed_with_the_cell_marked(call: Call, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ SHOWN = {
     "pipeline_1f1b": lambda plan: (plan.schedule, plan.layers, plan.num_microbatches) == ("1f1b", (1, 1, 1, 1), 8),
     "quickstart": lambda plan: plan.mesh.sizes == {"data": 2, "stage": 2, "tensor": 2},
     "tensor_parallel": lambda plan: plan.mesh.sizes == {"tensor": 8},
+    "vocabulary": lambda plan: plan.vocabulary == {"unembed/kernel": 1} and plan.layers == (1, 1, 1, 1),
 }
 
 

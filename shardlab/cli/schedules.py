@@ -22,6 +22,7 @@ class _Schedule(Common):
     virtual: int = option(0, "stages that a device holds; 0 leaves it to the schedule")
     costs: str = option("1,1,1", "times of a stage's forward, gradient of the input, gradient of the weights", "F,I,W")
     send: float = option(0.0, "time of a send between devices")
+    delayed: bool = option(False, "send during the next tick, beside what that computes; with --compare, both ways")
     limit: float = option(0.0, "for automatic: microbatches' activations that a device may hold; 0 is any number")
     compare: bool = option(False, "every schedule side by side, and automatic; the costs are of a whole device")
     csv: str = option("", "read the table from a CSV file, a row a device, as PyTorch's compute_only", "FILE")
@@ -64,14 +65,17 @@ def _schedule(options: Any, costs: Costs) -> tuple[Schedule, Costs, list[str]]:
     from shardlab.pipeline.table_csv import read_csv
 
     if options.csv:
-        return read_csv(options.csv, in_order=options.in_order), costs, []
+        return read_csv(options.csv, in_order=options.in_order, delayed=options.delayed), costs, []
     if options.in_order:
         raise DeclarationError("--in-order: says how the rows of a table are read; give one with --csv FILE")
     sizes = {"stages": options.stages, "microbatches": options.microbatches}
     if options.name != "automatic":
-        return make_schedule(options.name, **sizes, virtual=options.virtual or None), costs, []
-    found = automatic(**sizes, costs=costs, limit=options.limit or None, virtual=options.virtual or 2)
-    remarks = [f"the best found: {found.schedule.name}; a stage's costs are its share of a device's"]
+        virtual = options.virtual or None
+        return make_schedule(options.name, **sizes, virtual=virtual, delayed=options.delayed), costs, []
+    limit, virtual = options.limit or None, options.virtual or 2
+    found = automatic(**sizes, costs=costs, limit=limit, virtual=virtual, delayed=options.delayed)
+    late = ", sends delayed" if found.schedule.delayed else ""
+    remarks = [f"the best found: {found.schedule.name}{late}; a stage's costs are its share of a device's"]
     remarks += [f"takes as long: {', '.join(found.equals)}"] if found.equals else []
     slower = ", ".join(f"{name} {makespan:g}" for name, makespan in found.beats)
     remarks += [f"takes longer: {slower}"] if slower else []
@@ -107,15 +111,14 @@ def _compare(options: Any, costs: Costs) -> int:
     """Every schedule side by side."""
     from shardlab.report.comparison import comparison_rows, comparison_table
 
-    rows = comparison_rows(
-        stages=options.stages, microbatches=options.microbatches, costs=costs, limit=options.limit or None
-    )
+    sizes = {"stages": options.stages, "microbatches": options.microbatches}
+    rows = comparison_rows(**sizes, costs=costs, limit=options.limit or None, delayed=options.delayed)
     if options.draw:
         from shardlab.pipeline.schedules import make_schedule
         from shardlab.report.timeline import draw_timeline
 
-        sizes = {"stages": options.stages, "microbatches": options.microbatches}
-        made = [make_schedule(row["name"], **sizes) for row in rows if row["name"] != "automatic"]
+        named = [row for row in rows if row["name"] != "automatic"]
+        made = [make_schedule(row["name"], **sizes, delayed=row["delayed"]) for row in named]
         draw_timeline(Path(options.draw), made, [costs.shared(one) for one in made])
     facts = {"stages": options.stages, "microbatches": options.microbatches, "schedules": rows}
     return show(options, facts, comparison_table(rows))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.module.model import Model, Parts, call, call_after
+from shardlab.module.model import Model, Parts, call, call_after, kinds_of
 from shardlab.module.pipeline import Pipeline
 
 
@@ -18,13 +20,15 @@ class Functions:
     """A model as functions of a pytree of parameters.
 
     Give `apply`, or (for stacked layers and pipelines) `before`, `block` and `after`, with the per-layer trees in
-    a list ``params[blocks]``. A function that takes ``key``, ``train`` or ``deterministic`` is given it by keyword.
+    a list ``params[blocks]``; blocks of different kinds have trees, or functions, of their own. A function that takes
+    ``key``, ``train`` or ``deterministic`` is given it by keyword.
 
     Attributes:
       init: ``key -> params``.
       apply: ``(params, batch) -> y``.
       before: ``(params, batch) -> x``.
-      block: ``(layer params, x) -> x``, or ``(layer params, x, c) -> x`` with a `context`.
+      block: ``(layer params, x) -> x``, or ``(layer params, x, c) -> x`` with a `context`; a sequence of them, one
+        for every layer, where they differ.
       after: ``(params, x, batch) -> y`` or ``(params, x) -> y``.
       context: ``(params, batch) -> c``.
       blocks: the key of the list of layers in ``params``; `before`, `after` and `context` do not see it.
@@ -36,7 +40,7 @@ class Functions:
     init: Callable[..., Any]
     apply: Callable[..., Any] | None = None
     before: Callable[..., Any] | None = None
-    block: Callable[..., Any] | None = None
+    block: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
     after: Callable[..., Any] | None = None
     context: Callable[..., Any] | None = None
     blocks: str = "blocks"
@@ -106,21 +110,24 @@ def _parts(functions: Functions, shapes: Any) -> Parts:
     outer = {key: value for key, value in shapes.items() if key != name}
     outer_leaves, outer_def = jax.tree_util.tree_flatten_with_path(outer)
     outer_paths = [path_of(keys) for keys, _ in outer_leaves]
-    layers, layer_def = [], None
+    if not shapes[name]:
+        raise DeclarationError(f"model: the list params[{name!r}] is empty; a pipeline needs blocks")
+    layers, members = [], []
+    count = len(shapes[name])
+    each = tuple(block) if isinstance(block, Sequence) else (block,) * count
+    if len(each) != count:
+        raise DeclarationError(
+            f"model: block= has {len(each)} functions and params[{name!r}] {count} layers; give one for every layer"
+        )
     for index, layer in enumerate(shapes[name]):
-        layer_leaves, found = jax.tree_util.tree_flatten_with_path(layer)
-        if layer_def is not None and found != layer_def:
-            raise DeclarationError(
-                f"{name}/{index}: its parameters are not those of {name}/0; every block of a stack has the same tree"
-            )
-        layer_def = found
+        layer_leaves, layer_def = jax.tree_util.tree_flatten_with_path(layer)
         layers.append({path_of(keys): f"{name}/{index}/{path_of(keys)}" for keys, _ in layer_leaves})
+        kinds_of_leaves = tuple((leaf.shape, leaf.dtype) for _, leaf in layer_leaves)
+        members.append((each[index], layer_def, kinds_of_leaves))
+    kinds = kinds_of(members, operator.eq, name)
 
     def outside(values: Any) -> Any:
         return jax.tree.unflatten(outer_def, [values[path] for path in outer_paths])
-
-    def inside(layer: Any) -> Any:
-        return jax.tree.unflatten(layer_def, [layer[path] for path in layers[0]])
 
     def run_before(values: Any, batch: Any, key: Any, train: bool) -> Any:
         return call(before, outside(values), batch, key=key, train=train)
@@ -129,12 +136,20 @@ def _parts(functions: Functions, shapes: Any) -> Parts:
         assert functions.context is not None
         return call(functions.context, outside(values), batch, key=key, train=train)
 
-    def run_block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
+    def run_block(first: int, layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         context = () if functions.context is None else (c,)
-        return call(block, inside(layer), x, *context, key=key, train=train)
+        function, layer_def, _ = members[first]
+        inside = jax.tree.unflatten(layer_def, [layer[path] for path in layers[first]])
+        return call(function, inside, x, *context, key=key, train=train)
 
     def run_after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return call_after(after, outside(values), x, batch=batch, key=key, train=train)
 
-    context = None if functions.context is None else run_context
-    return Parts(tuple(layers), run_before, context, run_block, run_after)
+    return Parts(
+        layers=tuple(layers),
+        before=run_before,
+        context=None if functions.context is None else run_context,
+        kinds=kinds,
+        blocks=tuple(functools.partial(run_block, kinds.index(kind)) for kind in range(max(kinds) + 1)),
+        after=run_after,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax.core import meta
 
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.module.functions import path_of
-from shardlab.module.model import Model, Parts, accepted, as_held, call, call_after
+from shardlab.module.model import Model, Parts, accepted, as_held, call, call_after, kinds_of
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.written import written_by
 from shardlab.sharding.annotations import from_linen
@@ -151,23 +152,15 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
         for role, method in methods
         if method is not None and not hasattr(type(module), method)
     )
-    layers: list[dict[str, str]] = []
-    for child in blocks:
-        inside = {path.removeprefix(f"{child}/"): path for path in parameters if path.startswith(f"{child}/")}
-        if layers and set(inside) != set(layers[0]):
-            odd = sorted(set(inside) ^ set(layers[0]))[0]
-            raise DeclarationError(
-                f"{child}/{odd}: not every block has it; every block of a stack has the same parameters"
-            )
-        for path in inside:
-            first, here = parameters[next(iter(blocks)) + "/" + path], parameters[inside[path]]
-            if first.shape != here.shape or first.dtype != here.dtype:
-                raise DeclarationError(
-                    f"{inside[path]}: {here.dtype}{list(here.shape)} here and {first.dtype}{list(first.shape)} in the "
-                    "first block; every block of a stack has the same shapes"
-                )
-        layers.append(inside)
-    template = next(iter(blocks.values()))
+    layers = [
+        {path.removeprefix(f"{child}/"): path for path in parameters if path.startswith(f"{child}/")}
+        for child in blocks
+    ]
+    shapes = [
+        {inside: (parameters[path].shape, parameters[path].dtype) for inside, path in layer.items()} for layer in layers
+    ]
+    members = list(zip(blocks.values(), shapes, strict=True))
+    kinds = kinds_of(members, lambda one, two: _same(two[0], one[0]) and one[1] == two[1], pipeline.blocks)
     inner = {path for layer in layers for path in layer.values()}
     outer = [path for path in parameters if path not in inner]
 
@@ -188,7 +181,7 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
         assert pipeline.context is not None
         return run(values, pipeline.context, batch, key=key, train=train)
 
-    def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
+    def block(template: nn.Module, layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         args: tuple[Any, ...] = (x,) if pipeline.context is None else (x, c)
         rngs = None if key is None else {"params": key, "dropout": key}
         args, named = _accepted(template.__call__, args, train)
@@ -197,7 +190,14 @@ def _parts(module: nn.Module, pipeline: Pipeline, parameters: Any) -> Parts:
     def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return run(values, pipeline.after, x, key=key, train=train, last=batch)
 
-    return Parts(tuple(layers), before, None if pipeline.context is None else context, block, after)
+    return Parts(
+        layers=tuple(layers),
+        before=before,
+        context=None if pipeline.context is None else context,
+        kinds=kinds,
+        blocks=tuple(functools.partial(block, members[kinds.index(kind)][0]) for kind in range(max(kinds) + 1)),
+        after=after,
+    )
 
 
 def _blocks(module: nn.Module, pipeline: Pipeline) -> dict[str, nn.Module]:
@@ -213,15 +213,7 @@ def _blocks(module: nn.Module, pipeline: Pipeline) -> dict[str, nn.Module]:
         ) from None
     if not found:
         raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
-    children = {str(block.name): block.clone(parent=None, name=None) for block in found}
-    templates = list(children.values())
-    for child, block in children.items():
-        if not _same(block, templates[0]):
-            raise DeclarationError(
-                f"{child}: {block!r} is not the first block, {templates[0]!r}; every block of a stack runs the same "
-                "program, so pass what differs as an array"
-            )
-    return children
+    return {str(block.name): block.clone(parent=None, name=None) for block in found}
 
 
 def _same(block: nn.Module, other: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Shapes: B examples; every leaf of a batch has B as its leading dim.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +29,16 @@ class Parts:
       layers: for each block, in order, the path of every array it holds by the path inside the block.
       before: ``(values, batch, key, train) -> x``.
       context: ``(values, batch, key, train) -> c``, or None.
-      block: ``(layer values by path inside the block, x, c, key, train) -> x``.
+      kinds: of each block, which kind it is; blocks of one kind are one program over arrays of the same shapes.
+      blocks: by kind, ``(layer values by path inside the block, x, c, key, train) -> x``.
       after: ``(values, x, batch, key, train) -> y``.
     """
 
     layers: tuple[Mapping[str, str], ...]
     before: Callable[..., Any]
     context: Callable[..., Any] | None
-    block: Callable[..., Any]
+    kinds: tuple[int, ...]
+    blocks: tuple[Callable[..., Any], ...]
     after: Callable[..., Any]
 
     @property
@@ -199,6 +201,34 @@ def accepted(
             break  # The call is wrong, and Python says so best.
         given.append(named.pop(parameter.name) if parameter.name in named else parameter.default)
     return tuple(given), named
+
+
+def kinds_of(layers: Sequence[Any], same: Callable[[Any, Any], bool], list_name: str) -> tuple[int, ...]:
+    """Of each block which kind it is, kinds being numbered as they come.
+
+    Args:
+      layers: whatever tells a block's kind.
+      same: whether two blocks are of one kind.
+      list_name: what the list of blocks is called.
+
+    Raises:
+      DeclarationError: there are more than `MAX_KINDS` kinds.
+    """
+    firsts: list[int] = []
+    kinds = []
+    for index, layer in enumerate(layers):
+        kind = next((kind for kind, first in enumerate(firsts) if same(layers[first], layer)), len(firsts))
+        firsts += [index] if kind == len(firsts) else []
+        if len(firsts) > MAX_KINDS:
+            raise DeclarationError(
+                f"{list_name}/{index}: is a block of yet another kind, after {MAX_KINDS} others (a layer index, or a "
+                "function of its own?), and every kind is a program in every stage; pass what differs as an array"
+            )
+        kinds.append(kind)
+    return tuple(kinds)
+
+
+MAX_KINDS = 8
 
 
 def read_model(model: Any, batch: Any, pipeline: Pipeline | None = None) -> Model:

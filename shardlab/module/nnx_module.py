@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
-from shardlab.module.model import Model, Parts, Values, as_held, call, call_after
+from shardlab.module.model import Model, Parts, Values, as_held, call, call_after, kinds_of
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.written import written_by
 from shardlab.sharding.annotations import from_nnx
@@ -199,16 +200,20 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
         raise DeclarationError(f"pipeline blocks={pipeline.blocks!r}: the list is empty; a pipeline needs blocks")
     _refuse_shared(model, pipeline.blocks, blocks)
 
-    stages: dict[bool, tuple[Graph, Graph]] = {}
+    stages: dict[bool, tuple[Graph, list[Graph]]] = {}
     for train in (True, False):
         whole = mode(train)
         members = [Graph(block) for block in getattr(whole, pipeline.blocks)]
-        _refuse_different(members, pipeline.blocks)
         setattr(whole, pipeline.blocks, nnx.List([]))
-        stages[train] = (Graph(whole), members[0])
-    held = set(stages[True][1].of(nnx.RngState))
-    inner = [path for path in stages[True][1].paths if path not in held]
-    layers = tuple({path: f"{pipeline.blocks}/{i}/{path}" for path in inner} for i in range(len(blocks)))
+        stages[train] = (Graph(whole), members)
+    kinds = kinds_of(stages[True][1], _same_kind, pipeline.blocks)
+    firsts = [kinds.index(kind) for kind in range(max(kinds) + 1)]
+    inner = []
+    for first in firsts:
+        graph = stages[True][1][first]
+        held = set(graph.of(nnx.RngState))
+        inner.append([path for path in graph.paths if path not in held])
+    layers = tuple({path: f"{pipeline.blocks}/{i}/{path}" for path in inner[kind]} for i, kind in enumerate(kinds))
 
     def outside(values: Any, key: Any, train: bool, function: Callable[[Any], Any]) -> Any:
         return stages[train][0].refuse_writing(values, key, function)
@@ -221,13 +226,14 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
         method = pipeline.context
         return outside(values, key, train, lambda m: call(getattr(m, method), batch, key=key, train=train))
 
-    def block(layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
+    def block(first: int, layer: Any, x: Any, c: Any, key: Any, train: bool) -> Any:
         args = (x,) if pipeline.context is None else (x, c)
 
         def run(module: Any) -> Any:
             return call(module.__call__, *args, key=key, train=train)
 
-        return stages[train][1].refuse_writing(layer, key, run, f"{pipeline.blocks}/*/")
+        number = "*" if len(firsts) == 1 else first
+        return stages[train][1][first].refuse_writing(layer, key, run, f"{pipeline.blocks}/{number}/")
 
     def after(values: Any, x: Any, batch: Any, key: Any, train: bool) -> Any:
         return outside(
@@ -237,7 +243,14 @@ def _parts(mode: Callable[[bool], nnx.Module], pipeline: Pipeline) -> Parts:
             lambda m: call_after(getattr(m, pipeline.after), x, batch=batch, key=key, train=train),
         )
 
-    return Parts(layers, before, None if pipeline.context is None else context, block, after)
+    return Parts(
+        layers=layers,
+        before=before,
+        context=None if pipeline.context is None else context,
+        kinds=kinds,
+        blocks=tuple(functools.partial(block, first) for first in firsts),
+        after=after,
+    )
 
 
 def _named(pipeline: Pipeline) -> tuple[tuple[str, str | None], ...]:
@@ -291,27 +304,9 @@ def _refuse_shared(model: nnx.Module, attribute: str, blocks: list[nnx.Module]) 
     raise_faults(faults)
 
 
-def _refuse_different(members: list[Graph], attribute: str) -> None:
-    """Blocks of a stack run as one program: same structure, same shapes."""
-    first = members[0]
-    for index, graph in enumerate(members[1:], start=1):
-        for path in sorted(set(first.paths) | set(graph.paths)):
-            mine, theirs = first.shapes.get(path), graph.shapes.get(path)
-            if mine is None or theirs is None:
-                where = f"{attribute}/{0 if theirs is None else index}/{path}"
-                raise DeclarationError(
-                    f"{where}: only this block has it; every block of a stack has the same parameters"
-                )
-            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-                raise DeclarationError(
-                    f"{attribute}/{index}/{path}: {theirs.dtype}{list(theirs.shape)} here and {mine.dtype}"
-                    f"{list(mine.shape)} in {attribute}/0; every block of a stack has the same shapes"
-                )
-        if graph.graphdef != first.graphdef:
-            raise DeclarationError(
-                f"{attribute}/{index}: its static attributes are not those of {attribute}/0 (a layer index, or another "
-                "function); every block of a stack runs the same program, so pass what differs as an array"
-            )
+def _same_kind(block: Graph, other: Graph) -> bool:
+    """Whether two blocks are one program: the same static attributes, arrays of the same names, shapes and dtypes."""
+    return block.paths == other.paths and block.shapes == other.shapes and block.graphdef == other.graphdef
 
 
 def _refuse_frozen(model: nnx.Module) -> None:

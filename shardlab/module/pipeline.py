@@ -10,7 +10,8 @@ class Pipeline:
     """Names of the attributes and methods that make a module pipelinable.
 
     * ``before(batch) -> x``            what happens to a batch before the first block
-    * ``blocks``                        the list of repeated blocks, each called ``block(x)`` or ``block(x, c)``
+    * ``blocks``                        the list of blocks, each called ``block(x)`` or ``block(x, c)``; those of one
+                                        class, attributes and shapes are one kind and one program
     * ``after(x, batch) -> y``          (or ``after(x)``) what the last block's output becomes
     * ``context(batch) -> c``           optional: positions, masks, conditioning; there for every block
 

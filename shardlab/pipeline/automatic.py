@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shardlab.pipeline.actions import Action, Kind, ScheduleError, Tick, needs
+from shardlab.pipeline.actions import Action, Kind, ScheduleError, Tick
 from shardlab.pipeline.cost import EQUAL, Cost, Costs, cost
 from shardlab.pipeline.schedules import SCHEDULES, Placement, Schedule, make_schedule
+from shardlab.pipeline.zero_bubble import is_there
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ class Automatic:
 
 
 def automatic(
-    *, stages: int, microbatches: int, costs: Costs = EQUAL, limit: float | None = None, virtual: int = 2
+    *,
+    stages: int,
+    microbatches: int,
+    costs: Costs = EQUAL,
+    limit: float | None = None,
+    virtual: int = 2,
+    delayed: bool = False,
 ) -> Automatic:
     """The schedule of the least makespan in step that holds at most `limit` microbatches' activations on a device.
 
@@ -51,6 +58,7 @@ def automatic(
         costs: of all that a device holds, by device where they are tuples; a virtual stage takes its share.
         limit: in activations of all that a device holds; None: M, which every schedule fits.
         virtual: most virtual stages of a device.
+        delayed: whether sends may be delayed; each schedule is then looked at with direct and with delayed ones.
 
     Raises:
         ScheduleError: a limit below 1, in which nothing fits; costs of another number of devices.
@@ -65,17 +73,21 @@ def automatic(
         raise ScheduleError(
             f"limit is {limit}; a device holds at least the microbatch that it computes: give 1 or more"
         )
+    ways = (False, True) if delayed and stages > 1 else (False,)
     named: dict[str, tuple[Schedule, Cost]] = {}
-    for name, made in SCHEDULES.items():
+    for late, (name, made) in itertools.product(ways, SCHEDULES.items()):
         for count in range(made.virtual, virtual + 1):
             if count == made.virtual or made.any_virtual:
-                schedule = make_schedule(name, stages=stages, microbatches=microbatches, virtual=count)
-                label = name if count == made.virtual else f"{name} (virtual {count})"
+                schedule = make_schedule(name, stages=stages, microbatches=microbatches, virtual=count, delayed=late)
+                about = [f"virtual {count}"] * (count != made.virtual) + ["delayed"] * late
+                label = f"{name} ({', '.join(about)})" if about else name
                 named[label] = schedule, cost(schedule, costs.shared(schedule))
     held = {name: max(at.peak_in_flight) / schedule.num_virtual for name, (schedule, at) in named.items()}
     fitting = {name: pair for name, pair in named.items() if held[name] <= limit}
     built = (
-        (schedule, cost(schedule, costs.shared(schedule))) for schedule in _built(stages, microbatches, limit, virtual)
+        (schedule, cost(schedule, costs.shared(schedule)))
+        for late in ways
+        for schedule in _built(stages, microbatches, limit, virtual, late)
     )
     best: tuple[Schedule, Cost] | None = None
     # Named ones first: of equals the one with a name is taken, and of those the one that holds the least.
@@ -102,7 +114,7 @@ def _holds(schedule: Schedule, at: Cost) -> float:
 _PRIORITIES: tuple[tuple[Kind, ...], ...] = (("I", "F", "W"), ("F", "I", "W"), ("I", "W", "F"))
 
 
-def _built(stages: int, microbatches: int, limit: float, virtual: int) -> Iterator[Schedule]:
+def _built(stages: int, microbatches: int, limit: float, virtual: int, delayed: bool) -> Iterator[Schedule]:
     """List schedules of every priority, placement and way to share the limit."""
     placements: list[tuple[int, Placement]] = [(1, "loop")]
     placements += [(count, "loop") for count in range(2, virtual + 1)] + ([(2, "v")] if virtual > 1 else [])
@@ -114,25 +126,19 @@ def _built(stages: int, microbatches: int, limit: float, virtual: int) -> Iterat
             [max(min(most, 2 * (stages - device) * count - 1), 1) for device in range(stages)],
         )
         for limits in shares:
-            ticks = _list_schedule(stages, microbatches, count, placement, priority, limits)
+            where = Schedule("automatic", stages, count, microbatches, (), placement, delayed)
+            ticks = _list_schedule(where, priority, limits)
             if ticks is not None:
-                yield Schedule("automatic", stages, count, microbatches, ticks, placement)
+                yield replace(where, ticks=ticks)
 
 
-def _list_schedule(
-    stages: int,
-    microbatches: int,
-    virtual: int,
-    placement: Placement,
-    priority: Sequence[Kind],
-    limits: Sequence[int],
-) -> tuple[Tick, ...] | None:
+def _list_schedule(where: Schedule, priority: Sequence[Kind], limits: Sequence[int]) -> tuple[Tick, ...] | None:
     """Every device takes, tick by tick, the first ready action by kind, the deepest stage first; None if all stick."""
-    where = Schedule("automatic", stages, virtual, microbatches, (), placement)
-    mine = [[where.stage_of(device, index) for index in reversed(range(virtual))] for device in range(stages)]
+    stages, microbatches = where.num_devices, where.num_microbatches
+    mine = [[where.stage_of(device, index) for index in reversed(range(where.num_virtual))] for device in range(stages)]
     following = {(stage, kind): 0 for stage in range(where.num_stages) for kind in priority}
     held = [0] * stages
-    done: set[Action] = set()
+    done: dict[Action, tuple[int, int]] = {}
     ticks: list[Tick] = []
 
     def ready(device: int) -> Action | None:
@@ -141,17 +147,17 @@ def _list_schedule(
                 action = Action(stage, kind, following[stage, kind])
                 if action.microbatch == microbatches or (kind == "F" and held[device] >= limits[device]):
                     continue
-                if all(done & set(alternatives) for alternatives in needs(action, where.num_stages)):
+                if is_there(action, device, len(ticks), done, where.num_stages, delayed=where.delayed):
                     return action
         return None
 
     while len(done) < 3 * where.num_stages * microbatches:
         tick = tuple(ready(device) for device in range(stages))
-        if not any(tick):
+        if not any(tick) and not (where.delayed and ticks and any(ticks[-1])):
             return None
         for device, action in enumerate(tick):
             if action is not None:
-                done.add(action)
+                done[action] = len(ticks), device
                 following[action.stage, action.kind] += 1
                 held[device] += {"F": 1, "W": -1}.get(action.kind, 0)
         ticks.append(tick)

@@ -17,8 +17,17 @@ In a divergent iteration a device does at most one of F, B, I and W. The head an
 concern every device: on a V what goes to the next stage may travel back round the ring, and what turns round at its
 ends stays on the device, mail[local_slot].
 
+With delayed sends what a tick has made stays in the *outbox* while the next tick runs; meanwhile a copy of it travels,
+and is put into its slot when that tick ends:
+
+    a tick     arrived = outbox, one device on or back;  the F, B, I or W part;  mail[slot] = arrived;  outbox = y or dx
+
+so that nothing which a tick computes waits for what travels beside it. What the last tick of an iteration has made
+travels during the first of the next. A tick in which nothing is computed is a part too, in which only that happens.
+Where a phase begins with another kind in the outbox than its iterations leave there, that is sent before the scan.
+
 Mail is what a stage receives: x from the stage before or a cotangent from the one after. An arrival is stored in the
-iteration that sent it and read in a later one; nothing is stored that no action reads. A value is live from the write
+iteration in which it is sent and read later; nothing is stored that no action reads. A value is live from the write
 of its slot to its last read, and no slot is written while live, so that buffers are as small as the schedule allows,
 whatever the number of microbatches.
 """
@@ -31,6 +40,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from shardlab.pipeline.actions import KINDS, Action, Kind, ScheduleError, Tick
+from shardlab.pipeline.cost import sends
 from shardlab.pipeline.schedules import Schedule
 from shardlab.pipeline.zero_bubble import in_ticks
 
@@ -40,8 +50,10 @@ When = Literal["never", "sometimes", "always"]
 NOTHING = -1
 
 # When things happen within an iteration: the order of the reads and writes above. For a divergent iteration, in which
-# all reads come first, it asks for more than is needed.
-_READ_INPUT, _WRITE_FORWARD, _WRITE_HEAD, _READ_BACKWARD, _WRITE_BACKWARD, _READ_WEIGHTS, _MOMENTS = range(7)
+# all reads come first, it asks for more than is needed. The first and the last are of delayed sends alone.
+_SENT_BEFORE, _READ_INPUT, _WRITE_FORWARD, _WRITE_HEAD, _READ_BACKWARD, _WRITE_BACKWARD, _READ_WEIGHTS = range(7)
+_WRITE_WEIGHTS, _MOMENTS = 7, 8
+_ENDS = (_WRITE_FORWARD, _WRITE_BACKWARD, _WRITE_WEIGHTS)  # of the F, the B or I, and the W part
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class Phase:
 
     cell: Cell
     """Kinds of an iteration, in order; of a divergent phase, those of which a device does one."""
+    parts: tuple[Kind | None, ...]
+    """The ticks of an iteration by their kinds; None where only delayed sends go on. Of a divergent phase, `cell`."""
     divergent: bool
     """Whether devices do different kinds of action in one iteration."""
     length: int
@@ -86,6 +100,10 @@ class Phase:
     """Where it puts what comes from the device after it."""
     local_slot: PerDevice
     """Where it puts what it made itself for its next stage, at the turn of a V."""
+    first_slot: tuple[int, ...]
+    """Where it puts what is sent before the scan, from the outbox."""
+    first_step: int
+    """Which way round the ring that goes: 1 onwards, -1 back, 0 nothing is sent."""
     before_microbatch: tuple[int, ...]
     """The microbatch whose forward stage 0 runs."""
     head_microbatch: tuple[int, ...]
@@ -94,6 +112,15 @@ class Phase:
     """The mail slot of the last stage's device where the head puts that microbatch's cotangent."""
     finish_microbatch: tuple[int, ...]
     """The microbatch whose B or I stage 0 runs."""
+
+
+def step_of(kind: Kind | None) -> int:
+    """Which way round the ring goes what an action makes: 1 onwards, -1 back, 0 nowhere.
+
+    >>> step_of("F"), step_of("I"), step_of("W")
+    (1, -1, 0)
+    """
+    return {"F": 1, "B": -1, "I": -1}.get(kind or "", 0)
 
 
 @dataclass(frozen=True)
@@ -112,13 +139,25 @@ class Program:
         """Whether some backward is split in I and W."""
         return self.num_cut_slots > 0
 
+    @property
+    def delayed(self) -> bool:
+        """Whether sends are delayed; one device sends nothing."""
+        return _delayed(self.schedule)
+
+
+def _delayed(schedule: Schedule) -> bool:
+    return schedule.delayed and schedule.num_devices > 1
+
 
 @dataclass(frozen=True)
 class _Iteration:
     f: Tick
     b: Tick
     w: Tick
+    ticks: tuple[tuple[int, Tick], ...]
+    """Of which it is made, and the place of each: 0 the F part, 1 the B or I part, 2 the W part."""
     cell: Cell
+    parts: tuple[Kind | None, ...]
     divergent: bool
 
     @property
@@ -140,10 +179,11 @@ def program(schedule: Schedule) -> Program:
     (2, 7, 0)
     """
     iterations = _iterations(schedule)
-    slots = _allocate(schedule, iterations)
+    arrivals = _arrivals(schedule, iterations)
+    slots = _allocate(schedule, iterations, arrivals)
     return Program(
         schedule=schedule,
-        phases=_phases(schedule, iterations, slots),
+        phases=_phases(schedule, iterations, arrivals, slots),
         # At least 1: an array of no slots cannot be indexed.
         num_mail_slots=max(_num_slots(slots.mail), 1),
         num_residual_slots=_num_slots(slots.residuals),
@@ -153,6 +193,8 @@ def program(schedule: Schedule) -> Program:
 
 def breadth_first(schedule: Schedule, *, microbatches: int) -> Schedule:
     """All forwards of a schedule's stages, then all backwards, on its devices, for any number of microbatches.
+
+    Its sends are direct.
 
     >>> from shardlab.pipeline.schedules import make_schedule
     >>> breadth_first(make_schedule("zb_v", stages=1, microbatches=4), microbatches=1).table()
@@ -168,17 +210,20 @@ def breadth_first(schedule: Schedule, *, microbatches: int) -> Schedule:
         backwards = [Action(forward.stage, "B", forward.microbatch) for forward in reversed(forwards)]
         rows.append([*forwards, *backwards])
     ticks = in_ticks(rows, num_stages=schedule.num_stages)
-    return replace(schedule, num_microbatches=microbatches, ticks=ticks)
+    return replace(schedule, num_microbatches=microbatches, ticks=ticks, delayed=False)
 
 
 def forward_program(schedule: Schedule) -> Program:
-    """The program of a schedule's forwards alone, in its own order, to evaluate: mail, and nothing kept."""
+    """The program of a schedule's forwards alone, in its own order, to evaluate: mail, and nothing kept.
+
+    Its sends are direct.
+    """
+    schedule = replace(schedule, delayed=False)
     rows = [[action for action in schedule.row(device) if action.kind == "F"] for device in range(schedule.num_devices)]
     ticks = in_ticks(rows, num_stages=schedule.num_stages)
-    iterations = [
-        _Iteration(tick, (None,) * len(tick), (None,) * len(tick), ("F",), divergent=schedule.placement == "v")
-        for tick in ticks
-    ]
+    nothing: Tick = (None,) * schedule.num_devices
+    divergent = schedule.placement == "v"
+    iterations = [_Iteration(tick, nothing, nothing, ((0, tick),), ("F",), ("F",), divergent) for tick in ticks]
     when = {action: index for index, iteration in enumerate(iterations) for action in iteration.actions}
     lives = {
         ("x", action.stage, action.microbatch): (
@@ -189,7 +234,8 @@ def forward_program(schedule: Schedule) -> Program:
         if action.stage > 0
     }
     slots = _Slots(_slots(schedule, lives), {}, {})
-    return Program(schedule, _phases(schedule, iterations, slots), max(_num_slots(slots.mail), 1), 0, 0)
+    phases = _phases(schedule, iterations, _arrivals(schedule, iterations), slots)
+    return Program(schedule, phases, max(_num_slots(slots.mail), 1), 0, 0)
 
 
 def is_uniform(schedule: Schedule) -> bool:
@@ -201,19 +247,24 @@ def is_uniform(schedule: Schedule) -> bool:
 
 
 def _iterations(schedule: Schedule) -> list[_Iteration]:
-    """The ticks as iterations: of a uniform schedule an F tick, a B or I tick and a W tick in this order are one."""
-    ticks = [tick for tick in schedule.ticks if any(tick)]
+    """The ticks as iterations: of a uniform schedule an F tick, a B or I tick and a W tick in this order are one.
+
+    A tick in which only delayed sends go on follows an F in its iteration, or else begins one.
+    """
+    ticks = [tick for tick in schedule.ticks if any(tick) or _delayed(schedule)]
     if schedule.placement == "v" or not is_uniform(schedule):
         kinds = {action.kind for tick in ticks for action in tick if action}
         cell: Cell = tuple(kind for kind in KINDS if kind in kinds)
-        return [_Iteration(tick, tick, tick, cell, divergent=True) for tick in ticks]
-    merged: list[list[tuple[Kind, Tick]]] = []
+        return [_Iteration(tick, tick, tick, ((0, tick),), cell, cell, divergent=True) for tick in ticks]
+    merged: list[_Parts] = []
     for tick in ticks:
-        kind = next(action.kind for action in tick if action)
-        if merged and _place(kind) > _place(merged[-1][-1][0]):
-            merged[-1].append((kind, tick))
+        kind = next((action.kind for action in tick if action), None)
+        before = merged[-1][-1] if merged else None
+        place = _place(kind) if kind else 1 if before and before[1] == "F" else 0
+        if before and place > before[0]:
+            merged[-1].append((place, kind, tick))
         else:
-            merged.append([(kind, tick)])
+            merged.append([(place, kind, tick)])
     # Where all forwards precede all backwards, an F tick and a B tick meet at the turn: merged, they would be a scan
     # of their own, compiled apart. They stay apart wherever that makes fewer scans.
     for at in range(len(merged) - 1, -1, -1):
@@ -224,19 +275,24 @@ def _iterations(schedule: Schedule) -> list[_Iteration]:
     return [_uniform(parts, schedule.num_devices) for parts in merged]
 
 
-def _uniform(parts: Sequence[tuple[Kind, Tick]], num_devices: int) -> _Iteration:
+_Parts = list[tuple[int, Kind | None, Tick]]
+"""Ticks of an iteration: of each its place, its kind, its actions."""
+
+
+def _uniform(parts: _Parts, num_devices: int) -> _Iteration:
     idle: Tick = (None,) * num_devices
-    by_place = {_place(kind): tick for kind, tick in parts}
+    by_place = {place: tick for place, _, tick in parts}
     f, b, w = (by_place.get(place, idle) for place in range(3))
-    return _Iteration(f, b, w, tuple(kind for kind, _ in parts), divergent=False)
+    kinds = tuple(kind for _, kind, _ in parts)
+    return _Iteration(f, b, w, tuple(by_place.items()), tuple(filter(None, kinds)), kinds, divergent=False)
 
 
 def _place(kind: Kind) -> int:
     return {"F": 0, "B": 1, "I": 1, "W": 2}[kind]
 
 
-def _num_groups(merged: Sequence[Sequence[tuple[Kind, Tick]]]) -> int:
-    return sum(1 for _ in itertools.groupby(merged, key=lambda parts: [kind for kind, _ in parts]))
+def _num_groups(merged: Sequence[_Parts]) -> int:
+    return sum(1 for _ in itertools.groupby(merged, key=lambda parts: [kind for _, kind, _ in parts]))
 
 
 def _headless(schedule: Schedule, iterations: Sequence[_Iteration]) -> list[bool]:
@@ -249,8 +305,56 @@ def _headless(schedule: Schedule, iterations: Sequence[_Iteration]) -> list[bool
     return [at < first and not it.divergent for at, it in enumerate(iterations)]
 
 
-def _group(pair: tuple[_Iteration, bool]) -> tuple[Cell, bool]:
-    return pair[0].cell, pair[1]
+def _group(pair: tuple[_Iteration, bool]) -> tuple[tuple[Kind | None, ...], bool]:
+    return pair[0].parts, pair[1]
+
+
+# --- sends --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Arrivals:
+    """When what is sent arrives.
+
+    Attributes:
+        moment: of the arrival of what an action makes, where it does not arrive when the action ends.
+        during: of each iteration, the actions of which something arrives during it, by device, tick after tick.
+        before: of each iteration, those of which something arrives before it.
+    """
+
+    moment: Mapping[Action, int]
+    during: Sequence[Tick]
+    before: Sequence[Tick]
+
+
+def _arrivals(schedule: Schedule, iterations: Sequence[_Iteration]) -> _Arrivals:
+    def sent(tick: Tick) -> Tick:
+        return tuple(action if action and sends(schedule, action) else None for action in tick)
+
+    before: list[Tick] = [()] * len(iterations)
+    if not _delayed(schedule):
+        during = [tuple(itertools.chain(*(_made(tick) for _, tick in iteration.ticks))) for iteration in iterations]
+        return _Arrivals({}, during, before)
+    groups = [_group(pair) for pair in zip(iterations, _headless(schedule, iterations), strict=True)]
+    moment: dict[Action, int] = {}
+    during = [()] * len(iterations)
+    made: Tick = ()  # in the tick before
+    for index, iteration in enumerate(iterations):
+        begins = index > 0 and groups[index] != groups[index - 1] and not iteration.divergent
+        for place, tick in iteration.ticks:
+            steps = {step_of(action.kind) for action in made if action}
+            if begins and steps - {step_of(iteration.parts[-1])}:
+                before[index], at = made, _SENT_BEFORE
+            else:
+                during[index], at = during[index] + made, _WRITE_WEIGHTS if iteration.divergent else _ENDS[place]
+            moment |= {action: index * _MOMENTS + at for action in made if action}
+            made, begins = sent(tick), False
+    return _Arrivals(moment, during, before)
+
+
+def _made(tick: Tick) -> Tick:
+    """The actions of a tick that make something for another stage."""
+    return tuple(action if action and step_of(action.kind) else None for action in tick)
 
 
 # --- lifetimes ----------------------------------------------------------------------------------------------
@@ -268,7 +372,7 @@ class _Slots:
     cuts: Mapping[_Key, int]
 
 
-def _allocate(schedule: Schedule, iterations: Sequence[_Iteration]) -> _Slots:
+def _allocate(schedule: Schedule, iterations: Sequence[_Iteration], arrivals: _Arrivals) -> _Slots:
     when = {action: index for index, iteration in enumerate(iterations) for action in iteration.actions}
 
     def moment(action: Action, offset: int) -> int:
@@ -280,6 +384,9 @@ def _allocate(schedule: Schedule, iterations: Sequence[_Iteration]) -> _Slots:
         half = Action(stage, "I", microbatch)
         return half if half in when else Action(stage, "B", microbatch)
 
+    def arrival(action: Action, offset: int) -> int:
+        return arrivals.moment[action] if action in arrivals.moment else moment(action, offset)
+
     mail: dict[_Key, _Life] = {}
     residuals: dict[_Key, _Life] = {}
     cuts: dict[_Key, _Life] = {}
@@ -288,12 +395,12 @@ def _allocate(schedule: Schedule, iterations: Sequence[_Iteration]) -> _Slots:
         for microbatch in range(schedule.num_microbatches):
             f, b = Action(stage, "F", microbatch), backward(stage, microbatch)
             if stage > 0:
-                sent = moment(Action(stage - 1, "F", microbatch), _WRITE_FORWARD)
+                sent = arrival(Action(stage - 1, "F", microbatch), _WRITE_FORWARD)
                 mail["x", stage, microbatch] = sent, moment(f, _READ_INPUT)
             if stage == last:
                 written = moment(f, _WRITE_HEAD)
             else:
-                written = moment(backward(stage + 1, microbatch), _WRITE_BACKWARD)
+                written = arrival(backward(stage + 1, microbatch), _WRITE_BACKWARD)
             mail["cotangent", stage, microbatch] = written, moment(b, _READ_BACKWARD)
             end = moment(b, _READ_BACKWARD)
             if b.kind == "I":
@@ -330,12 +437,22 @@ def _num_slots(slots: Mapping[_Key, int]) -> int:
 # --- tables -------------------------------------------------------------------------------------------------
 
 
-def _phases(schedule: Schedule, iterations: Sequence[_Iteration], slots: _Slots) -> tuple[Phase, ...]:
+def _phases(
+    schedule: Schedule, iterations: Sequence[_Iteration], arrivals: _Arrivals, slots: _Slots
+) -> tuple[Phase, ...]:
     groups = itertools.groupby(zip(iterations, _headless(schedule, iterations), strict=True), key=_group)
-    return tuple(_phase(schedule, [iteration for iteration, _ in group], slots) for _, group in groups)
+    phases, start = [], 0
+    for _, group in groups:
+        mine = [iteration for iteration, _ in group]
+        during, first = arrivals.during[start : start + len(mine)], arrivals.before[start]
+        phases.append(_phase(schedule, mine, during, first, slots))
+        start += len(mine)
+    return tuple(phases)
 
 
-def _phase(schedule: Schedule, iterations: Sequence[_Iteration], slots: _Slots) -> Phase:
+def _phase(
+    schedule: Schedule, iterations: Sequence[_Iteration], during: Sequence[Tick], first: Tick, slots: _Slots
+) -> Phase:
     last, count = schedule.num_stages - 1, schedule.num_devices
     cell, divergent = iterations[0].cell, iterations[0].divergent
 
@@ -361,16 +478,19 @@ def _phase(schedule: Schedule, iterations: Sequence[_Iteration], slots: _Slots) 
     def at_stage(ticks: Sequence[Tick], stage: int) -> tuple[int, ...]:
         return tuple(next((a.microbatch for a in tick if a and a.stage == stage), NOTHING) for tick in ticks)
 
-    def arrivals(shift: int) -> PerDevice:
+    def arrivals(ticks: Sequence[Tick], shift: int) -> PerDevice:
         """Per device, the slot for what the device `shift` before it on the ring sends; 0: what it makes itself."""
         return tuple(
-            tuple(_arrival(schedule, f + b, device, shift, slots.mail) for device in range(count))
-            for f, b in zip(forwards, backwards, strict=True)
+            tuple(_arrival(schedule, tick, device, shift, slots.mail) for device in range(count)) for tick in ticks
         )
+
+    first_step = next((step_of(action.kind) for action in first if action), 0)
+    (first_slot,) = arrivals([first], first_step)
 
     before, head, finish = at_stage(forwards, 0), at_stage(forwards, last), at_stage(backwards, 0)
     return Phase(
         cell=cell,
+        parts=iterations[0].parts,
         divergent=divergent,
         length=len(iterations),
         before=_when(before),
@@ -392,9 +512,11 @@ def _phase(schedule: Schedule, iterations: Sequence[_Iteration], slots: _Slots) 
         w_virtual=virtual(weights),
         w_residual_slot=slot(weights, slots.residuals, "residuals"),
         w_cut_slot=slot(weights, slots.cuts, "cut"),
-        onward_slot=arrivals(1),
-        back_slot=arrivals(-1),
-        local_slot=arrivals(0),
+        onward_slot=arrivals(during, 1),
+        back_slot=arrivals(during, -1),
+        local_slot=arrivals([f + b for f, b in zip(forwards, backwards, strict=True)], 0),
+        first_slot=first_slot,
+        first_step=first_step,
         before_microbatch=before,
         head_microbatch=head,
         head_slot=tuple(slots.mail.get(("cotangent", last, microbatch), NOTHING) for microbatch in head),

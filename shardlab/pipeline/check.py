@@ -5,7 +5,8 @@ What it asks, with S stages and M microbatches:
     once        every stage runs F, and B or else I and W, exactly once for every microbatch
     place       an action stands on the device that holds its stage
     order       F after the previous stage's F; B or I after its own F and the next stage's B or I; W after
-                its I. After means in a later tick: what is sent in a tick arrives for the next one
+                its I. After means in a later tick: what is sent in a tick arrives for the next one, with delayed
+                sends for the one after that
     deadlock    devices that run their rows in order, each waiting only for its own data, come to the end
 
 A table that fails is printed, each bad cell in brackets with its reason at the end of the line.
@@ -130,11 +131,13 @@ def _order(schedule: Schedule, places: dict[Action, list[_Place]]) -> Iterator[C
             if not found:
                 continue  # reported as missing
             (ready, where), need = min(found, key=lambda pair: pair[0])
-            if ready < tick:
+            arrives = ready + (2 if schedule.delayed and where != device else 1)
+            if arrives <= tick:
                 continue
             waits = (tick, device) in stuck
             when = "in the same tick" if ready == tick else f"in tick {ready}"
             on = "" if where == device else f" on device {where}"
+            on += f" and, sent a tick later, arrives for tick {arrives}" if ready < tick else ""
             ending = f"; device {device} waits here for ever" if waits else ""
             yield CellFault(tick, device, f"{action} needs {need}, which runs {when}{on}{ending}")
 

@@ -3,7 +3,9 @@
 Two clocks for the same table:
 
     lockstep    all devices start a tick together, so a tick lasts as long as its longest action, and then as
-                long as a send if anything is sent in it. So runs a scan with a ppermute a tick.
+                long as a send if anything is sent in it. So runs a scan with a ppermute a tick. With delayed sends
+                what the tick before made travels beside the action, and the tick lasts as long as the longer. (Of the
+                program's scans one may begin with a send that stands alone, see `buffers`; that is not counted.)
     async       every device runs its row in order and waits only for its own data. So count published
                 formulas.
 
@@ -252,6 +254,7 @@ def schedule_facts(schedule: Schedule, costs: Costs = EQUAL) -> dict[str, object
         "stages": schedule.num_devices,
         "virtual": schedule.num_virtual,
         "microbatches": schedule.num_microbatches,
+        "sends": "delayed" if schedule.delayed else "direct",
         "costs": {"F": costs.F, "I": costs.I, "W": costs.W, "send": costs.send},
         "table": schedule.table(),
         "lockstep": clock("lockstep"),
@@ -263,11 +266,14 @@ def schedule_facts(schedule: Schedule, costs: Costs = EQUAL) -> dict[str, object
 def _lockstep(schedule: Schedule, costs: Costs) -> Timeline:
     now = 0.0
     spans = []
+    travelling = 0.0
     for tick in schedule.ticks:
         working = [(device, action, costs.of(action)) for device, action in enumerate(tick) if action is not None]
         spans += [Span(device, action, now, now + time) for device, action, time in working]
-        now += max((time for *_, time in working), default=0)
-        now += costs.send if any(sends(schedule, action) for _, action, _ in working) else 0
+        busy = max((time for *_, time in working), default=0)
+        sent = costs.send if any(sends(schedule, action) for _, action, _ in working) else 0.0
+        now += max(busy, travelling) if schedule.delayed else busy + sent
+        travelling = sent
     return Timeline(now, tuple(spans))
 
 

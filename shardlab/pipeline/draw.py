@@ -62,6 +62,8 @@ def _title(schedule: Schedule) -> str:
         parts.append(f"{schedule.num_virtual} virtual stages on each")
     parts.append(count(schedule.num_microbatches, "microbatch", "microbatches"))
     parts.append(count(len(schedule.ticks), "tick", "ticks"))
+    if schedule.delayed:
+        parts.append("sends delayed")
     return f"{schedule.name}: {', '.join(parts)}"
 
 

@@ -8,6 +8,9 @@ A schedule is data, made by a pure function of the number of stages and microbat
     placement   loop   stage s of the P x V stages sits on device s % P
                 v      back and forth: 0 to P-1, then P-1 to 0; the turns need no send
 
+    sends       direct     what a tick makes travels when all have ended the tick, and is read from the next tick on
+                delayed    it travels during the next tick, beside what that computes, and is read from the one after
+
 `uniform` has the schedules in which all devices do the same kind of action in a tick, `zero_bubble` the others.
 """
 
@@ -32,6 +35,15 @@ class Schedule:
     Only the table's shape is checked here; `shardlab.pipeline.check.check` says whether it computes a train
     step.
 
+    Attributes:
+        name: of the schedule.
+        num_devices: P.
+        num_virtual: V.
+        num_microbatches: M.
+        ticks: the table. With delayed sends a tick without actions counts: what the tick before made travels in it.
+        placement: of the stages on the devices.
+        delayed: whether sends are delayed; what stays on a device is not sent.
+
     Raises:
         ScheduleError: a count below 1, or a tick that has not one cell per device.
     """
@@ -42,6 +54,7 @@ class Schedule:
     num_microbatches: int
     ticks: tuple[Tick, ...]
     placement: Placement = "loop"
+    delayed: bool = False
 
     def __post_init__(self) -> None:
         if self.placement not in get_args(Placement):
@@ -85,6 +98,7 @@ def from_table(
     virtual: int = 1,
     placement: Placement = "loop",
     name: str = "table",
+    delayed: bool = False,
 ) -> Schedule:
     """The schedule that a table of texts describes; the inverse of `Schedule.table`.
 
@@ -98,7 +112,7 @@ def from_table(
     ticks = tuple(tuple(None if text is None else parse_action(text) for text in tick) for tick in table)
     if not ticks:
         raise ScheduleError(f"schedule '{name}': the table has no ticks; give it at least an F and a B")
-    return Schedule(name, len(ticks[0]), virtual, microbatches, ticks, placement)
+    return Schedule(name, len(ticks[0]), virtual, microbatches, ticks, placement, delayed)
 
 
 @dataclass(frozen=True)
@@ -106,13 +120,13 @@ class Published:
     """A schedule by its name.
 
     Attributes:
-        ticks: of (devices, microbatches, virtual stages).
+        ticks: of (devices, microbatches, virtual stages, whether sends are delayed).
         virtual: how many virtual stages a device holds if nothing is said.
         any_virtual: whether it may be another number.
         placement: of the stages on the devices.
     """
 
-    ticks: Callable[[int, int, int], tuple[Tick, ...]]
+    ticks: Callable[[int, int, int, bool], tuple[Tick, ...]]
     virtual: int = 1
     any_virtual: bool = False
     placement: Placement = "loop"
@@ -132,7 +146,9 @@ SCHEDULES: Mapping[str, Published] = {
 """The schedules by name."""
 
 
-def make_schedule(name: str, *, stages: int, microbatches: int, virtual: int | None = None) -> Schedule:
+def make_schedule(
+    name: str, *, stages: int, microbatches: int, virtual: int | None = None, delayed: bool = False
+) -> Schedule:
     """The schedule of that name for P = `stages` devices and M = `microbatches`.
 
     Args:
@@ -140,6 +156,7 @@ def make_schedule(name: str, *, stages: int, microbatches: int, virtual: int | N
         stages: devices on the stage axis; each holds `virtual` stages.
         microbatches: slices of a step's batch.
         virtual: stages a device holds; None takes the schedule's own number, 1 or 2.
+        delayed: whether sends are delayed. On one device nothing is sent, and the table is the same.
 
     Raises:
         ScheduleError: an unknown name, a count below 1, or a number of virtual stages that the schedule cannot have.
@@ -166,7 +183,8 @@ def make_schedule(name: str, *, stages: int, microbatches: int, virtual: int | N
             f"schedule '{name}': a device holds {made.virtual} of its stages, not {virtual} ({stages * virtual} stages "
             f"on {stages} devices); write virtual={made.virtual}, or take one that holds any number: {others}"
         )
-    return Schedule(name, stages, virtual, microbatches, made.ticks(stages, microbatches, virtual), made.placement)
+    ticks = made.ticks(stages, microbatches, virtual, delayed)
+    return Schedule(name, stages, virtual, microbatches, ticks, made.placement, delayed)
 
 
 def _at_least_one(**counts: int) -> None:

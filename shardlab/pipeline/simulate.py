@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardlab.pipeline.actions import Action, ScheduleError
-from shardlab.pipeline.buffers import NOTHING, Phase, Program
+from shardlab.pipeline.buffers import NOTHING, Phase, Program, step_of
 
 _Symbol = tuple[str, int, int]  # (what, the stage that reads it, microbatch)
 
@@ -29,7 +29,10 @@ def simulate(program: Program) -> tuple[tuple[Action, ...], ...]:
 
 
 class _Simulation:
-    """The devices' buffers, filled with symbols; None is garbage."""
+    """The devices' buffers, filled with symbols; None is garbage.
+
+    With delayed sends, `outbox` is what every device has made in the tick before.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program, self.schedule = program, program.schedule
@@ -38,18 +41,26 @@ class _Simulation:
         self.mail = self._buffer(program.num_mail_slots)
         self.residuals = self._buffer(program.num_residual_slots)
         self.cuts = self._buffer(program.num_cut_slots)
+        self.outbox: list[_Symbol | None] = [None] * self.count
 
     def _buffer(self, num_slots: int) -> list[list[_Symbol | None]]:
         return [[None] * num_slots for _ in range(self.count)]
 
     def run(self) -> tuple[tuple[Action, ...], ...]:
         for phase in self.program.phases:
+            if phase.first_step:
+                self._put(self.outbox, phase.first_step, phase.first_slot)
             for index in range(phase.length):
                 if phase.divergent:
-                    sent = [self._one(phase, index, device) for device in range(self.count)]
+                    sent = self.outbox
+                    self.outbox = [self._one(phase, index, device) for device in range(self.count)]
                     self._head(phase, index)
-                    for step in (1, -1, 0):
-                        self._receive(sent, step, phase, index)
+                    for step in (1, -1):
+                        self._receive(sent if self.program.delayed else self.outbox, step, phase, index)
+                    self._receive(self.outbox, 0, phase, index)
+                    continue
+                if self.program.delayed:
+                    self._travelling(phase, index)
                     continue
                 if "F" in phase.cell:
                     self._receive([self._forward(phase, index, d) for d in range(self.count)], 1, phase, index)
@@ -60,6 +71,24 @@ class _Simulation:
                     for device in range(self.count):
                         self._weights(phase, index, device)
         return tuple(map(tuple, self.ran))
+
+    def _travelling(self, phase: Phase, index: int) -> None:
+        """A uniform iteration with delayed sends: what a part has made travels during the next one."""
+        made, step = self.outbox, step_of(phase.parts[-1])
+        for part in phase.parts:
+            sent = made
+            if part == "F":
+                made = [self._forward(phase, index, device) for device in range(self.count)]
+                self._head(phase, index)
+            elif part == "W":
+                for device in range(self.count):
+                    self._weights(phase, index, device)
+            elif part is not None:
+                made = [self._backward(phase, index, device) for device in range(self.count)]
+            if step:
+                self._receive(sent, step, phase, index)
+            step = step_of(part)
+        self.outbox = made if step else [None] * self.count
 
     def _one(self, phase: Phase, index: int, device: int) -> _Symbol | None:
         kind = phase.kind[index][device]
@@ -124,7 +153,9 @@ class _Simulation:
         self.ran[device].append(action)
 
     def _receive(self, sent: Sequence[_Symbol | None], step: int, phase: Phase, index: int) -> None:
-        slots = {1: phase.onward_slot, -1: phase.back_slot, 0: phase.local_slot}[step][index]
+        self._put(sent, step, {1: phase.onward_slot, -1: phase.back_slot, 0: phase.local_slot}[step][index])
+
+    def _put(self, sent: Sequence[_Symbol | None], step: int, slots: Sequence[int]) -> None:
         for device, slot in enumerate(slots):
             if slot != NOTHING:
                 self.mail[device][slot] = sent[(device - step) % self.count]

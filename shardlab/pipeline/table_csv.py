@@ -45,11 +45,12 @@ def to_csv(schedule: Schedule) -> str:
     return text.getvalue()
 
 
-def from_csv(text: str, name: str = "table", *, in_order: bool = False) -> Schedule:
+def from_csv(text: str, name: str = "table", *, in_order: bool = False, delayed: bool = False) -> Schedule:
     """The schedule that a CSV text describes, checked.
 
     How many stages, microbatches and virtual stages there are is read from its actions, and so is where the stages
-    sit: round and round the devices, or back and forth (a V). Rows may differ in length.
+    sit: round and round the devices, or back and forth (a V). Rows may differ in length. The format knows no delayed
+    sends: that they are is said by `delayed`, and a column without actions is then a tick in which only sends go on.
 
     Args:
         in_order: whether the rows are orders, each action to be put in the earliest tick that its data allows, and
@@ -89,7 +90,7 @@ def from_csv(text: str, name: str = "table", *, in_order: bool = False) -> Sched
     length = max(map(len, cells))
     ticks: tuple[Tick, ...] = tuple(zip(*([*row, *[None] * (length - len(row))] for row in cells), strict=True))
     microbatches = 1 + max(action.microbatch for action in actions)
-    schedule = Schedule(name, devices, virtual, microbatches, ticks, _placement(ticks, devices, name))
+    schedule = Schedule(name, devices, virtual, microbatches, ticks, _placement(ticks, devices, name), delayed)
     if in_order:
         schedule = _in_order(schedule) or schedule
     try:
@@ -119,13 +120,14 @@ def _in_order(schedule: Schedule) -> Schedule | None:
     """Each device's actions in the earliest ticks; None where devices wait for one another for ever."""
     rows = [schedule.row(device) for device in range(schedule.num_devices)]
     try:
-        return dataclasses.replace(schedule, ticks=in_ticks(rows, num_stages=schedule.num_stages))
+        ticks = in_ticks(rows, num_stages=schedule.num_stages, delayed=schedule.delayed)
     except ScheduleError:
         return None
+    return dataclasses.replace(schedule, ticks=ticks)
 
 
-def read_csv(path: str | Path, *, in_order: bool = False) -> Schedule:
-    """The schedule in a CSV file, named after it; `in_order` as in `from_csv`.
+def read_csv(path: str | Path, *, in_order: bool = False, delayed: bool = False) -> Schedule:
+    """The schedule in a CSV file, named after it; `in_order` and `delayed` as in `from_csv`.
 
     Raises:
         ScheduleError: no such file, or one that `from_csv` refuses.
@@ -133,7 +135,7 @@ def read_csv(path: str | Path, *, in_order: bool = False) -> Schedule:
     file = Path(path)
     if not file.is_file():
         raise ScheduleError(f"schedule {str(path)!r}: there is no such file; give a CSV with a row for each device")
-    return from_csv(file.read_text(), file.stem, in_order=in_order)
+    return from_csv(file.read_text(), file.stem, in_order=in_order, delayed=delayed)
 
 
 def _placement(ticks: tuple[Tick, ...], devices: int, name: str) -> Placement:

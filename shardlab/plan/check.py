@@ -27,20 +27,19 @@ from shardlab.plan.plan import Parameter, Stack
 from shardlab.sharding.rules import axes_of
 
 DTYPES = ("float32", "bfloat16", "float64")
-HEADS = ("auto", "examples", "last_stage")
+HEADS = ("auto", "examples", "last_stage", "vocab")
 
 
 def choice_faults(**given: Any) -> list[Fault]:
     """Faults of the options that are names or levels."""
-    policies = (*REMAT, *POLICIES)
     allowed: dict[str, tuple[Any, ...]] = {
         "zero": (0, 1, 2, 3),
-        "remat": policies,
         "dtype": DTYPES,
         "reduce_dtype": ("auto", *DTYPES),
         "head": HEADS,
         "gather": ("step", "layer"),
         "accumulate": ("full", "sharded"),
+        "sends": ("auto", "direct", "delayed"),
         "batch_axes": ("manual", "automatic"),
     }
     faults = []
@@ -62,6 +61,24 @@ def choice_faults(**given: Any) -> list[Fault]:
                 "call jax.config.update('jax_enable_x64', True) first",
             )
         )
+    return faults
+
+
+def remat_faults(remat: str | tuple[str, ...]) -> list[Fault]:
+    """What is wrong with the remat policies, one for all stages or one for each."""
+    policies, each = (*REMAT, *POLICIES), (remat,) if isinstance(remat, str) else remat
+    faults = [
+        Fault(
+            f"remat={value!r}",
+            f"is not one of {', '.join(policies)}",
+            f"{suggestion(value, policies) if isinstance(value, str) else ''}write one of them",
+        )
+        for value in dict.fromkeys(each)
+        if value not in policies
+    ]
+    if len(each) > 1 and "stage" in each:
+        problem = "keeps a stage's input alone, in buffers that all devices have alike, and others keep more"
+        faults.append(Fault("remat='stage'", problem, "write it for all stages, or another for this one"))
     return faults
 
 
@@ -126,9 +143,17 @@ def batch_faults(leaves: list[tuple[str, Any]], mesh: MeshSpec, microbatches: in
 
 
 def stage_faults(
-    model: Model, mesh: MeshSpec, schedule: str | Schedule, virtual: int | None, microbatches: int, manual: bool
+    model: Model,
+    mesh: MeshSpec,
+    schedule: str | Schedule,
+    virtual: int | None,
+    microbatches: int,
+    manual: bool,
+    remat: str | tuple[str, ...],
+    *,
+    delayed: bool,
 ) -> list[Fault]:
-    """What is wrong with the stages: parts, schedule, layers."""
+    """What is wrong with the stages: parts, schedule, layers, remat policies."""
     stages = mesh.sizes[mesh.stage] if mesh.stage else 1
     faults = []
     if stages > 1 and model.parts is None:
@@ -149,13 +174,18 @@ def stage_faults(
         )
     try:
         if isinstance(schedule, str):
-            made = make_schedule(schedule, stages=stages, microbatches=max(microbatches, 1), virtual=virtual)
+            sizes = {"stages": stages, "microbatches": max(microbatches, 1)}
+            made = make_schedule(schedule, **sizes, virtual=virtual, delayed=delayed)
         else:
             made = schedule
             check(made)
             faults += _table_faults(made, mesh, stages, microbatches)
+        count = made.num_stages if stages > 1 else 1
+        if not isinstance(remat, str) and len(remat) != count:
+            problem = f"names policies of {len(remat)} stages, and there {'are' if count > 1 else 'is'} {count}"
+            faults.append(Fault(f"remat={' | '.join(remat)}", problem, "name one for each, or one for all"))
         if model.parts is not None:
-            assign_layers(len(model.parts.layers), made.num_stages if stages > 1 else 1)
+            assign_layers(len(model.parts.layers), count)
     except ScheduleError as error:
         faults.append(_of_schedule(error))
     return faults
@@ -360,15 +390,15 @@ def padding_faults(
     ]
 
 
-def check_flow(x: Any, y: Any) -> None:
+def check_flow(x: Any, y: Any, name: str = "block") -> None:
     """A block keeps the structure and the shapes of what flows through it."""
     if str(jax.tree.structure(x)) != str(jax.tree.structure(y)):
         raise DeclarationError(
-            f"block: returns {jax.tree.structure(y)} for x of {jax.tree.structure(x)}; return x's structure"
+            f"{name}: returns {jax.tree.structure(y)} for x of {jax.tree.structure(x)}; return x's structure"
         )
     for (keys, mine), theirs in zip(jax.tree_util.tree_flatten_with_path(x)[0], jax.tree.leaves(y), strict=True):
         if mine.shape != theirs.shape:
             raise DeclarationError(
-                f"block: x {path_of(keys)} enters as {list(mine.shape)} and leaves as {list(theirs.shape)}; every "
+                f"{name}: x {path_of(keys)} enters as {list(mine.shape)} and leaves as {list(theirs.shape)}; every "
                 "block keeps x's shapes"
             )

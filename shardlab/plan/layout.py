@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.model import Model
+from shardlab.pipeline.runs import Run, Slots, stage_runs
 from shardlab.pipeline.schedules import Schedule
 from shardlab.plan.optimizer import nest
 from shardlab.plan.plan import Stack
@@ -52,35 +53,72 @@ def storage_of(
     return (most if shard else least), (most if shard_state else least)
 
 
-def stacks_of(model: Model, layers: tuple[int, ...], schedule: Schedule) -> tuple[Stack, ...]:
-    """One stack for every array of a block: by device, by its virtual stages, K slots each, K the longest stage."""
+def stacks_of(model: Model, kinds: tuple[int, ...], layers: tuple[int, ...], schedule: Schedule) -> tuple[Stack, ...]:
+    """One stack for every array of a block of each kind: by device, by its virtual stages, slot by slot of the runs."""
     assert model.parts is not None
-    slots = [slot for device in slots_of(layers, schedule) for stage in device for slot in stage]
+    runs, slots = slots_of(kinds, layers, schedule)
     stacks = []
-    for inner, path in model.parts.layers[0].items():
-        name = path.removesuffix(inner).replace("0", "*") + inner
-        members = tuple(None if slot is None else model.parts.layers[slot][inner] for slot in slots)
-        stacks.append(Stack(name, members))
+    for kind in range(max(kinds) + 1):
+        mine = [
+            block
+            for device in slots
+            for stage in device
+            for run, repeats in zip(runs, stage, strict=True)
+            for repeat in repeats
+            for of, block in zip(run.kinds, repeat, strict=True)
+            if of == kind
+        ]
+        for inner, path in model.parts.layers[kinds.index(kind)].items():
+            star = "*" if max(kinds) == 0 else f"*:{kind}"
+            name = re.sub(r"\d+(?=\D*$)", star, path.removesuffix(inner)) + inner
+            members = tuple(None if block is None else model.parts.layers[block][inner] for block in mine)
+            stacks.append(Stack(name, members))
     return tuple(stacks)
 
 
-def slots_of(layers: tuple[int, ...], schedule: Schedule) -> list[list[list[int | None]]]:
-    """By device and its virtual stages: the block in each of K slots, None in those that only fill a shorter stage.
+def engine_kinds(kinds: tuple[int, ...], layers: tuple[int, ...], remat: str | tuple[str, ...]) -> tuple[int, ...]:
+    """Of each block which kind it is to the engine: of one kind in the model, and under one remat policy.
+
+    >>> engine_kinds((0, 0, 1, 1), (3, 1), "none"), engine_kinds((0, 0, 0, 0), (3, 1), ("full", "none"))
+    ((0, 0, 1, 1), (0, 0, 0, 1))
+    """
+    policies = (remat,) * len(layers) if isinstance(remat, str) else remat
+    stage_of = [stage for stage, count in enumerate(layers) for _ in range(count)]
+    pairs = [(kind, policies[stage]) for kind, stage in zip(kinds, stage_of, strict=True)]
+    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    return tuple(numbers[pair] for pair in pairs)
+
+
+def remats(kinds: tuple[int, ...], layers: tuple[int, ...], remat: str | tuple[str, ...]) -> tuple[str, ...]:
+    """By kind of `engine_kinds`, the remat policy of its blocks.
+
+    >>> remats((0, 0, 0, 1), (3, 1), ("full", "none"))
+    ('full', 'none')
+    """
+    if isinstance(remat, str):
+        # Of "stage" the blocks keep everything, while their stage runs its forward again.
+        return ("none" if remat == "stage" else remat,) * (max(kinds) + 1)
+    stage_of = [stage for stage, count in enumerate(layers) for _ in range(count)]
+    return tuple(remat[stage_of[kinds.index(kind)]] for kind in range(max(kinds) + 1))
+
+
+def slots_of(
+    kinds: tuple[int, ...], layers: tuple[int, ...], schedule: Schedule
+) -> tuple[tuple[Run, ...], tuple[tuple[Slots, ...], ...]]:
+    """The runs that all stages go through; by device and its virtual stages the block in each of their slots.
+
+    None in those that only fill a shorter stage.
 
     >>> from shardlab.pipeline.schedules import make_schedule
-    >>> slots_of((2, 1, 1, 1), make_schedule("zb_v", stages=2, microbatches=4))
-    [[[0, 1], [4, None]], [[2, None], [3, None]]]
+    >>> _, slots = slots_of((0,) * 5, (2, 1, 1, 1), make_schedule("zb_v", stages=2, microbatches=4))
+    >>> slots
+    (((((0,), (1,)),), (((4,), (None,)),)), ((((2,), (None,)),), (((3,), (None,)),)))
     """
-    starts = list(accumulate(layers, initial=0))
-    longest = max(layers)
-
-    def stage(index: int) -> list[int | None]:
-        return [*range(starts[index], starts[index + 1]), *[None] * (longest - layers[index])]
-
-    return [
-        [stage(schedule.stage_of(device, virtual)) for virtual in range(schedule.num_virtual)]
+    runs, stages = stage_runs(kinds, layers)
+    return runs, tuple(
+        tuple(stages[schedule.stage_of(device, virtual)] for virtual in range(schedule.num_virtual))
         for device in range(schedule.num_devices)
-    ]
+    )
 
 
 def optimizer_tree(model: Model, values: Mapping[str, Any], stacks: tuple[Stack, ...], update: str) -> Any:

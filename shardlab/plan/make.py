@@ -19,6 +19,7 @@ from shardlab.module.model import Model, abstract, computed, flowing, read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import BlockVjp, residual_bytes, residual_shapes
 from shardlab.module.written import written_by
+from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.stages import assign_layers
 from shardlab.pipeline.table_csv import to_csv
@@ -32,20 +33,25 @@ from shardlab.plan.check import (
     padding_faults,
     random_faults,
     reduce_faults,
+    remat_faults,
     sharding_faults,
     stage_faults,
     traced_in,
 )
 from shardlab.plan.layout import (
     axes_in,
+    engine_kinds,
     optimizer_shapes,
     optimizer_specs,
     optimizer_tree,
+    remats,
     stacks_of,
     storage_of,
 )
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
+from shardlab.plan.readers import readers
+from shardlab.plan.vocabulary import shared_by_example, vocabulary_faults
 from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules, read_rules
 from shardlab.sharding.zero import without
@@ -64,12 +70,13 @@ def make_plan(
     virtual: int | None = None,
     microbatches: int = 1,
     zero: int = 0,
-    remat: str = "none",
+    remat: str | Sequence[str] = "none",
     dtype: str = "float32",
     reduce_dtype: str = "auto",
     head: str = "auto",
     gather: str = "step",
     accumulate: str = "full",
+    sends: str = "auto",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
 ) -> Plan:
@@ -88,17 +95,26 @@ def make_plan(
       virtual: stages that a device of the stage axis holds; None leaves it to the schedule.
       microbatches: microbatches a step; without a pipeline, gradient accumulation.
       zero: ZeRO level 0 to 3.
-      remat: ``"none"``, ``"full"`` or a name of `jax.checkpoint_policies`.
+      remat: what a stage keeps of a microbatch for its backward: ``"none"``, everything; ``"full"``, every block's
+        input; a name of `jax.checkpoint_policies`, what that saves of every block; ``"stage"``, the stage's input
+        alone, from which its backward runs the forward again. One for all stages, or one for each, in order.
       dtype: what the step computes in; master parameters stay at least float32.
       reduce_dtype: what gradients are summed over the batch axes in, once they have accumulated over the
         microbatches. ``"auto"``: what they accumulate in, float32 or `dtype` if that is wider. ``"bfloat16"`` halves
         what is sent and rounds every shard's gradient.
       head: ``"examples"`` spreads `before` and `after` over the stages by example, ``"last_stage"`` runs them whole
-        on every stage and uses one; ``"auto"`` takes the first that divides.
+        on every stage and uses one; ``"auto"`` takes the first that divides. ``"vocab"`` computes with parts of the
+        vocabulary: the parameters outside the blocks whose specs name the stage axis, as in
+        ``Rule("head/kernel", P(None, "stage"))``, are never gathered over it; on every stage `after` is given the
+        stage's part and all examples, and gives that part of the logits, of which the loss makes nothing but
+        `shardlab.cross_entropy`. `before` is spread by example where that divides.
       gather: when weights that lie in shards (ZeRO 3) are gathered. ``"step"``: all once a step, a whole working copy;
         ``"layer"``: each block's whenever it is used, in every tick.
-      accumulate: how the gradients of blocks add up over microbatches (from ZeRO 2). ``"full"``: each shard's own,
-        reduced once a step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device.
+      accumulate: how gradients add up over microbatches (from ZeRO 2). ``"full"``: each shard's own, reduced once a
+        step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device, and those of
+        what comes before and after the blocks with every microbatch.
+      sends: when what a tick makes for another stage is sent. ``"direct"``: at its end; ``"delayed"``: during the next
+        tick, beside what that computes, to be read in the one after. ``"auto"``: as `schedule` says; by name, direct.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
         ``"automatic"``: XLA places every reduction, which models that compute across examples need.
       activation: spec of what flows between blocks, for sequence parallelism: ``P("data", "tensor", None)``.
@@ -126,15 +142,17 @@ def make_plan(
         blocks=model.parts.block_paths if model.parts is not None else (),
     )
     faults = [*resolution.faults, *dtype_faults(model), *_padded_buffers(spoken_of, resolution.placements)]
+    remat = _policies(remat)
+    faults += remat_faults(remat)
     faults += choice_faults(
         zero=zero,
-        remat=remat,
         dtype=dtype,
         reduce_dtype=reduce_dtype,
         head=head,
         batch_axes=batch_axes,
         gather=gather,
         accumulate=accumulate,
+        sends=sends,
     )
     notes: list[str] = []
     written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
@@ -145,32 +163,45 @@ def make_plan(
     leaves = [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     faults += batch_faults(leaves, mesh, microbatches, manual)
     faults += reduce_faults(reduce_dtype, dtype, _accumulated(dtype), manual)
-    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual)
+    if isinstance(schedule, Schedule) and sends != "auto":
+        schedule = dataclasses.replace(schedule, delayed=sends == "delayed")
+    delayed = schedule.delayed if isinstance(schedule, Schedule) else sends == "delayed"
+    faults += stage_faults(model, mesh, schedule, virtual, microbatches, manual, remat, delayed=delayed)
     raise_faults(faults)
 
     stages = sizes.get(mesh.stage, 1) if mesh.stage else 1
     layers: tuple[int, ...] = ()
+    of_kinds: tuple[int, ...] = ()
     stacks: tuple[Stack, ...] = ()
     if stages == 1:
         if schedule != "1f1b":
             name = schedule if isinstance(schedule, str) else schedule.name
             notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
-        schedule, virtual = "1f1b", 1
+        if sends == "delayed":
+            notes.append("sends delayed is ignored: one stage sends nothing")
+        schedule, virtual, delayed = "1f1b", 1, False
     table = schedule
     if isinstance(table, str):
-        table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual)
+        table = make_schedule(table, stages=stages, microbatches=microbatches, virtual=virtual, delayed=delayed)
     if model.parts is not None:
         layers = assign_layers(len(model.parts.layers), table.num_stages)
-        stacks = stacks_of(model, layers, table)
+        of_kinds = engine_kinds(model.parts.kinds, layers, remat)
+        stacks = stacks_of(model, of_kinds, layers, table)
+        notes += _kinds_note(of_kinds, layers)
         raise_faults(layer_faults(stacks, resolution.placements))
     rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
-    if stages > 1:
+    if stages > 1 and head == "vocab":
+        notes += _over_vocabulary(model, shapes, mesh, resolution.placements, rows, stages, dtype)
+    elif stages > 1:
         head = _head(head, rows, stages, _not_by_example(model, shapes, mesh, rows, stages, dtype), notes)
     elif head == "auto":
         head = "last_stage"
 
     inside = {path for stack in stacks for path in stack.members}
+    read_by = _readers(model, shapes, mesh, rows, dtype)
     mixed = jnp.dtype(dtype).itemsize < 4
+    over_vocabulary = stages > 1 and head == "vocab"
+    stored_over = (*mesh.batch, *((mesh.stage,) if mesh.stage and not over_vocabulary else ()))
     parameters = []
     for path, leaf in model.parameters.items():
         placement = resolution.placements[path]
@@ -187,6 +218,11 @@ def make_plan(
         if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(storage):
             notes.append(f"{path}: no dim of {list(stored)} divides by the batch axes; replicated over them")
         kind = _master_dtype(leaf.dtype, dtype)
+        if lent and mesh.stage in axes_in(placement.spec) and head != "vocab":
+            notes.append(
+                f"{path}: its spec names the stage axis {mesh.stage!r}, which is storage: every stage gathers it once "
+                "a step; head='vocab' computes with the parts"
+            )
         parameters.append(
             Parameter(
                 path=path,
@@ -194,11 +230,12 @@ def make_plan(
                 dtype=kind,
                 spec=placement.spec,
                 source=placement.source,
-                compute=without(placement.spec, (*mesh.batch, *((mesh.stage,) if mesh.stage else ()))),
+                compute=without(placement.spec, stored_over),
                 storage=storage,
                 state=state,
                 bytes_per_device=shard_bytes(stored, kind, storage, sizes),
                 stored_shape=stored,
+                read_by=() if path in inside else read_by.get(path, ()),
             )
         )
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
@@ -210,7 +247,7 @@ def make_plan(
     raise_faults(sharding_faults(stacked, mesh, zero, gather, accumulate))
     raise_faults(padding_faults(optimizer, model, parameters))
     with traced_in(dtype):
-        x, activation_bytes = _activations(model, shapes, mesh, rows, max(layers, default=0), dtype, remat)
+        x, activation_bytes, recomputed_bytes = _activations(model, shapes, mesh, rows, layers, of_kinds, dtype, remat)
     raise_faults(activation_faults(activation, x, mesh))
     reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
     if reason is not None:
@@ -223,6 +260,7 @@ def make_plan(
         buffers=_buffer_rows(model, resolution.placements, sizes),
         stacks=stacks,
         layers=layers,
+        kinds=of_kinds,
         virtual=table.num_virtual,
         optimizer_state=optimizer_rows(optimizer, model, parameters, stacks, update, mesh),
         update=update,
@@ -237,8 +275,10 @@ def make_plan(
         batch=tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in leaves),
         batch_axes_manual=manual,
         activation_bytes=activation_bytes,
+        recomputed_bytes=recomputed_bytes,
         gather=gather,
         accumulate=accumulate,
+        sends="delayed" if delayed else "direct",
         activation_spec=activation,
         notes=tuple(notes),
     )
@@ -259,6 +299,27 @@ def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformat
 def _master_dtype(kind: Any, dtype: str) -> str:
     """What a parameter declared in `kind` is stored and updated in: float32 at least, float64 for a step in float64."""
     return computed(kind, "float64") if dtype == "float64" else jnp.promote_types(kind, jnp.float32).name
+
+
+def _policies(remat: str | Sequence[str]) -> str | tuple[str, ...]:
+    """Remat policies, one for all stages or one for each; a text may name those of each, ``|`` between them.
+
+    >>> _policies("full | none | none"), _policies(["full", "full"])
+    (('full', 'none', 'none'), 'full')
+    """
+    each = tuple(one.strip() for one in remat.split("|")) if isinstance(remat, str) else tuple(remat)
+    return each[0] if len(set(each)) == 1 else each
+
+
+def _kinds_note(kinds: tuple[int, ...], layers: tuple[int, ...]) -> list[str]:
+    """What blocks of different kinds cost: a program for each, and slots that only some stages have a block for."""
+    count = max(kinds) + 1
+    if count == 1:
+        return []
+    firsts = [kinds.index(kind) for kind in range(count)]
+    slots = sum(run.count(kind) for run in stage_runs(kinds, layers)[0] for kind in range(count))
+    room = f"; a stage has room for {slots} and holds {max(layers)} at most" if slots > max(layers) else ""
+    return [f"blocks are of {count} kinds, the first of each {', '.join(map(str, firsts))}{room}"]
 
 
 def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:
@@ -302,16 +363,10 @@ def _accumulated(dtype: str) -> str:
 
 
 def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]) -> str:
-    if rows % stages:
-        counted = f"{rows} example{'s' if rows != 1 else ''}"
-        problem, way_out = f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
-    elif other is not None:
-        problem, way_out = (
-            f"{other}, and stages share x by example",
-            "give every array of x the examples as its first dim",
-        )
-    else:
+    why = _why_not_shared(rows, stages, other)
+    if why is None:
         return "examples" if head == "auto" else head
+    problem, way_out = why
     if head == "examples":
         raise DeclarationError(f"head='examples': {problem}; use head='last_stage', or {way_out}")
     if head == "auto":
@@ -319,17 +374,44 @@ def _head(head: str, rows: int, stages: int, other: str | None, notes: list[str]
     return "last_stage"
 
 
+def _why_not_shared(rows: int, stages: int, other: str | None) -> tuple[str, str] | None:
+    """Why the stages cannot share the examples of a microbatch, and the way out; None if they can."""
+    if rows % stages:
+        counted = f"{rows} example{'s' if rows != 1 else ''}"
+        return f"a microbatch of {counted} a shard does not divide by {stages} stages", "fewer microbatches"
+    if other is not None:
+        return f"{other}, and stages share x by example", "give every array of x the examples as its first dim"
+    return None
+
+
 def _not_by_example(model: Model, batch: Any, mesh: MeshSpec, rows: int, stages: int, dtype: str) -> str | None:
     """The first array of x whose leading dim is not the examples, in words."""
     assert model.parts is not None
     if rows % stages:
         return None
-    share = rows // stages
-    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (share, rows))
-    for (keys, here), there in zip(jax.tree_util.tree_flatten_with_path(few)[0], jax.tree.leaves(all_of), strict=True):
-        if (share, *there.shape[1:]) != here.shape or there.shape[:1] != (rows,):
-            return f"x {path_of(keys)}".rstrip() + f" is {list(there.shape)} for {rows} examples"
-    return None
+    few, all_of = (_entering(model, batch, mesh, count, dtype)[0] for count in (rows // stages, rows))
+    return shared_by_example(few, all_of, rows // stages, rows)
+
+
+def _over_vocabulary(
+    model: Model,
+    batch: Any,
+    mesh: MeshSpec,
+    placements: Mapping[str, Placement],
+    rows: int,
+    stages: int,
+    dtype: str,
+) -> list[str]:
+    """What to note of a head over the vocabulary.
+
+    Raises:
+      DeclarationError: with every reason against one.
+    """
+    entering = _entering(model, batch, mesh, rows, dtype)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        raise_faults(vocabulary_faults(model, entering, mesh, placements))
+    whole = _why_not_shared(rows, stages, _not_by_example(model, batch, mesh, rows, stages, dtype))
+    return [] if whole is None else [f"head vocab: every stage runs before whole: {whole[0]}"]
 
 
 def optimizer_rows(
@@ -357,6 +439,16 @@ def optimizer_rows(
     return tuple(rows)
 
 
+def _readers(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> dict[str, tuple[str, ...]]:
+    """By path, the parts outside blocks that read an array; empty without parts."""
+    if model.parts is None:
+        return {}
+    with traced_in(dtype):
+        x, values, part, key = _entering(model, batch, mesh, rows, dtype)
+        with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+            return readers(model.parts, values, x, part, key)
+
+
 def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -> tuple[Any, ...]:
     """Shapes of x of some examples; of all arrays, the examples and a key, from which it is made."""
     assert model.parts is not None
@@ -374,23 +466,39 @@ def _entering(model: Model, batch: Any, mesh: MeshSpec, rows: int, dtype: str) -
 
 
 def _activations(
-    model: Model, batch: Any, mesh: MeshSpec, rows: int, layers: int, dtype: str, remat: str
-) -> tuple[Any, int]:
-    """Shapes of x, and bytes of the residuals of one microbatch in the longest stage, as if no automatic axis split
-    them; None and 0 without parts."""
+    model: Model,
+    batch: Any,
+    mesh: MeshSpec,
+    rows: int,
+    layers: tuple[int, ...],
+    kinds: tuple[int, ...],
+    dtype: str,
+    remat: str | tuple[str, ...],
+) -> tuple[Any, int, int]:
+    """Shapes of x; bytes of what a stage keeps of one microbatch, and of what its backward computes again before it
+    begins, as if no automatic axis split them. None and 0 without parts."""
     if model.parts is None:
-        return None, 0
+        return None, 0, 0
     parts = model.parts
+    runs, _ = stage_runs(kinds, layers)
     x, values, part, key = _entering(model, batch, mesh, rows, dtype)
-    layer = {inner: values[path] for inner, path in parts.layers[0].items()}
+    policies = remats(kinds, layers, remat)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         context = parts.context or (lambda values, batch, key, train: None)
         c = jax.eval_shape(lambda v, b, k: context(v, b, k, True), values, part, key)
 
-        def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
-            y, auxiliary = split_auxiliary(x, parts.block(w, x, c, k, True))
-            check_flow(x, y)
-            return flowing(y, dtype), auxiliary
+        def bytes_of(kind: int) -> int:
+            """Of one block."""
+            first = kinds.index(kind)
+            layer = {inner: values[path] for inner, path in parts.layers[first].items()}
 
-        block = BlockVjp(run, remat, context=False)
-        return x, layers * residual_bytes(residual_shapes(block, layer, x, c, key))
+            def run(w: Any, x: Any, c: Any, k: Any) -> tuple[Any, Any]:
+                y, auxiliary = split_auxiliary(x, parts.blocks[parts.kinds[first]](w, x, c, k, True))
+                check_flow(x, y, f"block {first}" if len(parts.blocks) > 1 else "block")
+                return flowing(y, dtype), auxiliary
+
+            return residual_bytes(residual_shapes(BlockVjp(run, policies[kind], context=False), layer, x, c, key))
+
+        each = [bytes_of(kind) for kind in range(max(kinds) + 1)]
+        residuals = sum(run.count(kind) * size for kind, size in enumerate(each) for run in runs)
+        return (x, residual_bytes(tuple(jax.tree.leaves(x))), residuals) if remat == "stage" else (x, residuals, 0)

@@ -17,7 +17,7 @@ from shardlab.module.model import computed
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.table_csv import from_csv
-from shardlab.sharding.rules import spec_from_json, spec_to_json
+from shardlab.sharding.rules import axes_of, spec_from_json, spec_to_json
 
 
 def shard_bytes(shape: tuple[int, ...], dtype: str, spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
@@ -33,6 +33,8 @@ def shard_bytes(shape: tuple[int, ...], dtype: str, spec: PartitionSpec, sizes: 
     return total
 
 
+# In the order of a printed plan; the last is counted among the parameters.
+_HELD = ("parameters", "buffers", "working_copy", "gradients", "optimizer_state", "activations", "padding")
 _KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}  # of a random key, which is no number to NumPy
 
 
@@ -46,12 +48,15 @@ class Parameter:
       dtype: of the parameter as it is stored; the step computes in the plan's `dtype`.
       spec: as declared.
       source: the rule, annotation or spec that said so.
-      compute: how a step computes with it: the declared axes that are not batch axes.
+      compute: how a step computes with it: the declared axes that are not batch axes. The stage axis is among them
+        with ``head="vocab"`` alone.
       storage: how it lies between steps.
       state: how its optimizer state lies, and its gradient once reduced.
       bytes_per_device: of `storage`; for a block of a pipeline, on the devices of its stage.
       stored_shape: `shape`, or, where its rule says ``pad=True``, that with dims rounded up to what their axes divide.
-        What is beyond `shape` is zero, and is cut off before the model sees the parameter.
+        What is beyond `shape` is zero, and is cut off before the model sees the parameter; of a vocabulary that the
+        stages have parts of, `shardlab.cross_entropy` leaves it out.
+      read_by: of a parameter outside the blocks of a pipeline, the parts that read it: before, context, after.
     """
 
     path: str
@@ -64,6 +69,7 @@ class Parameter:
     state: PartitionSpec
     bytes_per_device: int
     stored_shape: tuple[int, ...]
+    read_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ class Plan:
       buffers: every array that the model holds and that is not trained; replicated unless a rule says otherwise.
       stacks: how the arrays of the blocks are stored together.
       layers: number of blocks in each stage; empty without parts.
+      kinds: of each block, which kind it is: blocks of one kind are one program and lie in the same stacks.
       virtual: stages that a device of the stage axis holds.
       optimizer_state: every array of the optimizer's state.
       update: ``"stacked"`` or ``"per-layer"``: on which tree the optimizer runs.
@@ -130,20 +137,23 @@ class Plan:
       table_csv: the table of a schedule that is none of those with a name, as CSV; or None.
       num_microbatches: microbatches a step.
       zero: ZeRO level, 0 to 3.
-      remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), or the name of a
-        policy of `jax.checkpoint_policies`.
+      remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), ``"stage"`` (a stage's
+        input), or the name of a policy of `jax.checkpoint_policies`; or one of these for each stage.
       dtype: what the step computes in.
       reduce_dtype: what gradients are summed over the batch axes in; within a device they accumulate in at least
         float32.
-      head: ``"examples"`` or ``"last_stage"``: how `before` and `after` are spread over the stages.
+      head: ``"examples"``, ``"last_stage"`` or ``"vocab"``: how `before` and `after` are spread over the stages.
       batch: path, shape and dtype of every leaf of the batch.
       batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
         reduction (needed where the model computes statistics over the batch).
-      activation_bytes: residuals of one microbatch in one stage, per device; 0 without parts.
+      activation_bytes: what one stage keeps of one microbatch, per device; 0 without parts.
+      recomputed_bytes: of ``remat="stage"``, what a backward computes again of one microbatch before it begins.
       gather: when weights that lie in shards of the batch axes are gathered: ``"step"``, all once a step, or
         ``"layer"``, each layer's whenever it is used.
-      accumulate: gradients of blocks over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each
-        layer's reduce-scattered in every backward.
+      accumulate: gradients over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each layer's
+        reduce-scattered in every backward, and those of `before` and `after` whenever a microbatch has passed them.
+      sends: when what a tick makes for another stage is sent: ``"direct"``, at its end, or ``"delayed"``, during the
+        next tick, beside what that computes.
       activation_spec: the spec of what flows between blocks, or None.
       notes: what was decided and not declared.
     """
@@ -154,6 +164,7 @@ class Plan:
     buffers: tuple[Buffer, ...]
     stacks: tuple[Stack, ...]
     layers: tuple[int, ...]
+    kinds: tuple[int, ...]
     virtual: int
     optimizer_state: tuple[StateLeaf, ...]
     update: str
@@ -161,15 +172,17 @@ class Plan:
     table_csv: str | None
     num_microbatches: int
     zero: int
-    remat: str
+    remat: str | tuple[str, ...]
     dtype: str
     reduce_dtype: str
     head: str
     batch: tuple[tuple[str, tuple[int, ...], str], ...]
     batch_axes_manual: bool
     activation_bytes: int
+    recomputed_bytes: int
     gather: str
     accumulate: str
+    sends: str
     activation_spec: PartitionSpec | None
     notes: tuple[str, ...]
 
@@ -195,6 +208,17 @@ class Plan:
         return self.batch_size // shards // self.num_microbatches
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The parameters that the stages have a part of each, computing with it, and the dim that is cut."""
+        if self.num_stage_devices == 1:
+            return {}
+        dims = ((p.path, dim) for p in self.parameters for dim, entry in enumerate(p.compute) if self._by_stage(entry))
+        return dict(dims)
+
+    def _by_stage(self, entry: Any) -> bool:
+        return self.mesh.stage in axes_of(entry)
+
+    @property
     def num_parameters(self) -> int:
         """Trained numbers in the user's model; padding does not count."""
         return sum(math.prod(parameter.shape) for parameter in self.parameters)
@@ -202,22 +226,41 @@ class Plan:
     def table(self) -> Schedule:
         """The schedule, as a table of ticks x devices."""
         if self.table_csv is not None:
-            return from_csv(self.table_csv, self.schedule)
+            return from_csv(self.table_csv, self.schedule, delayed=self.sends == "delayed")
         return make_schedule(
-            self.schedule, stages=self.num_stage_devices, microbatches=self.num_microbatches, virtual=self.virtual
+            self.schedule,
+            stages=self.num_stage_devices,
+            microbatches=self.num_microbatches,
+            virtual=self.virtual,
+            delayed=self.sends == "delayed",
         )
+
+    def in_pieces(self, parameter: Parameter) -> bool:
+        """Whether its gradient adds up in pieces, reduced whenever there is more of it.
+
+        Not what the context reads: each stage has a gradient of that in every backward.
+        """
+        if self.accumulate != "sharded":
+            return False
+        if any(parameter.path in stack.members for stack in self.stacks):
+            return True
+        named = {
+            axis for entry in parameter.state if entry for axis in (entry if isinstance(entry, tuple) else (entry,))
+        }
+        return bool(named & set(self.mesh.batch)) and bool(parameter.read_by) and "context" not in parameter.read_by
 
     def bytes_per_device(self) -> dict[str, int]:
         """Bytes on the fullest device.
 
-        Parameters, buffers (arrays not trained), gradients, optimizer_state, activations (in flight), padding.
+        Parameters, buffers (arrays not trained), working_copy (of the parameters, as a step computes with them: cast,
+        and gathered over the batch axes and, outside blocks, the stages), gradients, optimizer_state, activations (in
+        flight), padding.
         """
         from shardlab.pipeline.cost import Costs, cost
 
         sizes = self.mesh.sizes
         stacked = {path: stack for stack in self.stacks for path in stack.members if path}
-        longest = max(self.layers, default=0)
-        totals = dict.fromkeys(("parameters", "buffers", "gradients", "optimizer_state", "activations", "padding"), 0)
+        totals = dict.fromkeys(_HELD, 0)
         seen: set[str] = set()
         accumulate = "float64" if self.dtype == "float64" else "float32"
         for parameter in self.parameters:
@@ -227,24 +270,37 @@ class Plan:
                 if stack.name in seen:
                     continue
                 seen.add(stack.name)
-                copies = longest * self.virtual
-                pads = stack.members.count(None)
-                totals["padding"] += parameter.bytes_per_device * min(pads, 1)
+                copies = len(stack.members) // self.num_stage_devices
+                most = max(stack.members[at : at + copies].count(None) for at in range(0, len(stack.members), copies))
+                totals["padding"] += parameter.bytes_per_device * most
             padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)
             totals["padding"] += round(parameter.bytes_per_device * padded) * copies
             totals["parameters"] += parameter.bytes_per_device * copies
+            totals["working_copy"] += self._working_bytes(parameter, copies, in_block=stack is not None)
             kind = computed(parameter.dtype, accumulate)
-            spec = parameter.state if stack is not None and self.accumulate == "sharded" else parameter.compute
+            spec = parameter.state if self.in_pieces(parameter) else parameter.compute
             totals["gradients"] += shard_bytes(parameter.stored_shape, kind, spec, sizes) * copies
         for buffer in self.buffers:
             stack = stacked.get(buffer.path)
             if stack is None or stack.name not in seen:
-                totals["buffers"] += buffer.bytes_per_device * (1 if stack is None else longest * self.virtual)
+                copies = 1 if stack is None else len(stack.members) // self.num_stage_devices
+                totals["buffers"] += buffer.bytes_per_device * copies
             seen |= set() if stack is None else {stack.name}
         totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
         peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
-        totals["activations"] = self.activation_bytes * peak
+        totals["activations"] = self.activation_bytes * peak + self.recomputed_bytes
         return totals
+
+    def _working_bytes(self, parameter: Parameter, copies: int, *, in_block: bool) -> int:
+        """What a device holds of `copies` parameters to compute with; nothing where it computes with those stored."""
+        kind, sizes = computed(parameter.dtype, self.dtype), self.mesh.sizes
+        stored, used = (
+            shard_bytes(parameter.stored_shape, kind, spec, sizes) for spec in (parameter.storage, parameter.compute)
+        )
+        by_layer = in_block and self.gather == "layer" and stored != used
+        # Of blocks that are gathered when they are used, one at a time is whole.
+        cast = stored * copies if kind != parameter.dtype else 0
+        return cast + used if by_layer else used * copies if cast or stored != used else 0
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives an equal plan back."""

@@ -89,7 +89,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"mesh {mesh} on {plan.mesh.target} ({roles})",
         f"{plan.num_parameters:,} parameters, computed in {plan.dtype}, gradients summed in {plan.reduce_dtype}; "
-        f"ZeRO {plan.zero}; remat {plan.remat}",
+        f"ZeRO {plan.zero}; remat {plan.remat if isinstance(plan.remat, str) else ' | '.join(plan.remat)}",
         f"batch of {plan.batch_size}, {microbatches} of {plan.microbatch_rows} a shard",
     ]
     if plan.num_stages > 1:
@@ -98,6 +98,7 @@ def describe(plan: Plan) -> str:
         blocks = f"{_of(plan.layers[0], 'layer')} each" if alike else f"{', '.join(map(str, plan.layers))} layers"
         lines.append(
             f"{plan.num_stages} stages of {blocks}{each}, schedule {plan.schedule}, "
+            f"{'sends delayed, ' if plan.sends == 'delayed' else ''}"
             f"head over {plan.head.replace('_', ' ')}"
         )
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
@@ -105,6 +106,7 @@ def describe(plan: Plan) -> str:
     lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in totals.items()]
     if not plan.layers:
         lines.append(f"  {NOT_ESTIMATED}")
+    lines += _choices(plan)
     if plan.zero > 1 and plan.batch_axes_manual and plan.accumulate == "full":
         whole = "gradients accumulate whole over the microbatches of a step, and are cut once they are reduced"
         otherwise = "; accumulate='sharded' keeps a piece on each device" if plan.layers else ""
@@ -113,11 +115,28 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _choices(plan: Plan) -> list[str]:
+    """What each choice about weights and gradients costs, a line each; none where there is nothing to choose."""
+    from shardlab.plan.communication import choices
+
+    rows = []
+    for choice in choices(plan):
+        sizes = map(human_bytes, (choice.held_bytes, choice.wire_bytes, choice.total_bytes))
+        what = {"gather": "weights", "accumulate": "gradients"}[choice.option]
+        rows.append((f'{choice.option}="{choice.value}"', what, *sizes, "chosen" if choice.chosen else ""))
+    if not rows:
+        return []
+    header = ("choice", "of", "held", "sent a step", "held in all", "")
+    table = columns(header, rows, right=(2, 3, 4))
+    return ["", "per device, by choice:", *(f"  {line}" for line in table)]
+
+
 NOT_ESTIMATED = "activations not estimated: the model is taken whole"
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _LABELS = {
     "buffers": "arrays not trained",
+    "working_copy": "weights to compute with",
     "activations": "activations, at most",
     "padding": "of the parameters, padding",
 }

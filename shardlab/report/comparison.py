@@ -13,7 +13,7 @@ from shardlab.plan.text import columns
 
 
 def comparison_rows(
-    *, stages: int, microbatches: int, costs: Costs = EQUAL, limit: float | None = None
+    *, stages: int, microbatches: int, costs: Costs = EQUAL, limit: float | None = None, delayed: bool = False
 ) -> list[dict[str, Any]]:
     """A row of plain data for every named schedule and for the automatic one, the shortest step first.
 
@@ -22,13 +22,18 @@ def comparison_rows(
       microbatches: of a step.
       costs: of all that a device holds; a virtual stage takes its share.
       limit: for the automatic schedule, how many microbatches' activations a device may hold; None: any number.
+      delayed: a row with delayed sends beside each with direct ones.
 
     >>> rows = comparison_rows(stages=4, microbatches=8)
     >>> [(row["name"], row["makespan"], row["held"]) for row in rows][:2]
     [('zb_v', 25.5, 4.0), ('dualpipe_v', 25.5, 4.5)]
     """
-    found = automatic(stages=stages, microbatches=microbatches, costs=costs, limit=limit)
-    schedules = [make_schedule(name, stages=stages, microbatches=microbatches) for name in SCHEDULES]
+    found = automatic(stages=stages, microbatches=microbatches, costs=costs, limit=limit, delayed=delayed)
+    schedules = [
+        make_schedule(name, stages=stages, microbatches=microbatches, delayed=late)
+        for late in ((False, True) if delayed and stages > 1 else (False,))
+        for name in SCHEDULES
+    ]
     if found.schedule.name == "automatic":
         schedules.append(found.schedule)
     rows = [_row(schedule, costs.shared(schedule)) for schedule in schedules]
@@ -40,6 +45,7 @@ def _row(schedule: Schedule, costs: Costs) -> dict[str, Any]:
     return {
         "name": schedule.name,
         "virtual": schedule.num_virtual,
+        "delayed": schedule.delayed,
         "makespan": at.makespan,
         "bubble_fraction": at.bubble_fraction,
         "async_makespan": alone.makespan,
@@ -61,7 +67,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     header = ("schedule", "virtual", "makespan", "bubble", "each for itself", "microbatches held", "sends", "branches")
     lines = [
         (
-            row["name"],
+            f"{row['name']}, delayed" if row["delayed"] else row["name"],
             str(row["virtual"]),
             f"{row['makespan']:g}",
             f"{row['bubble_fraction']:.1%}",

@@ -34,6 +34,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "head": plan.head,
         "schedule": plan.schedule,
         "table_csv": plan.table_csv,
+        "sends": plan.sends,
         "bubble_fraction": at.bubble_fraction,
         "peak_in_flight": list(at.peak_in_flight),
         # Of a model taken whole there is no estimate of the activations, which is not to say that there are none.

@@ -62,10 +62,12 @@ def schedule_text(report: Mapping[str, Any]) -> str:
             return "one stage, one microbatch: no bubble"
         return f"one stage: {microbatches} microbatches accumulate their gradients, no bubble"
     virtual = report["virtual"]
+    delayed = report.get("sends") == "delayed"  # earlier runs do not say
     if report["table_csv"] is not None:
-        made = from_csv(report["table_csv"], report["schedule"])
+        made = from_csv(report["table_csv"], report["schedule"], delayed=delayed)
     else:
-        made = make_schedule(report["schedule"], stages=stages, microbatches=microbatches, virtual=virtual)
+        sizes = {"stages": stages, "microbatches": microbatches, "virtual": virtual}
+        made = make_schedule(report["schedule"], **sizes, delayed=delayed)
     table = draw(made)
     held = ", ".join(map(str, report["peak_in_flight"]))
     return f"{table}\nbubble {report['bubble_fraction']:.1%}; microbatches in flight at most, by device: {held}"

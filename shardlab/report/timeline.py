@@ -88,7 +88,7 @@ def _panel(axes: Any, schedule: Schedule, timeline: Timeline, at: Cost) -> None:
     each = f", {schedule.num_virtual} virtual stages each" if schedule.num_virtual > 1 else ""
     axes.set_title(
         f"{schedule.name}{each}: bubble {at.bubble_fraction:.1%}, holds up to {held:g} "
-        f"microbatch{'es' if held != 1 else ''}, {max(at.sends)} sends",
+        f"microbatch{'es' if held != 1 else ''}, {max(at.sends)} {'delayed ' if schedule.delayed else ''}sends",
         loc="left",
         fontsize=9,
     )

@@ -121,13 +121,15 @@ class Config:
       zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
         steps the float32 parameters too), 3 the parameters. Gradients accumulate whole over the microbatches of a step
         and are cut, from 1 on, when they are reduced at its end; from 2 on accumulate=sharded cuts them before.
-      remat: what the forward pass keeps: none (everything), full (a block's input), or a policy of
-        jax.checkpoint_policies.
+      remat: what the forward pass keeps: none (everything), full (a block's input), stage (a stage's input), or a
+        policy of jax.checkpoint_policies; or one for each stage, with | between them.
       dtype: what the step computes in: float32, bfloat16, float64.
       reduce_dtype: what gradients are summed over the batch axes in: auto (float32, or a wider dtype), bfloat16.
-      head: how the parts before and after the blocks are spread: examples, last_stage, auto.
+      head: how the parts before and after the blocks are spread: examples, last_stage, vocab, auto; see `make_plan`.
       gather: when weights in shards are gathered: step (all once a step) or layer (each when it is used).
       accumulate: gradients of blocks over the microbatches: full (reduced once a step) or sharded (in every backward).
+      sends: when what a tick makes for another stage is sent: direct (at its end) or delayed (during the next tick,
+        beside what that computes).
       batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).
       steps: train steps.
       seed: of the parameters, dropout and the order of the data.
@@ -156,6 +158,7 @@ class Config:
     head: str = "auto"
     gather: str = "step"
     accumulate: str = "full"
+    sends: str = "direct"
     batch_axes: str = "manual"
     steps: int = 100
     seed: int = 0
@@ -201,8 +204,8 @@ class Config:
             "microbatches": (int, "a whole number"),
             "zero": (int, "a whole number, 0 to 3"),
         }
-        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "batch_axes", "unit")
-        kinds |= dict.fromkeys(names, (str, "a text"))
+        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "sends", "batch_axes")
+        kinds |= dict.fromkeys((*names, "unit"), (str, "a text"))
         faults = [
             Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")
             for name, (kind, way_out) in kinds.items()
@@ -254,6 +257,7 @@ class Config:
             head=self.head,
             gather=self.gather,
             accumulate=self.accumulate,
+            sends=self.sends,
             batch_axes=self.batch_axes,
             activation=self.activation,
         )

@@ -5,48 +5,49 @@ branched on, so any collective is legal inside a block. In a divergent phase eve
 cell, and what concerns all of them (before, head, sends) stands outside. Garbage is masked with `where`, not
 multiplied: it may be NaN.
 
-Legend: M microbatches, P devices of the stage axis, V virtual stages of each, K blocks of the longest stage, b examples
-of a microbatch on a shard.
+Legend: M microbatches, P devices of the stage axis, V virtual stages of each, R repeats of a run of blocks, Q kinds in
+its pattern, K slots of a stage for blocks of one kind, b examples of a microbatch on a shard.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
 from shardlab.hlo.loops import taken_name
-from shardlab.module.model import Model, computed
+from shardlab.module.model import computed
 from shardlab.module.residuals import BlockVjp, differentiable
-from shardlab.pipeline.buffers import Phase, Program, When
-from shardlab.plan.layout import slots_of
+from shardlab.pipeline.buffers import Phase, Program, When, step_of
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.region import Region, check_rows, rows_of, tree_where
 from shardlab.step.split import Split
+from shardlab.step.stage_arrays import StageArrays, leaves_out
 from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
 
 
-class StageArrays:
-    """Which stored arrays belong to blocks, how a block names them, and which block each slot of a stage holds."""
+class Slot(NamedTuple):
+    """Where a stage is among its blocks."""
 
-    def __init__(self, model: Model, plan: Plan) -> None:
-        assert model.parts is not None
-        first = {path: inner for inner, path in model.parts.layers[0].items()}
-        self.inner = {stack.name: first[next(p for p in stack.members if p)] for stack in plan.stacks}
-        slots = slots_of(plan.layers, plan.table())
-        # [P, V K]: the block in each slot, and whether there is one
-        blocks = [[block for stage in device for block in stage] for device in slots]
-        self.used = np.asarray([[block is not None for block in device] for device in blocks])
-        self.block_of_slot = np.asarray([[block or 0 for block in device] for device in blocks], np.int32)
+    place: jax.Array
+    """Among the stage's slots for blocks of that kind."""
+    stored: jax.Array
+    """The same, among those of all virtual stages of the device."""
+    block: jax.Array
+    """The number of the block in the model."""
+    used: jax.Array
+    """Whether this stage holds a block there."""
+    always: bool
+    """Whether every stage does."""
 
 
 class Cells:
@@ -57,7 +58,7 @@ class Cells:
       buffers: the others.
       batch: this shard's examples.
       key_data: of the step's key; None to evaluate, without dropout.
-      where: this device's place: ``shard`` [1], ``stage`` [1], ``block`` and ``used`` [1, V K].
+      where: this device's place: ``shard`` [1], ``stage`` [1], ``blocks`` and ``used`` by run [1, V, R, Q].
       fill: what buffers hold at first.
     """
 
@@ -76,21 +77,25 @@ class Cells:
         fill: float,
     ) -> None:
         self.region, self.calls, self.batch, self.key_data, self.fill = region, calls, batch, key_data, fill
-        self.inner = arrays.inner
+        self.arrays, self.inner, kinds = arrays, arrays.inner, range(len(arrays.kinds))
         compute = storage_specs(plan, "compute")
         self.specs = {name: region.automatic_part(compute[name]) for name in values}
         self.gather, self.sharded = plan.gather == "layer", plan.accumulate == "sharded"
-        # Of one layer, by its name in the block.
+        # Outside blocks: which parts read what adds up in pieces, by its name.
+        self.pieces = {p.path: p.read_by for p in plan.parameters if p.path in values and plan.in_pieces(p)}
+        self.state_specs = storage_specs(plan, "state")
+
+        def by_kind(stored: Arrays) -> list[Arrays]:
+            """By kind of block, arrays of blocks by what a block calls them."""
+            mine = {arrays.inner[name]: value for name, value in stored.items() if name in arrays.inner}
+            return [{inner: value for (of, inner), value in mine.items() if of == kind} for kind in kinds]
+
+        # Of one layer.
         self.layer_specs = {
-            which: {
-                arrays.inner[name]: PartitionSpec(*spec[1:])
-                for name, spec in storage_specs(plan, which).items()
-                if name in arrays.inner
-            }
+            which: by_kind({name: PartitionSpec(*spec[1:]) for name, spec in storage_specs(plan, which).items()})
             for which in ("storage", "compute", "state")
         }
-        self.layer = {arrays.inner[name]: value for name, value in values.items() if name in arrays.inner}
-        self.frozen = {arrays.inner[name]: value for name, value in buffers.items() if name in arrays.inner}
+        self.stack_specs, self.layers, self.frozen = by_kind(self.specs), by_kind(values), by_kind(buffers)
         self.rest = {name: value for name, value in values.items() if name not in arrays.inner}
         self.fixed = {name: value for name, value in buffers.items() if name not in arrays.inner}
         self.rows = plan.microbatch_rows
@@ -100,18 +105,20 @@ class Cells:
         self.program, self.virtual = program, schedule.num_virtual
         self.last_device = schedule.device_of(schedule.num_stages - 1)
         self.is_first, self.is_last = self.stage_index == 0, self.stage_index == self.last_device
-        self.blocks, self.used = where["block"][0], where["used"][0]
-        self.per_stage = max(plan.layers)
-        self.even = bool(arrays.used.all())
-        self.shared = calls.shared
+        self.blocks, self.used = ([run[0] for run in where[name]] for name in ("blocks", "used"))
+        self.shared, self.vocabulary = calls.shared, frozenset(plan.vocabulary)
+        # Whether the stages share the examples after the blocks too; otherwise all of them have all, and each a part of
+        # the vocabulary, or one of them the head.
+        self.dealt = self.shared and not self.vocabulary
         self.share_rows = self.rows // region.num_stages if self.shared else self.rows
         self.wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
         self.has_context_gradient = self._context_depends()
-        self.block = BlockVjp(
-            lambda layer, x, c, extra: calls.block(layer, x, c, extra, self.rows),
-            plan.remat,
-            context=self.has_context_gradient,
-        )
+        self.recomputes = plan.remat == "stage"
+        self.skips = leaves_out(plan, region)
+        self.vjps = [
+            BlockVjp(self._block_of(kind), policy, context=self.has_context_gradient)
+            for kind, (_, policy) in enumerate(arrays.kinds)
+        ]
 
     # What a microbatch is on this device.
 
@@ -137,30 +144,61 @@ class Cells:
                 used |= {var for var in equation.invars if not isinstance(var, Literal)}
         return bool(used & set(closed.jaxpr.invars))
 
-    def slots_of(self, virtual: jax.Array) -> tuple[jax.Array, ...]:
-        """Of a stage's K slots: the place in its buffers, that in the stored arrays, the block, and if it is one."""
-        places = jnp.arange(self.per_stage, dtype=jnp.int32)
-        if self.virtual == 1:
-            return places, places, self.blocks, self.used
-        first = jnp.maximum(virtual, 0) * self.per_stage
-        mine = (jax.lax.dynamic_slice_in_dim(values, first, self.per_stage) for values in (self.blocks, self.used))
-        return (places, first + places, *mine)
+    def _block_of(self, kind: int) -> Callable[..., tuple[Any, Any]]:
+        """A block of that kind: ``(layer, x, c, extra) -> (x, auxiliary)``."""
+        own, _ = self.arrays.kinds[kind]
+        return lambda layer, x, c, extra: self.calls.block(own, layer, x, c, extra, self.rows)
 
-    def layer_of(self, slot: jax.Array) -> tuple[Arrays, Arrays]:
+    def through(
+        self, do: Callable[[int, Any, Slot], Any], state: Any, virtual: jax.Array, *, back: bool = False
+    ) -> Any:
+        """`state` after `do` of (kind, state, slot) for every slot of a stage, one after another; or from the last."""
+        runs = list(enumerate(self.arrays.runs))
+        for index, run in reversed(runs) if back else runs:
+            places, everywhere = self.arrays.places[index], self.arrays.used[index].all(axis=(0, 1, 2))
+            blocks, used = (
+                rows[0] if self.virtual == 1 else self.take(rows, virtual)
+                for rows in (self.blocks[index], self.used[index])
+            )
+            room = jnp.asarray([self.arrays.room(kind) for kind in run.kinds], jnp.int32)
+            stored = places if self.virtual == 1 else jnp.maximum(virtual, 0) * room + places
+
+            def body(state: Any, at: Any, run: Any = run, everywhere: Any = everywhere) -> tuple[Any, None]:
+                order = list(enumerate(run.kinds))
+                for place, kind in reversed(order) if back else order:
+                    mine, stored, block, used = (column[place] for column in at)
+                    state = do(kind, state, Slot(mine, stored, block, used, always=bool(everywhere[place])))
+                return state, None
+
+            state, _ = jax.lax.scan(body, state, (places, stored, blocks, used), reverse=back)
+        return state
+
+    def where_used(self, slot: Slot, do: Callable[[], Any]) -> Any:
+        """What `do` gives; in a slot without a block zeros or garbage of these shapes."""
+        if slot.always or not self.skips:
+            return do()
+
+        def skip() -> Any:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(do))
+
+        # Three branches, as what diverges has.
+        return jax.lax.switch(slot.used.astype(jnp.int32), [skip, do, skip])
+
+    def layer_of(self, kind: int, slot: jax.Array) -> tuple[Arrays, Arrays]:
         """The arrays of a block, whole over the batch axes: trained, and the others."""
         take = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False)  # noqa: E731
-        layer = jax.tree.map(take, self.layer)
+        layer = jax.tree.map(take, self.layers[kind])
         if self.gather:
-            layer = self.region.gathered(layer, self.layer_specs["storage"])
-        return layer, jax.tree.map(take, self.frozen)
+            layer = self.region.gathered(layer, self.layer_specs["storage"][kind])
+        return layer, jax.tree.map(take, self.frozen[kind])
 
-    def accumulated(self, dlayer: Arrays) -> Arrays:
+    def accumulated(self, kind: int, dlayer: Arrays) -> Arrays:
         """A block's gradients as they are added up: this shard's sum, or of all shards this shard's piece."""
         wide = {name: value.astype(self._wide_of(value)) for name, value in dlayer.items()}
         if not self.sharded:
             return wide
         axes = dict.fromkeys(wide, self.region.batch)
-        return self.region.reduced(wide, axes, self.layer_specs["compute"], self.layer_specs["state"])
+        return self.region.reduced(wide, axes, self.layer_specs["compute"][kind], self.layer_specs["state"][kind])
 
     # Buffers.
 
@@ -181,37 +219,57 @@ class Cells:
             "auxiliary": (jnp.zeros((), self.wide), jnp.zeros((), self.wide)),
             "residuals": (),
         }
+        if table.delayed:
+            one = PartitionSpec(*self.calls.flow_spec)
+            carry["outbox"] = jax.tree.map(lambda leaf: laid(self._empty(leaf), one), self.x)
         if self.key_data is None:
             return carry
 
-        layer, frozen = jax.eval_shape(lambda: self.layer_of(zero))
         c = jax.eval_shape(lambda: self.context(self.rest, zero))
-        extra = frozen, zero, self.key_data, zero
-        residuals = jax.eval_shape(lambda *args: self.block.forward(*args)[1], layer, self.x, c, extra)
-        cuts: Any = ()
-        if table.split:
-            self.split = Split(self._block_backward, (residuals, layer, c, extra), self.x)
-            cuts = jax.eval_shape(lambda *args: self.split.first(*args)[1], (residuals, layer, c, extra), self.x)
-
-        pieces = jax.eval_shape(self.accumulated, layer)
-
-        def buffers(leaves: Any, slots: int) -> Any:
-            return jax.tree.map(lambda leaf: self._empty(leaf, slots, self.per_stage), leaves)
-
+        self.residuals: list[Any] = []
+        self.splits: list[Split] = []
+        cuts: list[Any] = []
+        pieces: list[Arrays] = []
+        for kind, vjp in enumerate(self.vjps):
+            layer, frozen = jax.eval_shape(lambda kind=kind: self.layer_of(kind, zero))
+            extra = frozen, zero, self.key_data, zero
+            kept = jax.eval_shape(lambda *args, vjp=vjp: vjp.forward(*args)[1], layer, self.x, c, extra)
+            self.residuals.append(kept)
+            if table.split:
+                split = Split(functools.partial(self._block_backward, kind), (kept, layer, c, extra), self.x)
+                self.splits.append(split)
+                cut = jax.eval_shape(lambda *args, split=split: split.first(*args)[1], (kept, layer, c, extra), self.x)
+                # What was computed again for I is kept for W.
+                cuts.append((cut, kept if self.recomputes else ()))
+            pieces.append(jax.eval_shape(functools.partial(self.accumulated, kind), layer))
+        whole = {name: self.rest[name] for name in self.pieces}
+        rest_pieces = jax.eval_shape(lambda: self.reduced_now(whole, jnp.bool_(True)))
+        if self.recomputes:
+            entered = jax.tree.map(lambda leaf: laid(self._empty(leaf, table.num_residual_slots), flow), self.x)
         return carry | {
-            "residuals": buffers(residuals, table.num_residual_slots),
-            "cuts": buffers(cuts, table.num_cut_slots),
-            "layer": {
-                self.inner[name]: laid(self._accumulator(pieces[self.inner[name]], self.blocks.shape[0]), spec)
-                for name, spec in self.specs.items()
-                if name in self.inner
-            },
+            "residuals": entered if self.recomputes else self._of_blocks(self.residuals, table.num_residual_slots),
+            "cuts": self._of_blocks(cuts, table.num_cut_slots),
+            "layer": [
+                {
+                    inner: laid(self._accumulator(piece, self.virtual * self.arrays.room(kind)), specs[inner])
+                    for inner, piece in mine.items()
+                }
+                for kind, (mine, specs) in enumerate(zip(pieces, self.stack_specs, strict=True))
+            ],
             "rest": {
-                name: laid(self._accumulator(self.rest[name]), spec)
+                name: laid(self._accumulator(rest_pieces.get(name, self.rest[name])), spec)
                 for name, spec in self.specs.items()
                 if name not in self.inner
             },
         }
+
+    def _of_blocks(self, leaves: list[Any], slots: int) -> list[Any]:
+        """By kind, buffers for what is kept of every block in a slot."""
+
+        def of(kind: int, mine: Any) -> Any:
+            return jax.tree.map(lambda leaf: self._empty(leaf, slots, self.arrays.room(kind)), mine)
+
+        return [of(kind, mine) for kind, mine in enumerate(leaves)]
 
     def _accumulator(self, value: Any, *leading: int) -> jax.Array:
         return jnp.zeros((*leading, *value.shape), self._wide_of(value))
@@ -223,16 +281,20 @@ class Cells:
         fill = self.fill if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
         return jnp.full((*leading, *leaf.shape), fill, leaf.dtype)
 
-    def _block_backward(self, kept: Any, dy: Any) -> tuple[Any, Any]:
+    def _block_backward(self, kind: int, kept: Any, dy: Any) -> tuple[Any, Any]:
         """What the stage before waits for, then the gradients of the weights."""
         stored, layer, c, extra = kept
-        dlayer, dx, dc = self.block.backward(stored, layer, c, extra, dy)
+        dlayer, dx, dc = self.vjps[kind].backward(stored, layer, c, extra, dy)
         return (dx, dc), dlayer
 
     # Phases.
 
     def train(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> dict[str, Any]:
         """One scan over the iterations of a phase."""
+        if phase.first_step:
+            slot = jnp.asarray(phase.first_slot, jnp.int32)[self.stage_index]
+            sent = self.sent(carry["outbox"], phase.first_step)
+            carry = carry | {"mail": self.put(carry["mail"], sent, slot, slot >= 0)}
 
         def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], None]:
             return self._iteration(phase, carry, _own(row)), None
@@ -242,6 +304,8 @@ class Cells:
     def _iteration(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
         if phase.divergent:
             return self._divergent(phase, carry, row)
+        if self.program.delayed:
+            return self._travelling(phase, carry, row)
         if "F" in phase.cell:
             carry, y = self.forward(carry, row, self.entering(phase, row))
             carry = self.head(phase, carry, row, y)
@@ -252,8 +316,32 @@ class Cells:
             carry = carry | {"mail": self.arrive(carry["mail"], dx, row["back_slot"], step=-1)}
         return self.weights(carry, row) if "W" in phase.cell else carry
 
+    def _travelling(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
+        """An iteration in which what a part has made travels during the next one; the last one's stays in the outbox.
+
+        What travels is put into its slot after the part beside it, which reads nothing of it, so that XLA may compute
+        between the start and the end of the send.
+        """
+        made, step = carry["outbox"], step_of(phase.parts[-1])
+        for part in phase.parts:
+            sent, slot = self.sent(made, step) if step else None, row["onward_slot" if step > 0 else "back_slot"]
+            if part == "F":
+                carry, made = self.forward(carry, row, self.entering(phase, row))
+                carry = self.head(phase, carry, row, made)
+            elif part == "W":
+                carry = self.weights(carry, row)
+            elif part is not None:
+                carry, made = self.backward(carry, row, split=part == "I")
+                carry = self.finish(phase, carry, row, made)
+            if sent is not None:
+                sent, made, carry = self.after(sent, made, carry)
+                carry = carry | {"mail": self.put(carry["mail"], sent, slot, slot >= 0)}
+            step = step_of(part)
+        return carry | {"outbox": made} if step else carry
+
     def _divergent(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
         """Each device its own cell, in a branch; what spans devices before and after it."""
+        sent = [self.sent(carry["outbox"], step) for step in (1, -1)] if self.program.delayed else None
         x = self.entering(phase, row)
         out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
         cells: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]]] = {
@@ -274,8 +362,14 @@ class Cells:
             carry, out = carry | state[0], state[1]
         carry = self.head(phase, carry, row, out)
         carry = self.finish(phase, carry, row, out)
-        mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
-        mail = self.arrive(mail, out, row["back_slot"], step=-1)
+        if sent is None:
+            mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
+            mail = self.arrive(mail, out, row["back_slot"], step=-1)
+        else:
+            sent, out, carry = self.after(sent, out, carry)
+            mail, carry = carry["mail"], carry | {"outbox": out}
+            for arrived, slot in zip(sent, (row["onward_slot"], row["back_slot"]), strict=True):
+                mail = self.put(mail, arrived, slot, slot >= 0)
         return carry | {"mail": self.put(mail, out, row["local_slot"], row["local_slot"] >= 0)}
 
     def where_due(
@@ -301,9 +395,8 @@ class Cells:
             carry, y = self.forward(carry, mine, self.entering(phase, mine))
             out = None
             if phase.head != "never":
-                examples, _, count = self.microbatch(mine["head_microbatch"], share=True)
-                dealt = self.deal(y, self.last_device)
-                out = self.calls.after({**self.rest, **self.fixed}, dealt, examples, None, count)
+                examples, _, count = self.microbatch(mine["head_microbatch"], share=self.dealt)
+                out = self.calls.after({**self.rest, **self.fixed}, self.handed(y), examples, None, count)
                 if self.calls.has_loss:
                     total, weight = self.calls.loss(out, examples)
                     carry, out = self.count(carry, total, weight, mine["head_microbatch"] >= 0), None
@@ -323,10 +416,21 @@ class Cells:
         """Send `value` one stage on (or back), round the ring, and put what arrives into `slot`."""
         if self.region.stage is None:
             return buffer
+        return self.put(buffer, self.sent(value, step), slot, slot >= 0)
+
+    def sent(self, value: Any, step: int) -> Any:
+        """What the device `step` before this one on the ring holds as `value`."""
         count = self.region.num_stages
         ring = [(i, (i + step) % count) for i in range(count)]
-        arrived = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.region.stage, ring), value)
-        return self.put(buffer, arrived, slot, slot >= 0)
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.region.stage, ring), value)
+
+    def after(self, sent: Any, made: Any, carry: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """The same, where what was sent is not used before what a part has made is there.
+
+        Else XLA may fuse its put into a slot with reads of other slots, on which the next part waits.
+        """
+        sent, made, mail = jax.lax.optimization_barrier((sent, made, carry["mail"]))
+        return sent, made, carry | {"mail": mail}
 
     def put(self, buffer: Any, value: Any, slot: jax.Array, valid: jax.Array) -> Any:
         """`buffer` with `value` in `slot`, where `valid`."""
@@ -368,28 +472,41 @@ class Cells:
         c = self.context(self.rest, row["f_microbatch"])
         _, key, _ = self.microbatch(row["f_microbatch"], share=False)
         valid, slot = row["f_microbatch"] >= 0, jnp.maximum(row["f_residual_slot"], 0)
-
-        def body(state: Any, at: Any) -> tuple[Any, None]:
-            x, held, auxiliary = state
-            place, where, index, used = at
-            layer, frozen = self.layer_of(where)
-            (y, pair), stored = self._block(layer, x, c, (frozen, index, *(key or (None, None))))
-            if pair is not None:
-                more = (jnp.where(valid & used, new, 0).astype(self.wide) for new in pair)
-                auxiliary = tuple(total + new for total, new in zip(auxiliary, more, strict=True))
-            if not self.even:
-                y = tree_where(used, y, x)
-            held = tuple(_write(buffer, leaf, (slot, place), valid) for buffer, leaf in zip(held, stored, strict=True))
-            return (y, held, auxiliary), None
-
-        start = x, carry["residuals"], carry["auxiliary"]
-        (y, held, auxiliary), _ = jax.lax.scan(body, start, self.slots_of(row["f_virtual"]))
+        held = carry["residuals"]
+        if self.key_data is None or self.recomputes:
+            held = held if self.key_data is None else self.put(held, x, slot, valid)
+            y, _, auxiliary = self.stage(x, c, key, row["f_virtual"], (), slot, valid, carry["auxiliary"])
+        else:
+            y, held, auxiliary = self.stage(x, c, key, row["f_virtual"], held, slot, valid, carry["auxiliary"])
         return carry | {"residuals": held, "auxiliary": auxiliary}, y
 
-    def _block(self, layer: Arrays, x: Any, c: Any, extra: Any) -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
-        if self.key_data is None:
-            return self.calls.block(layer, x, c, extra, self.rows), ()
-        return self.block.forward(layer, x, c, extra)
+    def stage(
+        self, x: Any, c: Any, key: Any, virtual: jax.Array, held: Any, slot: Any, valid: jax.Array, auxiliary: Any
+    ) -> tuple[Any, Any, Any]:
+        """y of a stage's blocks; `held` with their residuals in `slot`, unless it is empty; auxiliary losses added."""
+
+        def block(kind: int, state: Any, at: Slot) -> Any:
+            x, held, auxiliary = state
+
+            def do() -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
+                layer, frozen = self.layer_of(kind, at.stored)
+                extra = frozen, at.block, *(key or (None, None))
+                if not held:
+                    return self._block_of(kind)(layer, x, c, extra), ()
+                return self.vjps[kind].forward(layer, x, c, extra)
+
+            (y, pair), stored = self.where_used(at, do)
+            if pair is not None:
+                more = (jnp.where(valid & at.used, new, 0).astype(self.wide) for new in pair)
+                auxiliary = tuple(total + new for total, new in zip(auxiliary, more, strict=True))
+            if not at.always:
+                y = tree_where(at.used, y, x)
+            if held:
+                written = (_write(b, new, (slot, at.place), valid) for b, new in zip(held[kind], stored, strict=True))
+                held = [*held[:kind], tuple(written), *held[kind + 1 :]]
+            return y, held, auxiliary
+
+        return self.through(block, (x, held, auxiliary), virtual)
 
     def backward(self, carry: dict[str, Any], row: dict[str, jax.Array], *, split: bool) -> tuple[dict[str, Any], Any]:
         """The B cell: dx of a stage's blocks, their gradients added to the accumulators.
@@ -402,32 +519,47 @@ class Cells:
         cut_slot = jnp.maximum(row["b_cut_slot"], 0)
         dy = self.take(carry["mail"], row["b_mail_slot"])
         dc = [jnp.zeros_like(leaf) for leaf in differentiable(c)] if self.has_context_gradient else None
+        residuals = carry["residuals"]
+        if self.recomputes:
+            x, slot = self.take(residuals, slot), jnp.int32(0)
+            once = self._of_blocks(self.residuals, 1)
+            _, residuals, _ = self.stage(x, c, key, row["b_virtual"], once, slot, valid, carry["auxiliary"])
 
-        def body(state: Any, at: Any) -> tuple[Any, None]:
+        def block(kind: int, state: Any, at: Slot) -> Any:
             dy, dc, total, cuts = state
-            place, where, index, used = at
-            layer, frozen = self.layer_of(where)
-            stored = tuple(_read(buffer, (slot, place)) for buffer in carry["residuals"])
-            kept = stored, layer, c, (frozen, index, *key)
-            keep = valid if self.even else valid & used
+            stored = tuple(_read(buffer, (slot, at.place)) for buffer in residuals[kind])
+            keep = valid if at.always else valid & at.used
+
+            def do() -> tuple[Any, Any]:
+                layer, frozen = self.layer_of(kind, at.stored)
+                kept = stored, layer, c, (frozen, at.block, *key)
+                if split:
+                    return self.splits[kind].first(kept, dy)
+                back, dlayer = self._block_backward(kind, kept, dy)
+                return back, self.accumulated(kind, dlayer)
+
+            (dx, more), new = self.where_used(at, do)
             if split:
-                (dx, more), cut = self.split.first(kept, dy)
-                cuts = jax.tree.map(lambda buffer, leaf: _write(buffer, leaf, (cut_slot, place), valid), cuts, cut)
+                cut = new, stored if self.recomputes else ()
+                held = jax.tree.map(lambda b, leaf: _write(b, leaf, (cut_slot, at.place), valid), cuts[kind], cut)
+                cuts = [*cuts[:kind], held, *cuts[kind + 1 :]]
             else:
-                (dx, more), dlayer = self._block_backward(kept, dy)
-                new = self.accumulated(dlayer)
-                total = {name: _add(held, new[name], where, keep) for name, held in total.items()}
-            if not self.even:
-                dx = tree_where(used, dx, dy)
+                added = {name: _add(held, new[name], at.stored, keep) for name, held in total[kind].items()}
+                total = [*total[:kind], added, *total[kind + 1 :]]
+            if not at.always:
+                dx = tree_where(at.used, dx, dy)
             if dc is not None:
                 dc = jax.tree.map(lambda held, new: jnp.where(keep, held + new, held), dc, more)
-            return (dx, dc, total, cuts), None
+            return dx, dc, total, cuts
 
         start = dy, dc, carry["layer"], carry["cuts"]
-        (dx, dc, layer, cuts), _ = jax.lax.scan(body, start, self.slots_of(row["b_virtual"]), reverse=True)
+        dx, dc, layer, cuts = self.through(block, start, row["b_virtual"], back=True)
         rest = carry["rest"]
         if dc is not None:
-            _, pull = jax.vjp(lambda rest: differentiable(self.context(rest, row["b_microbatch"])), self.rest)
+            _, pull = jax.vjp(
+                lambda mine: differentiable(self.context({**self.rest, **mine}, row["b_microbatch"])),
+                self.read_in("context"),
+            )
             rest = self.add(rest, pull(dc)[0], valid)
         return carry | {"layer": layer, "rest": rest, "cuts": cuts}, dx
 
@@ -438,22 +570,31 @@ class Cells:
         valid, slot = row["w_microbatch"] >= 0, jnp.maximum(row["w_residual_slot"], 0)
         cut_slot = jnp.maximum(row["w_cut_slot"], 0)
 
-        def body(total: Any, at: Any) -> tuple[Any, None]:
-            place, where, index, used = at
-            layer, frozen = self.layer_of(where)
-            stored = tuple(_read(buffer, (slot, place)) for buffer in carry["residuals"])
-            cut = jax.tree.map(lambda buffer: _read(buffer, (cut_slot, place)), carry["cuts"])
-            new = self.accumulated(self.split.second((stored, layer, c, (frozen, index, *key)), cut))
-            keep = valid if self.even else valid & used
-            return {name: _add(held, new[name], where, keep) for name, held in total.items()}, None
+        def block(kind: int, total: Any, at: Slot) -> Any:
+            cut, stored = jax.tree.map(lambda buffer: _read(buffer, (cut_slot, at.place)), carry["cuts"][kind])
+            if not self.recomputes:
+                stored = tuple(_read(buffer, (slot, at.place)) for buffer in carry["residuals"][kind])
+            keep = valid if at.always else valid & at.used
 
-        return carry | {"layer": jax.lax.scan(body, carry["layer"], self.slots_of(row["w_virtual"]), reverse=True)[0]}
+            def do() -> Arrays:
+                layer, frozen = self.layer_of(kind, at.stored)
+                dlayer = self.splits[kind].second((stored, layer, c, (frozen, at.block, *key)), cut)
+                return self.accumulated(kind, dlayer)
+
+            new = self.where_used(at, do)
+            added = {name: _add(held, new[name], at.stored, keep) for name, held in total[kind].items()}
+            return [*total[:kind], added, *total[kind + 1 :]]
+
+        return carry | {"layer": self.through(block, carry["layer"], row["w_virtual"], back=True)}
 
     def finish(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array], dx: Any) -> dict[str, Any]:
         """The gradients of `before`, of the microbatch whose dx stage 0 has just computed."""
 
         def do() -> Arrays:
-            _, pull = jax.vjp(lambda rest: self._before(rest, row["finish_microbatch"], share=True), self.rest)
+            _, pull = jax.vjp(
+                lambda mine: self._before({**self.rest, **mine}, row["finish_microbatch"], share=True),
+                self.read_in("before"),
+            )
             used = row["finish_microbatch"] >= 0
             (new,) = pull(self.deal(dx, source=0))
             return self.add(carry["rest"], new, used if self.shared else used & self.is_first)
@@ -466,16 +607,23 @@ class Cells:
         due = row["head_microbatch"] >= 0
 
         def do() -> tuple[dict[str, Any], Any]:
-            examples, key, rows = self.microbatch(row["head_microbatch"], share=True)
+            examples, key, rows = self.microbatch(row["head_microbatch"], share=self.dealt)
 
-            def loss(rest: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
-                return self.calls.loss(self.calls.after({**rest, **self.fixed}, y, examples, key, rows), examples)
+            def loss(mine: Arrays, y: Any) -> tuple[jax.Array, jax.Array]:
+                values = {**self.rest, **mine, **self.fixed}
+                return self.calls.loss(self.calls.after(values, y, examples, key, rows), examples)
 
-            total, pull, weight = jax.vjp(loss, self.rest, self.deal(y, self.last_device), has_aux=True)
-            drest, dy = pull(jnp.ones_like(total))
-            if self.shared:
+            total, pull, weight = jax.vjp(loss, self.read_in("after"), self.handed(y), has_aux=True)
+            if self.vocabulary:
+                # The loss is the same on all stages, and counts once. Each finds what its own logits give, and since
+                # the transpose of a psum is a psum, what all of them find adds up to the derivative.
+                drest, dy = pull(jnp.where(self.is_last, jnp.ones_like(total), 0))
+                dy = self.region.over_stages(dy)
+            else:
+                drest, dy = pull(jnp.ones_like(total))
+            if self.dealt:
                 dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
-            keep = due if self.shared else due & self.is_last
+            keep = due if self.dealt or self.vocabulary else due & self.is_last
             new = self.count({name: carry[name] for name in ("sum", "weight")}, total, weight, due)
             return new | {"rest": self.add(carry["rest"], drest, keep)}, dy
 
@@ -489,11 +637,17 @@ class Cells:
 
     def count(self, carry: dict[str, Any], total: jax.Array, weight: jax.Array, due: jax.Array) -> dict[str, Any]:
         """`carry` with a microbatch's loss, from the stages that computed it on true examples."""
-        keep = due if self.shared else due & self.is_last
+        keep = due if self.dealt else due & self.is_last
         return carry | {
             "sum": carry["sum"] + jnp.where(keep, total, 0).astype(self.wide),
             "weight": carry["weight"] + jnp.where(keep, weight, 0).astype(self.wide),
         }
+
+    def handed(self, y: Any) -> Any:
+        """What the head of this stage computes with, of the last stage's y: its share of the examples, or all."""
+        if self.vocabulary:
+            return self.region.over_stages(tree_where(self.is_last, y, jax.tree.map(jnp.zeros_like, y)))
+        return self.deal(y, self.last_device) if self.dealt else y
 
     def deal(self, x: Any, source: int) -> Any:
         """This stage's share of the examples that stage `source` holds."""
@@ -507,8 +661,38 @@ class Cells:
 
         return jax.tree.map(one, x)
 
+    def read_in(self, part: str) -> Arrays:
+        """The parameters outside blocks that a part is differentiated in: of those in pieces, the ones that it reads.
+
+        The others' gradients are zero, and would be summed over the devices for nothing.
+        """
+        return {name: value for name, value in self.rest.items() if part in self.pieces.get(name, (part,))}
+
     def add(self, total: Arrays, new: Arrays, keep: jax.Array) -> Arrays:
-        return {name: jnp.where(keep, held + new[name].astype(held.dtype), held) for name, held in total.items()}
+        """Gradients outside blocks, with `new` ones where `keep`; those in pieces are summed over the devices first."""
+        pieces = {name: value for name, value in new.items() if name in self.pieces}
+        mine = {name: total[name] + value for name, value in self.reduced_now(pieces, keep).items()}
+        whole = {name: value for name, value in new.items() if name not in mine}
+        return {
+            **total,
+            **mine,
+            **{
+                name: jnp.where(keep, total[name] + v.astype(total[name].dtype), total[name])
+                for name, v in whole.items()
+            },
+        }
+
+    def reduced_now(self, new: Arrays, keep: jax.Array) -> Arrays:
+        """Of the sums over all devices where `keep`, this device's piece."""
+        if not new:
+            return {}
+        kept = {name: jnp.where(keep, value, 0).astype(self._wide_of(value)) for name, value in new.items()}
+        axes = {name: self.summed_over(name) for name in kept}
+        return self.region.reduced(kept, axes, self.specs, self.state_specs)
+
+    def summed_over(self, name: str) -> tuple[str, ...]:
+        """The axes to sum a gradient outside blocks over; of a vocabulary each stage has a part to itself."""
+        return self.region.batch if name in self.vocabulary else self.region.manual
 
     # The end of the step.
 
@@ -518,11 +702,15 @@ class Cells:
         return jax.lax.psum(found, self.region.manual) if self.region.manual else found
 
     def reduced(self, carry: dict[str, Any], specs: dict[str, PartitionSpec]) -> tuple[Arrays, jax.Array]:
-        """Gradients summed over batch (and, outside blocks, stages), each reduced once; what `sums` gives."""
+        """Gradients summed over batch (and, outside blocks, stages), each reduced once; what `sums` gives.
+
+        Each stage keeps those of its part of the vocabulary.
+        """
         region = self.region
-        layer = {name: carry["layer"][inner] for name, inner in self.inner.items() if name in specs}
-        # Sharded ones have been summed layer by layer.
-        axes = dict.fromkeys(layer, () if self.sharded else region.batch) | dict.fromkeys(carry["rest"], region.manual)
+        layer = {name: carry["layer"][kind][inner] for name, (kind, inner) in self.inner.items() if name in specs}
+        # Those in pieces have been summed already.
+        axes = dict.fromkeys(layer, () if self.sharded else region.batch)
+        axes |= {name: () if name in self.pieces else self.summed_over(name) for name in carry["rest"]}
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
 

@@ -17,7 +17,6 @@ from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, computed, read_model
-from shardlab.pipeline.buffers import program
 from shardlab.plan.check import random_faults, traced_in
 from shardlab.plan.layout import optimizer_shapes, optimizer_tree
 from shardlab.plan.optimizer import why_per_layer
@@ -26,6 +25,7 @@ from shardlab.step.calls import Calls, Loss
 from shardlab.step.pipelined import pipelined_gradients
 from shardlab.step.region import Region, make_region
 from shardlab.step.spmd import whole_gradients
+from shardlab.step.stage_arrays import diverges, leaves_out
 from shardlab.step.state import (
     TrainState,
     abstract_stored,
@@ -179,9 +179,10 @@ def compile_train_step(
     )
     with jax.set_mesh(mesh), traced_in(plan.dtype):
         lowered = jitted.lower(abstract_state, shapes)
-        compiled = lowered.compile(compiler_options=_compiler_options(plan, mesh, compiler_options))
+        compiled = lowered.compile(compiler_options=options_for(plan, mesh, compiler_options))
     _same_as_declared(compiled, (state_shardings, batch_shardings))
-    _cannot_hang(compiled, plan)
+    if diverges(plan) or leaves_out(plan, region):
+        cannot_hang(compiled, plan)
     return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, jitted, lowered, compiled)
 
 
@@ -347,23 +348,23 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
     raise_faults(faults)
 
 
-def _compiler_options(plan: Plan, mesh: Mesh, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def options_for(plan: Plan, mesh: Mesh, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of XLA, for a step or forward pass of `plan`: what it needs, and what was given."""
     options: dict[str, Any] = {}
-    if mesh.devices.flat[0].platform == "tpu" and _diverges(plan):
+    if mesh.devices.flat[0].platform == "tpu" and diverges(plan):
         # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes, of which none may stand in
         # a branch that not all devices take.
         options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 30
     return {**options, **(given or {})} or None
 
 
-def _diverges(plan: Plan) -> bool:
-    return any(phase.divergent for phase in program(plan.table()).phases)
+def cannot_hang(compiled: Any, plan: Plan) -> None:
+    """Of a program whose stages take branches of their own: no collective in a branch waits for other stages.
 
-
-def _cannot_hang(compiled: Any, plan: Plan) -> None:
-    """In a divergent schedule, where each stage takes its own branch, no collective in a branch waits for others."""
-    if plan.mesh.stage is None or not _diverges(plan):
-        return
+    Raises:
+      DeclarationError: with every collective that does.
+    """
+    assert plan.mesh.stage is not None, "a single stage takes no branch of its own"
     raise_faults(
         Fault(
             f"schedule {plan.schedule!r}",

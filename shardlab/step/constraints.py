@@ -3,7 +3,8 @@
 `with_sharding_constraint(x, P("data", None, "tensor"))` is right in a model that runs under `jit`. Inside a region
 that is manual over ``data`` that axis is already taken, and JAX refuses. The user's function is therefore traced as
 if all axes were automatic, the manual axes are removed from its constraints, every `batch_sum` becomes a sum over
-the devices that hold the batch, and the result is run in its place. So are the rules of `jax.custom_vjp` and
+the devices that hold the batch, every `cross_entropy` one over the stages that hold the classes, and the result is run
+in its place. So are the rules of `jax.custom_vjp` and
 `jax.custom_jvp` inside it, which are Python that JAX calls when it differentiates.
 """
 
@@ -15,11 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from shardlab.sharding.zero import without
 from shardlab.step.backward import as_function, backward_of, has_rule, operands_of
 from shardlab.step.batch_sum import is_batch_sum
+from shardlab.step.cross_entropy import Vocabulary, mark_of
 
 
 def made_legal(
@@ -29,6 +32,7 @@ def made_legal(
     automatic: AbstractMesh,
     *,
     platform: str = "",
+    vocabulary: Vocabulary | None = None,
 ) -> Callable[..., Any]:
     """`function`, with `manual` axes left out of its constraints, and its batch sums taken over `spread`.
 
@@ -38,8 +42,9 @@ def made_legal(
       spread: those of them that the examples at hand are spread over.
       automatic: the mesh with every axis automatic.
       platform: what the result will run on; XLA's CPU backend aborts on a narrow sum over manual axes.
+      vocabulary: how the classes of its `cross_entropy` are cut over the stages, if they are.
     """
-    return _Legal(manual, spread, automatic, platform).of(function) if manual else function
+    return _Legal(manual, spread, automatic, platform, vocabulary).of(function) if manual else function
 
 
 def uses_batch_sum(jaxpr: Any) -> bool:
@@ -79,6 +84,7 @@ class _Legal:
     spread: tuple[str, ...]
     automatic: AbstractMesh
     platform: str
+    vocabulary: Vocabulary | None
     rules: bool = True
 
     def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +106,8 @@ class _Legal:
         return wrapped
 
     def _is_concerned(self, equation: Any) -> bool:
-        return _names(equation, self.manual) or is_batch_sum(equation)
+        marked = self.vocabulary is not None and mark_of(equation) is not None
+        return marked or _names(equation, self.manual) or is_batch_sum(equation)
 
     def _rewrite(self, jaxpr: Any, here: Any) -> Any:
         """The same program made legal, inner programs included."""
@@ -120,6 +127,10 @@ class _Legal:
                 summed = jax.make_jaxpr(self._sum)(operand.aval)
                 equations.append(equation.replace(params={**equation.params, "jaxpr": summed}, ctx=here))
                 continue
+            if self.vocabulary is not None and (mark := mark_of(equation)) is not None:
+                joined = self._joined(mark, equation)
+                equations.append(equation.replace(params={**equation.params, "jaxpr": joined}, ctx=here))
+                continue
             if self.rules and self._has_concerned_rule(equation, jaxpr):
                 equations.append(self._with_its_rule(equation, jaxpr, here))
                 continue
@@ -136,6 +147,13 @@ class _Legal:
     def _sum(self, x: jax.Array) -> jax.Array:
         narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 and self.platform == "cpu"
         return jax.lax.psum(x.astype(jnp.float32) if narrow else x, self.spread).astype(x.dtype)
+
+    def _joined(self, mark: str, equation: Any) -> Any:
+        """The program of a mark of `cross_entropy`, over all stages."""
+        vocabulary, part = self.vocabulary, jaxpr_as_fun(equation.params["jaxpr"])
+        assert vocabulary is not None
+        (operand,) = equation.invars
+        return jax.make_jaxpr(lambda x: vocabulary.joined(mark, part(x)[0]))(operand.aval)
 
     def _has_concerned_rule(self, equation: Any, jaxpr: Any) -> bool:
         if not has_rule(equation):

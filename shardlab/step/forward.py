@@ -16,10 +16,12 @@ from shardlab.module.model import abstract, read_model
 from shardlab.pipeline.buffers import breadth_first
 from shardlab.pipeline.table_csv import to_csv
 from shardlab.plan.plan import Plan
+from shardlab.sharding.zero import without
 from shardlab.step.calls import Calls, Loss
-from shardlab.step.compile import working_copy
+from shardlab.step.compile import cannot_hang, options_for, working_copy
 from shardlab.step.pipelined import pipelined_forward
 from shardlab.step.region import Region, check_rows, make_region
+from shardlab.step.stage_arrays import leaves_out
 from shardlab.step.state import abstract_stored, buffer_specs, shardings, storage_specs
 
 
@@ -47,14 +49,16 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
       model: as given to `make_plan`.
       plan: of the training run whose parameters it takes.
       batch: a global batch, or its shapes; its size may differ from the plan's.
-      loss: ``(y, batch) -> (sum, weight)``; without it the result is y, whose arrays lead with the examples.
+      loss: ``(y, batch) -> (sum, weight)``; without it the result is y, whose arrays lead with the examples; a
+        vocabulary that the stages have parts of is gathered for it.
 
     Raises:
-      DeclarationError: the batch does not divide by the batch axes, or a leaf of y does not lead with the examples.
+      DeclarationError: the batch does not divide by the batch axes, a leaf of y does not lead with the examples, or
+        some stages would wait for others for ever.
     """
     shapes = abstract(batch)
     model = read_model(model, shapes, plan.pipeline)
-    plan = _for_batch(plan, shapes)
+    plan = _for_batch(plan if loss is not None else _with_whole_vocabulary(plan), shapes)
     mesh = build_mesh(plan.mesh)
     region = make_region(plan, mesh)
     calls = Calls(model, loss, plan, region, shapes, train=False)
@@ -70,7 +74,19 @@ def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None
     jitted = jax.jit(forward, in_shardings=(*stored, batch_shardings))
     with jax.set_mesh(mesh):
         lowered = jitted.lower(*abstract_stored(model, plan), shapes)
-        return CompiledForward(plan, mesh, batch_shardings, lowered, lowered.compile())
+        compiled = lowered.compile(compiler_options=options_for(plan, mesh, None))
+    if leaves_out(plan, region):
+        cannot_hang(compiled, plan)
+    return CompiledForward(plan, mesh, batch_shardings, lowered, compiled)
+
+
+def _with_whole_vocabulary(plan: Plan) -> Plan:
+    """The plan for a y with all of the vocabulary, which parts of it are not: parameters gathered over the stages."""
+    if not plan.vocabulary:
+        return plan
+    stage = (plan.mesh.stage,) if plan.mesh.stage else ()
+    parameters = tuple(dataclasses.replace(p, compute=without(p.compute, stage)) for p in plan.parameters)
+    return dataclasses.replace(plan, parameters=parameters, head="last_stage")
 
 
 def _for_batch(plan: Plan, shapes: Any) -> Plan:
@@ -86,8 +102,8 @@ def _for_batch(plan: Plan, shapes: Any) -> Plan:
         )
     each = size // (shards if plan.batch_axes_manual else 1)
     count = next(m for m in range(min(plan.num_microbatches, each), 0, -1) if each % m == 0)
-    head = plan.head if each // count % plan.num_stage_devices == 0 else "last_stage"
-    plan = dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head)
+    head = plan.head if plan.head == "vocab" or each // count % plan.num_stage_devices == 0 else "last_stage"
+    plan = dataclasses.replace(plan, batch=tuple(leaves), num_microbatches=count, head=head, sends="direct")
     if plan.table_csv is None:
         return plan
     # A table of the user's own is for the plan's microbatches; its forwards need nothing but its placement.

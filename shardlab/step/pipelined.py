@@ -5,6 +5,7 @@ tick scan     for each phase of the table: F cell, head, B or I cell, W cell, wh
               scan over this stage's blocks, residuals written into the table's slot
               y -> next stage
   head        last stage's y is dealt out by example; each stage runs after + loss + their vjp on its share
+              (head="vocab": all stages get y, and run them with their part of the vocabulary)
   B cell      reverse scan over this stage's blocks: vjp of one block, its gradient added to its slice
               dx -> previous stage;  stage 0's dx is dealt out by example for before's vjp
   I, W cells  the same in two: what the previous stage waits for, and later the gradients
@@ -23,8 +24,9 @@ from shardlab.module.model import Model
 from shardlab.pipeline.buffers import Phase, forward_program, program
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
-from shardlab.step.cells import Cells, StageArrays
+from shardlab.step.cells import Cells
 from shardlab.step.region import Region
+from shardlab.step.stage_arrays import StageArrays
 from shardlab.step.state import storage_specs
 
 Arrays = dict[str, Any]
@@ -109,21 +111,24 @@ def _entered(
     """`in_region` of ``(values, buffers, batch, key data)`` in global arrays."""
     none, stage, shard = PartitionSpec(), PartitionSpec(region.stage), PartitionSpec(region.batch or None)
     tables, storage = [_rows(phase) for phase in phases], storage_specs(plan)
+    compute, vocabulary = storage_specs(plan, "compute"), plan.vocabulary
     table_specs = [
         {name: PartitionSpec(None, *stage) if x.ndim == 2 else none for name, x in rows.items()} for rows in tables
     ]
     where = {
         "shard": np.arange(region.shards, dtype=np.int32),
         "stage": np.arange(region.num_stages, dtype=np.int32),
-        "block": arrays.block_of_slot,
+        "blocks": arrays.blocks,
         "used": arrays.used,
     }
-    where_specs = {"shard": shard, "stage": stage, "block": stage, "used": stage}
+    where_specs = {"shard": shard, "stage": stage, "blocks": stage, "used": stage}
 
     def entered(values: Arrays, buffers: Arrays, batch: Any, key_data: Any) -> Any:
         def spec_of(name: str) -> PartitionSpec:
             if name in storage and name in arrays.inner and plan.gather == "layer":
                 return region.manual_part(storage[name])
+            if name in vocabulary:
+                return region.manual_part(compute[name])
             return stage if name in arrays.inner else none
 
         in_specs = (

@@ -64,12 +64,12 @@ def composed(
 ) -> tuple[Any, Any]:
     """y of the parts called one after another, and the sum of the blocks' auxiliary losses."""
     x = flowing(parts.before(values, batch, site(BEFORE), train), dtype)
-    block = block_function(parts, dtype, train)
+    blocks = [block_function(parts, kind, dtype, train) for kind in range(len(parts.blocks))]
     c = None if parts.context is None else parts.context(values, batch, site(CONTEXT), train)
     auxiliary: Any = 0.0
     for index, layer in enumerate(parts.layers):
         mine = {inner: values[path] for inner, path in layer.items()}
-        x, pair = block(mine, x, c, site(1 + index))
+        x, pair = blocks[parts.kinds[index]](mine, x, c, site(1 + index))
         auxiliary += 0.0 if pair is None else pair[0]
     return parts.after(values, x, batch, site(AFTER), train), auxiliary
 

@@ -138,6 +138,18 @@ class Region:
         )(others)
         return whole | all_of(mixed)
 
+    def over_stages(self, tree: Any) -> Any:
+        """The sum over the stages of what each has, in the dtypes of the leaves; called in the region."""
+        assert self.stage is not None
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+
+        def one(leaf: jax.Array) -> jax.Array:
+            # XLA's CPU backend aborts on a bfloat16 sum over manual axes.
+            narrow = on_cpu and leaf.dtype.itemsize < 4
+            return jax.lax.psum(leaf.astype(jnp.float32) if narrow else leaf, self.stage).astype(leaf.dtype)
+
+        return jax.tree.map(one, tree)
+
     def _narrowed(self, value: jax.Array) -> jax.Array:
         kind = jnp.dtype(computed(value.dtype, self.reduce_dtype))
         if kind.itemsize < value.dtype.itemsize and self.mesh.devices.flat[0].platform == "cpu":

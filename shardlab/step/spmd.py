@@ -28,7 +28,8 @@ def whole_gradients(
     Gradients are sums over the whole batch, reduced once, laid out as `specs`; divide them by the weight.
     """
     wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
-    rows = plan.microbatch_rows
+    rows, remat = plan.microbatch_rows, plan.remat
+    assert isinstance(remat, str), "a model taken whole is one stage"
     compute = storage_specs(plan, "compute")
 
     def in_region(
@@ -42,7 +43,7 @@ def whole_gradients(
             def forward(trained: Arrays) -> tuple[Any, Arrays]:
                 return calls.whole({**trained, **buffers}, examples, (key_data, first + index * rows), rows)
 
-            y, written = rematerialised(forward, plan.remat)(trained)
+            y, written = rematerialised(forward, remat)(trained)
             total, weight = calls.loss(y, examples)
             return total, (weight, written)
 

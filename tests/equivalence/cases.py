@@ -20,6 +20,7 @@ from shardlab.models import decoder, linen_decoder, mixer, mlp
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
 from shardlab.sharding.rules import Rule, Rules
+from tests.equivalence import kinds
 
 AXES = ("replica", "data", "stage", "tensor")
 
@@ -199,6 +200,34 @@ def _auxiliary() -> Subject:
     return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
 
 
+def _kinds(model: Any, rules: Rules, parts: Pipeline | None = None) -> Subject:
+    return Subject(model, mlp.label_loss, rules, parts, features)
+
+
+def token_loss(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    losses, counted = shardlab.cross_entropy(logits, batch["targets"]), batch["targets"] >= 0
+    return jnp.where(counted, losses, 0).sum(), counted.sum()
+
+
+def class_loss(logits: jax.Array, batch: Any) -> tuple[jax.Array, int]:
+    return jax.vmap(shardlab.cross_entropy)(logits, batch["labels"]).sum(), len(logits)
+
+
+def _decoder_vocab(**more: Any) -> Subject:
+    """The output kernel's vocabulary over the stages, and over tensor beside them."""
+    subject = _decoder(**more)
+    rules = Rules((Rule("unembed/kernel", P(None, ("stage", "tensor"))), *subject.rules.rules[:-1]))
+    return Subject(subject.model, token_loss, rules, subject.pipeline, subject.batch)
+
+
+def _mlp_vocab(**more: Any) -> Subject:
+    """10 classes over the stages, padded where these do not divide them, and a loss that is mapped over examples."""
+    config = mlp.MLPConfig(**more)
+    split = Rule("outputs/kernel", P(None, "stage"), pad=True), Rule("outputs/bias", P("stage"), pad=True)
+    rules = Rules((*split, *mlp.mlp_rules("tensor").rules[:-1]))
+    return Subject(config, class_loss, rules, PARTS, features)
+
+
 def whole(subject: Subject) -> Subject:
     """The same model, its parts not named."""
     return Subject(subject.model, subject.loss, subject.rules, None, subject.batch, subject.batch_size)
@@ -212,6 +241,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "decoder-24-layers-dropout": lambda: _decoder(num_layers=24, dropout=0.25),
     "decoder-3-layers": lambda: _decoder(num_layers=3),
     "decoder-conditioned": _conditioned,
+    "decoder-vocab": _decoder_vocab,
+    "decoder-vocab-10-layers-dropout": lambda: _decoder_vocab(num_layers=10, dropout=0.25),
+    "decoder-vocab-24-layers-dropout": lambda: _decoder_vocab(num_layers=24, dropout=0.25, vocab_size=48),
     "decoder-whole": lambda: whole(_decoder()),
     "decoder-whole-dropout": lambda: whole(_decoder(dropout=0.25)),
     "linen": _linen,
@@ -225,6 +257,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mlp-5-layers": lambda: _mlp(num_layers=5),
     "mlp-7-layers": lambda: _mlp(num_layers=7),
     "mlp-24-layers": lambda: _mlp(num_layers=24),
+    "mlp-vocab-7-layers": lambda: _mlp_vocab(num_layers=7),
     "mlp-whole": lambda: whole(_mlp()),
     "pure": _pure,
     "mlp-both-on-one-dim": _both_on_one_dim,
@@ -234,6 +267,12 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "pure-centred": _centred,
     "pure-constrained": _constrained,
     "pure-auxiliary": _auxiliary,
+    "dense-and-experts": lambda: _kinds(*kinds.dense_and_experts("dedede")),
+    "dense-then-experts": lambda: _kinds(*kinds.dense_and_experts("ddeeee")),
+    "encoder-decoder": lambda: _kinds(
+        lambda rngs: kinds.EncoderDecoder(3, 2, rngs=rngs), kinds.ENCODER_DECODER_RULES, PARTS
+    ),
+    "linen-two-widths": lambda: _kinds(kinds.LinenTwoWidths(), kinds.LINEN_RULES, PARTS),
 }
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -346,6 +385,12 @@ CASES: dict[str, Case] = {
     "zb-v-conditioned-tied": case("decoder-conditioned", stage=2, microbatches=4, schedule="zb_v", head="last_stage"),
     "dualpipe-v": case("decoder-tied", stage=2, data=2, microbatches=4, schedule="dualpipe_v", remat="full"),
     "dualpipe-v-3-stages": case("mlp-7-layers", stage=3, microbatches=7, batch=21, schedule="dualpipe_v"),
+    # What a tick makes is sent during the next one.
+    "delayed-hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=4, sends="delayed"),
+    "delayed-split-virtual": case(
+        "mlp-7-layers", stage=3, microbatches=5, batch=15, schedule="1f1b_split", virtual=2, sends="delayed"
+    ),
+    "delayed-zb-v": case("decoder-dropout", data=2, stage=2, microbatches=4, schedule="zb_v", sends="delayed"),
     # Weights gathered when they are used, gradients reduce-scattered in every backward.
     "gather-layer": case("decoder-dropout", data=4, microbatches=2, zero=3, gather="layer", accumulate="sharded"),
     "gather-layer-hybrid": case(
@@ -365,6 +410,20 @@ CASES: dict[str, Case] = {
     "sharded-gradients": case(
         "linen", data=2, stage=2, tensor=2, microbatches=2, zero=2, accumulate="sharded", schedule="1f1b_split"
     ),
+    # What the context reads adds up whole; a tied embedding is read before and after.
+    "sharded-gradients-conditioned": case(
+        "decoder-conditioned", data=2, stage=2, microbatches=2, zero=3, accumulate="sharded"
+    ),
+    "sharded-gradients-tied": case(
+        "decoder-tied",
+        data=2,
+        stage=2,
+        microbatches=4,
+        zero=2,
+        accumulate="sharded",
+        schedule="zb_v",
+        head="last_stage",
+    ),
     # Everything at once.
     "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),
@@ -373,6 +432,22 @@ CASES: dict[str, Case] = {
     "hybrid-mixer": case("mixer", optimizer="adamw-eps", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-replicated-rules": case("decoder", data=2, stage=2, tensor=2, microbatches=2, replicate=True),
     "hybrid-uneven-zero-3": case("decoder-10-layers", data=2, stage=4, microbatches=2, zero=3, head="last_stage"),
+    # Each stage with a part of the vocabulary.
+    "vocab": case("decoder-vocab", data=2, stage=2, tensor=2, microbatches=2, zero=1, head="vocab"),
+    "vocab-interleaved-zero-3": case(
+        "decoder-vocab-10-layers-dropout",
+        data=2,
+        stage=2,
+        microbatches=2,
+        schedule="interleaved_1f1b",
+        zero=3,
+        remat="full",
+        head="vocab",
+    ),
+    "vocab-split-uneven": case("mlp-vocab-7-layers", stage=3, microbatches=2, schedule="1f1b_split", head="vocab"),
+    "vocab-zb-v": case(
+        "decoder-vocab", data=2, stage=2, tensor=2, microbatches=4, schedule="zb_v", zero=2, head="vocab"
+    ),
     # Mathematics across examples; auxiliary losses of blocks.
     "batch-sum-data": case("pure-centred", optimizer="adamw-eps", data=4, tensor=2),
     "batch-sum-stages": case("pure-centred", optimizer="adamw-eps", data=2, stage=2, tensor=2),
@@ -387,7 +462,24 @@ CASES: dict[str, Case] = {
     "padded-tensor": case("mlp-padded", tensor=4),
     "padded-whole": case("mlp-padded-whole", data=4, tensor=2, zero=1),
     "padded-stages-zero-3": case("mlp-padded", data=2, stage=2, tensor=2, microbatches=2, zero=3, optimizer="clipped"),
+    # Blocks of different kinds: in turn, one after another; masked where an axis inside a stage is automatic, in a
+    # branch of their own where none is.
+    "kinds-one-device": case("dense-and-experts", microbatches=2),
+    "kinds-in-turn": case("dense-and-experts", data=2, stage=2, tensor=2, microbatches=2, zero=1),
+    "kinds-in-turn-interleaved": case(
+        "dense-and-experts", stage=2, data=2, microbatches=4, schedule="interleaved_1f1b", zero=3, remat="full"
+    ),
+    "kinds-encoder-decoder": case("encoder-decoder", stage=2, data=2, tensor=2, microbatches=2, schedule="zb_h1"),
+    "kinds-after-another-split": case(
+        "dense-then-experts", stage=2, data=2, microbatches=3, batch=12, schedule="1f1b_split"
+    ),
+    "kinds-linen-zb-v": case("linen-two-widths", stage=2, data=2, microbatches=2, schedule="zb_v", optimizer="muon"),
     # Remat.
+    "remat-stage": case("decoder-dropout", stage=2, data=2, microbatches=4, remat="stage"),
+    "remat-stage-split": case(
+        "dense-and-experts", stage=2, data=2, microbatches=2, remat="stage", schedule="zb_h1", head="last_stage"
+    ),
+    "remat-by-stage": case("decoder-10-layers", stage=4, microbatches=4, remat="full | dots_saveable | none | none"),
     "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
     "remat-whole": case("decoder-whole", data=2, remat="full"),
@@ -416,6 +508,17 @@ CASES: dict[str, Case] = {
     "multi": case("decoder", stage=2, data=2, microbatches=2, zero=1, optimizer="multi"),
     "multisteps": case("decoder", stage=2, data=2, microbatches=2, zero=1, optimizer="multisteps"),
 }
+
+
+DAILY = (
+    *("one-device", "one-device-whole", "data-3", "data-8-zero-1", "replica-2-data-2-zero-3"),
+    *("data-4-whole-zero-3-accumulation", "tensor-4-linen", "sequence-parallel-stages", "stage-8-microbatch-1"),
+    *("stage-2-conditioned", "zb-v-conditioned-tied", "hybrid", "hybrid-mixer", "hybrid-replicated-rules"),
+    *("vocab", "vocab-zb-v", "batch-sum-stages", "constraints", "both-axes-on-one-dim", "padded-stages-zero-3"),
+    *("kinds-encoder-decoder", "kinds-linen-zb-v", "remat-by-stage", "remat-whole", "dropout-linen-whole"),
+    *("adafactor", "muon", "clipped-uneven", "masked", "multi", "multisteps"),
+)
+"""Beside the pipelines in which every two choices meet, what the default run tries: what those leave out."""
 
 
 def subject_of(this: Case) -> Subject:

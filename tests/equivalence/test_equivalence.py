@@ -20,7 +20,8 @@ from shardlab.step.compile import compile_train_step
 from shardlab.step.reference import ReferenceStep
 from shardlab.step.state import users_own
 from shardlab.step.verify import TOLERANCES, relative_error, worst
-from tests.equivalence.cases import CASES, OPTIMIZERS, Case, case, subject_of
+from tests.equivalence import pipelines
+from tests.equivalence.cases import CASES, DAILY, OPTIMIZERS, Case, case, subject_of
 
 STEPS = 5
 
@@ -87,15 +88,56 @@ def check(this: Case) -> None:
 # Repeated on the newest JAX: one of each kind of program.
 NEWEST = (
     *("hybrid", "hybrid-uneven-zero-3", "dropout-hybrid", "tied-hybrid", "constraints", "batch-sum-stages", "muon"),
-    *("interleaved-hybrid", "split", "zb-h1-hybrid", "zb-v"),
+    *("interleaved-hybrid", "split", "zb-h1-hybrid", "zb-v", "vocab", "vocab-zb-v"),
 )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.versions if name in NEWEST else ()) for name in CASES]
-)
+def marked(name: str) -> Any:
+    marks = [pytest.mark.versions] if name in NEWEST else []
+    return pytest.param(name, marks=[*marks, *([] if name in DAILY else [pytest.mark.slow])])
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_equals_the_reference(name: str) -> None:
     check(CASES[name])
+
+
+TOGETHER = pipelines.cases()
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_every_two_choices_together(name: str) -> None:
+    check(TOGETHER[name])
+
+
+def test_the_default_run_is_short() -> None:
+    assert set(DAILY) <= set(CASES)
+    assert len(DAILY) + len(TOGETHER) <= 90
+
+
+def test_every_two_choices_meet() -> None:
+    """Said of the features themselves, not of what made the cases."""
+    met = {
+        pair
+        for this in TOGETHER.values()
+        for pair in itertools.combinations(
+            [
+                ("subject", this.subject),
+                ("mesh", tuple(this.mesh.items())),
+                *((name, this.options[name]) for name in ("zero", "remat", "head", "sends", "microbatches")),
+                ("schedule", (this.options["schedule"], this.options["virtual"])),
+            ],
+            2,
+        )
+    }
+    # Some that a plan refuses: more stages than layers, examples that stages do not share.
+    assert (("subject", "linen-dropout"), ("schedule", ("zb_v", 2))) in met
+    for one, two in itertools.combinations(("zero", "remat", "head", "sends"), 2):
+        for a, b in itertools.product(pipelines.FEATURES[one], pipelines.FEATURES[two]):
+            assert ((one, a), (two, b)) in met, f"{one}={a} with {two}={b}"
+    for schedule in pipelines.FEATURES["schedule"]:
+        for remat in pipelines.FEATURES["remat"]:
+            assert (("remat", remat), ("schedule", schedule)) in met, f"{schedule} with remat={remat}"
 
 
 GRID = [
@@ -127,13 +169,14 @@ def test_grid(data: int, stage: int, tensor: int, schedule: str, zero: int, subj
 
 
 PIPELINES = [
-    (schedule, virtual, stages, microbatches, more, subject, remat)
+    (schedule, virtual, stages, microbatches, more, subject, remat, sends)
     for schedule, published in SCHEDULES.items()
     for virtual in ((1, 2, 3) if published.any_virtual else (published.virtual,))
     for stages, microbatches, more in (
         *(
             (2, 1, {}),
             (2, 5, {"data": 2}),
+            (2, 7, {}),
             (2, 4, {"data": 2, "tensor": 2, "zero": 1}),
             (3, 4, {}),
             (3, 7, {"data": 2}),
@@ -147,14 +190,27 @@ PIPELINES = [
             (8, 8, {"zero": 1}),
         ),
     )
-    for subject, remat in (("mlp-24-layers", "none"), ("decoder-24-layers-dropout", "full"))
+    for subject, remat, sends in (
+        ("mlp-24-layers", "none", "direct"),
+        ("decoder-24-layers-dropout", "full", "direct"),
+        ("mlp-24-layers", "none", "delayed"),
+    )
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "virtual", "stages", "microbatches", "more", "subject", "remat"), PIPELINES)
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "stages", "microbatches", "more", "subject", "remat", "sends"), PIPELINES
+)
 def test_pipelines(
-    schedule: str, virtual: int, stages: int, microbatches: int, more: dict[str, Any], subject: str, remat: str
+    schedule: str,
+    virtual: int,
+    stages: int,
+    microbatches: int,
+    more: dict[str, Any],
+    subject: str,
+    remat: str,
+    sends: str,
 ) -> None:
     """Every schedule on 2 to 8 devices; 24 layers divide by some numbers of stages, by 5 and 10 and 16 not."""
     batch = stages * microbatches * more.get("data", 1)
@@ -167,6 +223,35 @@ def test_pipelines(
             schedule=schedule,
             virtual=virtual,
             remat=remat,
+            sends=sends,
+            **more,
+        )
+    )
+
+
+VOCABULARIES = [
+    (schedule, stages, microbatches, more)
+    for schedule in SCHEDULES
+    for stages, microbatches, more in (
+        *((2, 3, {"data": 2, "zero": 1}), (2, 4, {"data": 2, "tensor": 2, "zero": 3}), (3, 3, {"remat": "full"})),
+        *((4, 4, {"tensor": 2}), (6, 6, {})),
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "stages", "microbatches", "more"), VOCABULARIES)
+def test_vocabularies(schedule: str, stages: int, microbatches: int, more: dict[str, Any]) -> None:
+    """Every schedule with the vocabulary over the stages; `before` is spread by example, or whole in the second."""
+    rows = 1 if stages == 2 and more.get("tensor") else stages
+    check(
+        case(
+            "decoder-vocab-24-layers-dropout",
+            batch=rows * microbatches * more.get("data", 1),
+            stage=stages,
+            microbatches=microbatches,
+            schedule=schedule,
+            head="vocab",
             **more,
         )
     )

@@ -49,7 +49,7 @@ def composed(model: Model, values: Any, batch: Any, key: Any = None, train: bool
     x = model.parts.before(values, batch, key, train)
     c = None if model.parts.context is None else model.parts.context(values, batch, key, train)
     for paths in model.parts.layers:
-        x = model.parts.block({inside: values[path] for inside, path in paths.items()}, x, c, key, train)
+        x = model.parts.blocks[0]({inside: values[path] for inside, path in paths.items()}, x, c, key, train)
     return model.parts.after(values, x, batch, key, train)
 
 
@@ -193,10 +193,15 @@ REFUSED: dict[str, tuple[Functions, Pipeline | None, str]] = {
         "model: params has no list of layers under 'layers'; return {'layers': [layer, ...], ...} from init, or name "
         "the list's key with Functions(blocks=...)",
     ),
-    "layers of another structure": (
-        cut(init=lambda key: init(key) | {"blocks": [layer(0), layer(1), {"mlp": layer(2)["mlp"]}]}),
+    "an empty list of layers": (
+        cut(init=lambda key: init(key) | {"blocks": []}),
         None,
-        "blocks/2: its parameters are not those of blocks/0; every block of a stack has the same tree",
+        "model: the list params['blocks'] is empty; a pipeline needs blocks",
+    ),
+    "functions for other layers": (
+        cut(block=[block]),
+        None,
+        "model: block= has 1 functions and params['blocks'] 2 layers; give one for every layer",
     ),
 }
 
@@ -207,3 +212,17 @@ def test_refused(name: str) -> None:
     with pytest.raises(DeclarationError) as error:
         read_model(functions, BATCH, pipeline)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        cut(init=lambda key: init(key) | {"blocks": [layer(0), layer(1), {"mlp": layer(2)["mlp"]}]}),
+        cut(init=lambda key: init(key) | {"blocks": [layer(0), layer(1), layer(2)]}, block=[block, block, before]),
+    ],
+    ids=["another tree", "another function"],
+)
+def test_layers_that_differ_are_of_two_kinds(functions: Functions) -> None:
+    parts = read_model(functions, BATCH).parts
+    assert parts is not None
+    assert (parts.kinds, len(parts.blocks)) == ((0, 0, 1), 2)

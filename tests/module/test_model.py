@@ -134,7 +134,7 @@ def test_one_model_in_three_kinds(kind: str) -> None:
     x, c = (part(values, BATCH, None, True) for part in (model.parts.before, model.parts.context))
     for index, layer in enumerate(model.parts.layers):
         assert layer == {f"up/{leaf}": spelled[f"blocks/{index}/up/{leaf}"] for leaf in ("bias", "kernel")}
-        x = model.parts.block({inside: values[path] for inside, path in layer.items()}, x, c, None, True)
+        x = model.parts.blocks[0]({inside: values[path] for inside, path in layer.items()}, x, c, None, True)
     np.testing.assert_allclose(model.parts.after(values, x, BATCH, None, True), wanted, rtol=1e-5)
 
 

@@ -60,11 +60,11 @@ def net(**options: Any) -> Callable[[nnx.Rngs], nnx.Module]:
     return lambda rngs: Net(rngs, **options)
 
 
-def changed(change: Callable[[Any, nnx.Rngs], Any]) -> Callable[[nnx.Rngs], nnx.Module]:
+def changed(change: Callable[[Any, nnx.Rngs], Any], **options: Any) -> Callable[[nnx.Rngs], nnx.Module]:
     """A factory of the net with something done to it."""
 
     def factory(rngs: nnx.Rngs) -> nnx.Module:
-        model = Net(rngs)
+        model = Net(rngs, **options)
         change(model, rngs)
         return model
 
@@ -110,7 +110,7 @@ def test_the_parts_compose_to_the_whole() -> None:
     assert model.parts is not None
     x = model.parts.before(values, BATCH, None, True)
     for index in (0, 1):
-        x = model.parts.block(layer_of(model, values, index), x, None, None, True)
+        x = model.parts.blocks[0](layer_of(model, values, index), x, None, None, True)
     y = model.parts.after(values, x, BATCH, None, True)
     np.testing.assert_allclose(y, Net(nnx.Rngs(0))(BATCH), rtol=1e-6)
     np.testing.assert_array_equal(y, model.forward(values, BATCH, None, True)[0])
@@ -246,7 +246,7 @@ def test_dropout_in_the_parts() -> None:
     assert parts is not None
     x = jnp.ones((5, 4))
     quiet, one, other = (
-        parts.block(layer_of(model, values), x, None, k, train)
+        parts.blocks[0](layer_of(model, values), x, None, k, train)
         for k, train in ((key, False), (key, True), (jax.random.key(4), True))
     )
     layer = layer_of(model, values)
@@ -317,9 +317,9 @@ def test_batch_statistics_in_a_stack_are_refused_where_they_are_written() -> Non
     assert parts is not None
     assert set(parts.layers[0]) == {"up/bias", "up/kernel", "norm/mean", "norm/var", "norm/scale", "norm/bias"}
     layer, x = layer_of(model, values), jnp.ones((5, 4))
-    assert parts.block(layer, x, None, None, False).shape == x.shape  # reads them only
+    assert parts.blocks[0](layer, x, None, None, False).shape == x.shape  # reads them only
     with pytest.raises(DeclarationError) as error:
-        parts.block(layer, x, None, None, True)
+        parts.blocks[0](layer, x, None, None, True)
     assert str(error.value) == (
         "2 faults in the declaration:\n"
         f"  1. blocks/*/norm/mean: {ALONE}; {WAY_OUT}\n"
@@ -363,10 +363,6 @@ def number(model: Any, rngs: nnx.Rngs) -> None:
         block.index = index
 
 
-STATIC = (
-    "blocks/1: its static attributes are not those of blocks/0 (a layer index, or another function); every block of a "
-    "stack runs the same program, so pass what differs as an array"
-)
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "no blocks": (net(layers=0), "pipeline blocks='blocks': the list is empty; a pipeline needs blocks"),
     "a parameter of two blocks": (
@@ -379,24 +375,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         changed(share_with_the_rest),
         "blocks/1/up/kernel: is the same parameter as inputs/kernel; use it in inputs only, or copy it",
     ),
-    "one block lacks a parameter": (
-        changed(replace("up", use_bias=False)),
-        "blocks/0/up/bias: only this block has it; every block of a stack has the same parameters",
+    "a layer index": (
+        changed(number, layers=9),
+        "blocks/8: is a block of yet another kind, after 8 others (a layer index, or a function of its own?), and "
+        "every kind is a program in every stage; pass what differs as an array",
     ),
-    "one block has more": (
-        changed(replace("more")),
-        "blocks/1/more/bias: only this block has it; every block of a stack has the same parameters",
-    ),
-    "another shape": (
-        changed(replace("up", out_features=5, use_bias=True)),
-        "blocks/1/up/bias: float32[5] here and float32[4] in blocks/0; every block of a stack has the same shapes",
-    ),
-    "another dtype": (
-        changed(replace("up", param_dtype=jnp.bfloat16)),
-        "blocks/1/up/bias: bfloat16[4] here and float32[4] in blocks/0; every block of a stack has the same shapes",
-    ),
-    "a layer index": (changed(number), STATIC),
-    "another rate": (changed(lambda model, rngs: setattr(model.blocks[1].drop, "rate", 0.5)), STATIC),
 }
 
 
@@ -407,6 +390,37 @@ def test_refused(name: str) -> None:
         read_model(factory, BATCH, PARTS)
     assert str(error.value) == message
     read_model(factory, BATCH)  # without a stack there is nothing to refuse
+
+
+OF_TWO_KINDS: dict[str, Callable[..., Any]] = {
+    "one block lacks a parameter": changed(replace("up", use_bias=False)),
+    "one block has more": changed(replace("more")),
+    "another shape": changed(replace("up", out_features=5, use_bias=True)),
+    "another dtype": changed(replace("up", param_dtype=jnp.bfloat16)),
+    "an attribute": changed(number),
+    "another rate": changed(lambda model, rngs: setattr(model.blocks[1].drop, "rate", 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO_KINDS)
+def test_blocks_that_differ_are_of_two_kinds(name: str) -> None:
+    parts = read_model(OF_TWO_KINDS[name], BATCH, PARTS).parts
+    assert parts is not None
+    assert (parts.kinds, len(parts.blocks)) == ((0, 1), 2)
+
+
+def test_each_kind_runs_its_own_program_on_its_own_arrays() -> None:
+    model = read_model(changed(replace("up", use_bias=False)), BATCH, PARTS)
+    values, parts = model.initialise(jax.random.key(0)), model.parts
+    assert parts is not None
+    assert "up/bias" in parts.layers[0]
+    assert "up/bias" not in parts.layers[1]
+    x = parts.before(values, BATCH, None, True)
+    for index, layer in enumerate(parts.layers):
+        mine = {inner: values[path] for inner, path in layer.items()}
+        x = parts.blocks[parts.kinds[index]](mine, x, None, None, True)
+    y = parts.after(values, x, BATCH, None, True)
+    np.testing.assert_array_equal(y, model.forward(values, BATCH, None, True)[0])
 
 
 def test_every_part_that_the_module_lacks_is_told_at_once() -> None:
@@ -531,7 +545,7 @@ def test_what_a_module_sows_is_left_out() -> None:
     np.testing.assert_array_equal(y, read_model(Net, BATCH).forward(values, BATCH, None, True)[0])
     assert written == {}
     assert model.parts is not None
-    assert model.parts.block(layer_of(model, values), jnp.ones((5, 4)), None, None, True).shape == (5, 4)
+    assert model.parts.blocks[0](layer_of(model, values), jnp.ones((5, 4)), None, None, True).shape == (5, 4)
 
 
 class Reading(nnx.Module):
@@ -561,7 +575,7 @@ def test_reading_under_remat_is_not_writing() -> None:
     model = read_model(reading(True), BATCH, PARTS)
     assert model.parts is not None
     with pytest.raises(DeclarationError) as error:
-        model.parts.block(layer_of(model, model.initialise(jax.random.key(0))), jnp.ones((5, 4)), None, None, True)
+        model.parts.blocks[0](layer_of(model, model.initialise(jax.random.key(0))), jnp.ones((5, 4)), None, None, True)
     assert str(error.value) == f"blocks/*/seen: {ALONE}; {WAY_OUT}"
 
 

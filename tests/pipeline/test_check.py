@@ -50,7 +50,8 @@ def split(schedule: Schedule) -> Schedule:
 def runs(schedule: Schedule) -> bool:
     """Whether a lock-step machine that passes messages computes the step: the oracle, written apart.
 
-    Messages are sets of (stage they are for, microbatch); what is sent in a tick can be read from the next.
+    Messages are sets of (stage they are for, microbatch); what is sent in a tick can be read from the next, from the
+    one after where sends are delayed and another device reads it.
     """
     last = schedule.num_stages - 1
     work = [(stage, mb) for stage in range(last + 1) for mb in range(schedule.num_microbatches)]
@@ -60,8 +61,10 @@ def runs(schedule: Schedule) -> bool:
     cuts: set[tuple[int, int]] = set()
     forwards: list[tuple[int, int]] = []
     gradients: list[tuple[int, int]] = []
+    on_their_way: list[tuple[set[tuple[int, int]], tuple[int, int]]] = []
     for tick in schedule.ticks:
-        sent_on, sent_back = [], []
+        arriving, on_their_way = on_their_way, []
+        sent: list[tuple[set[tuple[int, int]], int, tuple[int, int]]] = []
         for device, action in enumerate(tick):
             if action is None:
                 continue
@@ -80,7 +83,7 @@ def runs(schedule: Schedule) -> bool:
                 if action.stage == last:
                     cotangents.add(key)
                 else:
-                    sent_on.append((action.stage + 1, action.microbatch))
+                    sent.append((activations, device, (action.stage + 1, action.microbatch)))
             elif action.kind == "W":
                 if key not in cuts:
                     return False
@@ -96,9 +99,17 @@ def runs(schedule: Schedule) -> bool:
                 else:
                     gradients.append(key)
                 if action.stage > 0:
-                    sent_back.append((action.stage - 1, action.microbatch))
-        activations.update(sent_on)
-        cotangents.update(sent_back)
+                    sent.append((cotangents, device, (action.stage - 1, action.microbatch)))
+        for box, message in arriving:
+            box.add(message)
+        for box, device, message in sent:
+            turn, place = divmod(message[0], schedule.num_devices)
+            if schedule.placement == "v" and turn % 2:
+                place = schedule.num_devices - 1 - place
+            if schedule.delayed and place != device:
+                on_their_way.append((box, message))
+            else:
+                box.add(message)
     return sorted(forwards) == work and sorted(gradients) == work
 
 

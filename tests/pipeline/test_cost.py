@@ -195,6 +195,7 @@ def test_facts_are_json() -> None:
         "stages": 2,
         "virtual": 1,
         "microbatches": 3,
+        "sends": "direct",
         "costs": {"F": 1, "I": 2, "W": 1, "send": 0},
         "table": [
             ["0F0", None],

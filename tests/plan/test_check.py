@@ -55,7 +55,7 @@ def declare(model: Any = MODEL, *, batch: Any = EIGHT, mesh: dict[str, int] | No
 
 SPREAD = Rules((("blocks/2/up/kernel", P("tensor")), *((rule.pattern, rule.spec) for rule in mlp.mlp_rules().rules)))
 POLICIES = (
-    "none, full, dots_saveable, dots_with_no_batch_dims_saveable, everything_saveable, nothing_saveable; "
+    "none, full, stage, dots_saveable, dots_with_no_batch_dims_saveable, everything_saveable, nothing_saveable; "
     "did you mean 'dots_saveable'? write one of them"
 )
 
@@ -70,6 +70,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "remat": (
         {"remat": "dots_savable"},
         f"remat='dots_savable': is not one of {POLICIES}",
+    ),
+    "remat of other stages": (
+        {"remat": "full | none | stage"},
+        "2 faults in the declaration:\n"
+        "  1. remat='stage': keeps a stage's input alone, in buffers that all devices have alike, and others keep "
+        "more; write it for all stages, or another for this one\n"
+        "  2. remat=full | none | stage: names policies of 3 stages, and there are 2; name one for each, or one for "
+        "all",
     ),
     "dtype": (
         {"dtype": "bfloat61"},
@@ -94,7 +102,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "head": (
         {"head": "example"},
-        "head='example': is not one of auto, examples, last_stage; did you mean 'examples'? write one of them",
+        "head='example': is not one of auto, examples, last_stage, vocab; did you mean 'examples'? write one of them",
+    ),
+    "sends": (
+        {"sends": "delay"},
+        "sends='delay': is not one of auto, direct, delayed; did you mean 'delayed'? write one of them",
     ),
     "batch axes": (
         {"batch_axes": "manually"},
@@ -282,11 +294,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         '("outputs/bias", None) to replicate it on purpose\n'
         '  3. outputs/kernel: no rule matches it, and it has no annotation; add a rule ("outputs/kernel", P(...)), or '
         '("outputs/kernel", None) to replicate it on purpose\n'
-        "  4. zero=5: is not one of 0, 1, 2, 3; write one of them\n"
-        "  5. remat='some': is not one of none, full, dots_saveable, dots_with_no_batch_dims_saveable, "
+        "  4. remat='some': is not one of none, full, stage, dots_saveable, dots_with_no_batch_dims_saveable, "
         "everything_saveable, nothing_saveable; write one of them\n"
+        "  5. zero=5: is not one of 0, 1, 2, 3; write one of them\n"
         "  6. dtype='f32': is not one of float32, bfloat16, float64; did you mean 'float32'? write one of them\n"
-        "  7. head='first': is not one of auto, examples, last_stage; write one of them\n"
+        "  7. head='first': is not one of auto, examples, last_stage, vocab; write one of them\n"
         "  8. batch x: leading dim 9 is not the 3 examples of labels; give every array the examples first\n"
         "  9. batch: 3 examples do not divide by 2 shards (data=2) x 2 microbatches; use a batch of 4",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
+from shardlab.pipeline.schedules import make_schedule
 from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Buffer, Plan
 from shardlab.sharding.rules import Rule, Rules
@@ -353,3 +355,34 @@ def test_the_parts_of_a_whole_model_are_not_needed() -> None:
     assert {stack.name for stack in named.stacks} == {
         f"blocks/*/{part}/{leaf}" for part in ("up", "down") for leaf in ("kernel", "bias")
     }
+
+
+def test_sends_are_direct_unless_they_are_said_to_be_delayed() -> None:
+    direct, late = planned(microbatches=4), planned(microbatches=4, sends="delayed")
+    assert (direct.sends, late.sends) == ("direct", "delayed")
+    assert direct == planned(microbatches=4, sends="direct")
+    assert direct.diff(late) == ("sends: direct -> delayed",)
+    assert late.table() == make_schedule("1f1b", stages=2, microbatches=4, delayed=True)
+    assert Plan.from_json(late.to_json()) == late
+    assert "2 stages of 2 layers each, schedule 1f1b, sends delayed, head over last stage\n" in str(late)
+    assert "delayed" not in str(direct)
+
+
+def test_a_table_says_whether_its_sends_are_delayed_if_nothing_else_does() -> None:
+    late = make_schedule("1f1b", stages=2, microbatches=4, delayed=True)
+    for sends, expected in (("auto", "delayed"), ("delayed", "delayed"), ("direct", "direct")):
+        plan = planned(microbatches=4, schedule=late, sends=sends)
+        assert plan.sends == expected
+        # Its ticks leave what direct sends do not need: a table for delayed ones serves both.
+        assert plan.table() == dataclasses.replace(late, delayed=expected == "delayed")
+        assert Plan.from_json(plan.to_json()) == plan
+    direct = make_schedule("1f1b", stages=2, microbatches=4)
+    assert planned(microbatches=4, schedule=direct).sends == "direct"
+    with pytest.raises(DeclarationError, match="and, sent a tick later, arrives for tick 2"):
+        planned(microbatches=4, schedule=direct, sends="delayed")
+
+
+def test_one_stage_has_nothing_to_send() -> None:
+    plan = planned(mesh={"data": 2}, microbatches=2, sends="delayed")
+    assert plan.notes == ("sends delayed is ignored: one stage sends nothing",)
+    assert plan.sends == "direct"

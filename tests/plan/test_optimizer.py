@@ -188,7 +188,7 @@ STACKED: dict[str, optax.GradientTransformation] = {
 
 
 def stacks(*layers: int) -> Any:
-    return stacks_of(MODEL, layers, make_schedule("1f1b", stages=2, microbatches=2))
+    return stacks_of(MODEL, (0, 0, 0), layers, make_schedule("1f1b", stages=2, microbatches=2))
 
 
 @pytest.mark.parametrize("layers", [(2, 1), (3,)])
@@ -196,7 +196,7 @@ def stacks(*layers: int) -> Any:
 def test_an_optimizer_that_tells_stacked_layers_apart_runs_per_layer(name: str, layers: tuple[int, ...]) -> None:
     optimizer, what = PER_LAYER[name]
     schedule = make_schedule("1f1b", stages=len(layers), microbatches=2)
-    found = why_per_layer(optimizer, MODEL, MODEL.parameters, stacks_of(MODEL, layers, schedule))
+    found = why_per_layer(optimizer, MODEL, MODEL.parameters, stacks_of(MODEL, (0, 0, 0), layers, schedule))
     assert found == f"on stacked layers its {what} is not that of each layer"
 
 
@@ -210,12 +210,12 @@ def test_an_optimizer_made_for_the_users_tree_runs_per_layer() -> None:
 @pytest.mark.parametrize("name", STACKED)
 def test_an_elementwise_optimizer_runs_stacked(name: str, layers: tuple[int, ...]) -> None:
     schedule = make_schedule("1f1b", stages=len(layers), microbatches=2)
-    assert why_per_layer(STACKED[name], MODEL, MODEL.parameters, stacks_of(MODEL, layers, schedule)) is None
+    assert why_per_layer(STACKED[name], MODEL, MODEL.parameters, stacks_of(MODEL, (0, 0, 0), layers, schedule)) is None
 
 
 def test_what_fills_a_shorter_stage_stays_zero() -> None:
     """Yogi starts its first moment at 1e-6, which moves a parameter whose gradient is zero: with pad slots only."""
-    even = stacks_of(MODEL, (3,), make_schedule("1f1b", stages=1, microbatches=2))
+    even = stacks_of(MODEL, (0, 0, 0), (3,), make_schedule("1f1b", stages=1, microbatches=2))
     assert why_per_layer(optax.yogi(0.1), MODEL, MODEL.parameters, even) is None
     found = why_per_layer(optax.yogi(0.1), MODEL, MODEL.parameters, stacks(2, 1))
     assert found == "on stacked layers its update of blocks/*/down/bias is not that of each layer"

@@ -117,6 +117,7 @@ def test_bytes_per_device_by_hand() -> None:
     assert residual().bytes_per_device() == {
         "parameters": 4 * (192 // 2 + 16 // 2 + 160 // 2 + 10 + 2 * block),
         "buffers": 0,
+        "working_copy": 4 * (192 + 16 + 160),  # whole again on every stage
         "gradients": 4 * (192 + 16 + 160 + 10 + 2 * block),
         "optimizer_state": 2 * 4 * (192 // 4 + 16 // 4 + 160 // 4 + 10 // 2 + 2 * state) + 4,  # and the count
         "activations": 2 * (2 * 4 * 2 * 16),  # two microbatches in flight: two blocks' x of two rows
@@ -179,10 +180,10 @@ def test_a_4096_device_plan_needs_no_devices() -> None:
 
 
 def test_sharded_accumulators_hold_the_pieces_of_the_blocks() -> None:
-    """As above with ZeRO 2: a block's gradients as its state lies, over data where a dim is free; the rest whole."""
+    """As above with ZeRO 2: gradients as the state lies, over data (outside blocks, stages too) where a dim is free."""
     block = 96 + 12 + 96 + 8
     bytes_of = residual(zero=2, accumulate="sharded").bytes_per_device()
-    assert bytes_of["gradients"] == 4 * (192 + 16 + 160 + 10 + 2 * block)
+    assert bytes_of["gradients"] == 4 * (192 // 4 + 16 // 4 + 160 // 4 + 10 // 2 + 2 * block)
 
 
 def test_shard_bytes() -> None:

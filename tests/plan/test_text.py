@@ -145,6 +145,22 @@ def test_that_gradients_accumulate_whole_is_noted_where_their_parts_were_asked_f
         assert "accumulate whole" not in str(small(zero=zero, accumulate="sharded"))
 
 
+def test_the_cost_of_each_choice_is_printed_beforehand() -> None:
+    lines = str(small(zero=3, microbatches=2, accumulate="sharded")).splitlines()
+    first = lines.index("per device, by choice:")
+    assert lines[first - 1 : first + 7] == [
+        "",
+        "per device, by choice:",
+        "  choice                of          held  sent a step  held in all",
+        "  --------------------  ---------  -----  -----------  -----------  ------",
+        '  gather="step"         weights    568 B        376 B      1.1 KiB  chosen',
+        '  gather="layer"        weights    568 B        776 B      1.1 KiB',
+        '  accumulate="full"     gradients  568 B        396 B      1.5 KiB',
+        '  accumulate="sharded"  gradients  192 B      1.0 KiB      1.1 KiB  chosen',
+    ]
+    assert "by choice" not in str(small(zero=1))
+
+
 def small(**given: Any) -> Plan:
     return make_plan(
         MLPConfig(num_layers=2, model_dim=4, hidden_dim=4),

@@ -46,3 +46,18 @@ def test_the_readmes_table(name: str) -> None:
     assert found is not None
     expected = (f"{100 * row['bubble_fraction']:.1f}", f"{row['held']:g}", "yes" if row["branches"] else "no")
     assert found.groups() == expected
+
+
+def test_delayed_sends_beside_direct_ones() -> None:
+    rows = comparison_rows(stages=8, microbatches=32, costs=Costs(send=0.25), delayed=True)
+    by_name = {(row["name"], row["delayed"]): row for row in rows}
+    assert len(rows) == len(by_name) == 2 * len(SCHEDULES) + 1
+    assert rows[0]["name"] == "automatic"
+    for name in ("1f1b", "1f1b_split"):
+        late, direct = (f"{100 * by_name[name, delayed]['bubble_fraction']:.1f} %" for delayed in (True, False))
+        assert re.search(rf"`{name}`[^`]* {late} instead of {direct}", README)
+    assert [line.split("  ")[0] for line in comparison_table(rows).splitlines()[2:4]] == [
+        "automatic, delayed",
+        "zb_h2, delayed",
+    ]
+    assert len(comparison_rows(stages=1, microbatches=4, delayed=True)) == len(SCHEDULES)

@@ -71,8 +71,8 @@ def test_sites_draw_apart_and_rows_together() -> None:
         key, x = (data, jnp.int32(first)), zeros[:rows]
         return {
             "before": calls.before(params, {"x": x}, key, rows),
-            "block 0": calls.block(layer, x, None, ({}, jnp.int32(0), *key), rows)[0],
-            "block 1": calls.block(layer, x, None, ({}, jnp.int32(1), *key), rows)[0],
+            "block 0": calls.block(0, layer, x, None, ({}, jnp.int32(0), *key), rows)[0],
+            "block 1": calls.block(0, layer, x, None, ({}, jnp.int32(1), *key), rows)[0],
             "after": calls.after(params, x, {"x": x}, key, rows),
         }
 
@@ -167,7 +167,7 @@ def test_x_flows_on_in_the_steps_dtype() -> None:
     )
     parts = read_model(model, BATCH).parts
     assert parts is not None
-    block = block_function(parts, "bfloat16", True)
+    block = block_function(parts, 0, "bfloat16", True)
     x, (total, weight) = block({"w": jnp.eye(WIDTH)}, jnp.ones((2, WIDTH), jnp.bfloat16), None, None)
     assert (x.dtype, total.dtype, float(weight)) == (jnp.bfloat16, jnp.float32, 2)
     assert calls_of(model).has_auxiliary

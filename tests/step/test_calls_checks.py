@@ -53,7 +53,7 @@ def parts(**more: Any) -> Functions:
 def whole(model: Functions) -> Functions:
     def apply(params: Any, batch: Any) -> Any:
         assert model.before is not None
-        assert model.block is not None
+        assert callable(model.block)
         assert model.after is not None
         outer = {"out": params["out"]}
         x = model.before(outer, batch)

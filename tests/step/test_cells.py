@@ -16,7 +16,8 @@ from shardlab.models import mlp
 from shardlab.module.functions import Functions
 from shardlab.module.model import read_model
 from shardlab.plan.make import make_plan
-from shardlab.step.cells import StageArrays, _add, _read, _write
+from shardlab.step.cells import _add, _read, _write
+from shardlab.step.stage_arrays import StageArrays
 from tests.equivalence.cases import features
 
 
@@ -39,9 +40,10 @@ def test_slots_of_stages(layers: int, stages: int, blocks: list[list[int]], used
     mesh = MeshSpec({"stage": stages}, stage="stage", target=f"cpu:{stages}")
     plan = make_plan(model, mesh=mesh, rules=mlp.mlp_rules(None), optimizer=optax.sgd(0.1), batch=features(8))
     arrays = StageArrays(read_model(model, features(8)), plan)
-    assert arrays.block_of_slot.tolist() == blocks
-    assert arrays.used.tolist() == used
-    assert arrays.inner == {f"blocks/*/{path}": path for path in ("down/bias", "down/kernel", "up/bias", "up/kernel")}
+    assert [run.reshape(stages, -1).tolist() for run in arrays.blocks] == [blocks]
+    assert [run.reshape(stages, -1).tolist() for run in arrays.used] == [used]
+    names = ("down/bias", "down/kernel", "up/bias", "up/kernel")
+    assert arrays.inner == {f"blocks/*/{path}": (0, path) for path in names}
 
 
 NAN = jnp.full(2, jnp.nan)

@@ -16,6 +16,7 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
 from shardlab.module.functions import Functions, path_of
+from shardlab.pipeline.schedules import make_schedule
 from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import Rules
@@ -68,6 +69,10 @@ CASES: dict[str, tuple[Functions, dict[str, Any]]] = {
     "whole": (WHOLE, {"data": 2, "tensor": 2, "zero": 3, "microbatches": 4}),
     "stages, head over examples": (IN_PARTS, {"data": 2, "stage": 2, "microbatches": 2, "head": "examples"}),
     "stages, last-stage head": (IN_PARTS, {"stage": 2, "tensor": 2, "microbatches": 4, "head": "last_stage"}),
+    "a table with delayed sends": (
+        IN_PARTS,
+        {"stage": 2, "microbatches": 4, "schedule": make_schedule("1f1b", stages=2, microbatches=4, delayed=True)},
+    ),
 }
 
 

@@ -66,6 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     "head over examples": {"stage": 4, "microbatches": 2, "head": "examples"},
     "last-stage head": {"stage": 4, "microbatches": 2, "head": "last_stage"},
     "gpipe": {"stage": 4, "microbatches": 2, "schedule": "gpipe"},
+    "delayed sends": {"stage": 4, "microbatches": 4, "sends": "delayed"},
+    "delayed sends, one before a scan": {"stage": 2, "microbatches": 4, "schedule": "1f1b_split", "sends": "delayed"},
     "uneven, two shards": {"data": 2, "stage": 3, "microbatches": 2, "size": 12, "layers": 4},
 }
 

@@ -1,0 +1,170 @@
+"""Llama-3-70B, all 80 layers, compiled for 256 v5p chips on a machine that has none: its memory and what it sends.
+
+    pip install 'shardlab[tpu]' && python benchmarks/llama_70b.py [--plan zero3|tensor] [--layers 80] [--head auto]
+
+2.1 M tokens a step (512 x 4096) in 8 microbatches, bfloat16 compute, float32 masters and AdamW, every block
+rematerialised. Two plans: stages 4 x data 64 with ZeRO 3, and stages 4 x tensor 2 x data 32 with ZeRO 1. Of each: HBM
+as the compiler reports it (arguments + temporaries + outputs that alias nothing + code), and the most that is live at
+once, arguments included; ring wire bytes a device and step with loops counted; seconds to plan, trace and compile.
+
+`--head vocab` computes the logits in parts of the vocabulary, with a loss made of `shardlab.cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import PartitionSpec as P
+
+import shardlab
+from shardlab.models.decoder import DecoderConfig, decoder_rules, next_byte_loss
+from shardlab.report.collectives import collective_rows
+from shardlab.report.memory import memory
+from shardlab.sharding.rules import Rule, Rules
+
+BATCH, TOKENS, MICROBATCHES = 512, 4096, 8
+# The same model, chips, tokens and microbatches through MaxText: stage 4 (circular) x fsdp 64, August 2026.
+MAXTEXT = ("MaxText, stage 4 x fsdp 64", "57.8", "1184")
+
+PLANS: dict[str, dict[str, Any]] = {
+    "zero3": {
+        "axes": {"data": 64, "stage": 4},
+        "tensor": None,
+        "options": {"zero": 3, "gather": "step", "accumulate": "sharded"},
+    },
+    "tensor": {"axes": {"data": 32, "stage": 4, "tensor": 2}, "tensor": "tensor", "options": {"zero": 1}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=(*PLANS, "both"), default="both")
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--head", default="auto", help="how embedding and head are spread over the stages")
+    parser.add_argument("--hlo", type=Path, help="a folder for the compiled programs")
+    given = parser.parse_args()
+    devices = topologies.get_topology_desc(
+        topology_name="v5:4x8x8",
+        platform="tpu",
+        chip_config_name="megacore",
+        chips_per_host_bounds=(2, 2, 1),
+        num_slices=1,
+        wrap=(True, True, True),
+    ).devices
+    print(f"jax {jax.__version__}, compiled for {len(devices)} x {devices[0].device_kind}; {given.layers} layers")
+    print(
+        f"{'plan':<34}{'HBM GiB':>8}{'live':>7}{'wire GB':>9}{'plan s':>8}{'trace s':>9}{'compile s':>11}{'all s':>7}"
+    )
+    for name in PLANS if given.plan == "both" else (given.plan,):
+        measure(name, devices, layers=given.layers, head=given.head, hlo=given.hlo)
+    print("{:<34}{:>8}{:>16}".format(*MAXTEXT))
+
+
+def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, hlo: Path | None) -> None:
+    """A line of the table, and what it consists of."""
+    chosen = PLANS[name]
+    config = DecoderConfig(
+        num_layers=layers,
+        model_dim=8192,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=28672,
+        vocab_size=128256,
+        query_chunk=512,
+    )
+    shape = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
+    batch, optimizer = {"tokens": shape, "targets": shape}, optax.adamw(3e-4)
+    start = time.perf_counter()
+    plan = shardlab.make_plan(
+        config,
+        mesh=shardlab.MeshSpec(chosen["axes"], batch="data", stage="stage", target="tpu:v5p:4x8x8"),
+        rules=rules(chosen["tensor"], head),
+        pipeline=shardlab.Pipeline(before="embed", blocks="blocks", after="head", context="context"),
+        optimizer=optimizer,
+        batch=batch,
+        microbatches=MICROBATCHES,
+        dtype="bfloat16",
+        reduce_dtype="bfloat16",
+        remat="full",
+        head=head,
+        **chosen["options"],
+    )
+    planned = time.perf_counter()
+    with seconds_of_jax() as seconds:
+        loss = vocabulary_loss if head == "vocab" else next_byte_loss
+        step = shardlab.compile_train_step(config, loss, optimizer, plan, batch, devices=devices)
+    done = time.perf_counter()
+    text = step.compiled.as_text()
+    if hlo is not None:
+        (hlo / f"{name}-{layers}.txt").write_text(text)
+    found, live = memory(step.compiled), step.compiled.memory_analysis().peak_memory_in_bytes
+    rows = collective_rows(text, plan.mesh.sizes)
+    label = f"{' x '.join(f'{axis} {size}' for axis, size in chosen['axes'].items())}, ZeRO {plan.zero}"
+    wire = sum(row["wire_bytes"] for row in rows)
+    times = f"{planned - start:>8.1f}{seconds['trace']:>9.1f}{seconds['compile']:>11.1f}{done - start:>7.0f}"
+    print(f"{label:<34}{found.total_bytes / 2**30:>8.1f}{live / 2**30:>7.1f}{wire / 1e9:>9.1f}{times}")
+    kinds: dict[str, int] = defaultdict(int)
+    for row in rows:
+        kinds[f"{row['kind']} over {' x '.join(row['axes'])}"] += row["wire_bytes"]
+    for kind, size in kinds.items():
+        if size >= 1e8:
+            print(f"    {kind:<38}{size / 1e9:>9.1f}")
+    print(
+        f"    arguments {found.argument_bytes / 2**30:.1f} GiB, temporaries {found.temp_bytes / 2**30:.1f}", flush=True
+    )
+
+
+def rules(tensor: str | None, head: str) -> Rules:
+    """The decoder's own, and for a head over the vocabulary the output kernel cut by stages."""
+    found = decoder_rules(tensor)
+    if head != "vocab":
+        return found
+    kernel = Rule("unembed/kernel", P(None, ("stage", tensor) if tensor else "stage"))
+    return Rules((kernel, *(rule for rule in found.rules if rule.pattern != kernel.pattern)))
+
+
+def vocabulary_loss(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """`next_byte_loss` of a part of the vocabulary."""
+    counted = (batch["targets"] >= 0).astype(jnp.float32)
+    return jnp.sum(shardlab.cross_entropy(logits, batch["targets"]) * counted), jnp.sum(counted)
+
+
+@contextlib.contextmanager
+def seconds_of_jax() -> Iterator[dict[str, float]]:
+    """Seconds in which JAX traced and lowered the step, and in which XLA compiled it."""
+    seconds = dict.fromkeys(("trace", "compile"), 0.0)
+    events = {
+        "/jax/core/compile/jaxpr_trace_duration": "trace",
+        "/jax/core/compile/jaxpr_to_mlir_module_duration": "trace",
+        "/jax/core/compile/backend_compile_duration": "compile",
+    }
+
+    def listen(event: str, duration: float, **facts: Any) -> None:
+        # What is traced inside the step is told too, and is in the step's own time.
+        if event in events and str(facts.get("fun_name")).removeprefix("jit_").removeprefix("jit(").startswith("step"):
+            seconds[events[event]] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Blocks of different kinds: where a stage may leave out those it has none of, and what a step holds for them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from shardlab.plan.make import make_plan
+from shardlab.plan.plan import Plan
+from shardlab.step.compile import CompiledStep, compile_train_step
+from shardlab.step.forward import compile_forward
+from tests.equivalence.cases import OPTIMIZERS, Case, case, subject_of
+
+THEN: dict[str, Any] = {"stage": 2, "microbatches": 2}
+
+
+def planned(this: Case) -> Plan:
+    found = subject_of(this)
+    return make_plan(
+        found.model,
+        mesh=this.spec,
+        rules=found.rules,
+        optimizer=OPTIMIZERS[this.optimizer](),
+        batch=found.batch(this.batch_size),
+        pipeline=found.pipeline,
+        **this.options,
+    )
+
+
+def compiled(this: Case) -> CompiledStep:
+    found = subject_of(this)
+    optimizer, batch = OPTIMIZERS[this.optimizer](), found.batch(this.batch_size)
+    return compile_train_step(found.model, found.loss, optimizer, planned(this), batch)
+
+
+def branches(step: Any) -> int:
+    """How many conditionals of three branches or more the compiled program has."""
+    text = step.compiled.as_text()
+    return sum(len(found.split(",")) > 2 for found in re.findall(r"branch_computations=\{([^}]*)\}", text))
+
+
+@pytest.mark.parametrize(
+    ("this", "skips"),
+    [
+        (case("dense-then-experts", data=2, **THEN), True),
+        # An automatic axis inside: what XLA puts in for it must be in every stage's program.
+        (case("dense-then-experts", tensor=2, **THEN), False),
+        # Every stage has its share of each kind.
+        (case("dense-and-experts", data=2, stage=3, microbatches=1), False),
+        # Blocks of one kind: the longest stage is waited for.
+        (case("mlp-5-layers", data=2, **THEN), False),
+    ],
+    ids=["one after another", "tensor", "in turn", "one kind"],
+)
+def test_a_stage_leaves_out_blocks_of_a_kind_that_it_has_none_of(this: Case, skips: bool) -> None:
+    assert (branches(compiled(this)) > 0) == skips
+
+
+def test_so_it_does_when_it_evaluates() -> None:
+    this = case("dense-then-experts", data=2, **THEN)
+    found, plan = subject_of(this), planned(this)
+    batch = found.batch(8)
+    forward = compile_forward(found.model, plan, batch)
+    assert branches(forward) > 0
+    step = compiled(this)
+    state = step.init(0)
+    alone = case("dense-then-experts")
+    one = compile_forward(found.model, planned(alone), batch)
+    there = compiled(alone).init(0)
+    y = forward(state.parameters, state.buffers, batch)
+    np.testing.assert_allclose(y, one(there.parameters, there.buffers, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_tells_kinds_and_what_they_take() -> None:
+    plan = planned(case("dense-then-experts", stage=3, microbatches=2))
+    assert (plan.layers, plan.kinds) == ((2, 2, 2), (0, 0, 1, 1, 1, 1))
+    assert plan.notes[0] == (
+        "blocks are of 2 kinds, the first of each 0, 2; a stage has room for 4 and holds 2 at most"
+    )
+    members = {stack.name: stack.members for stack in plan.stacks}
+    assert members["blocks/*:0/up/kernel"] == (
+        *("blocks/0/up/kernel", "blocks/1/up/kernel"),
+        *(None,) * 4,
+    )
+    assert members["blocks/*:1/up/kernel"] == (
+        *(None, None),
+        *(f"blocks/{index}/up/kernel" for index in range(2, 6)),
+    )
+    dense, experts = 2 * 16 * 24 + 24 + 16, 16 * 3 + 2 * 3 * 16 * 8
+    held = plan.bytes_per_device()
+    # The fullest device pads the larger kind.
+    assert held["padding"] == 4 * 2 * (dense + experts)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_remat_by_stage_is_a_kind_for_each_policy() -> None:
+    plan = planned(case("mlp-5-layers", stage=2, microbatches=2, remat="full | none"))
+    assert (plan.layers, plan.kinds, plan.remat) == ((3, 2), (0, 0, 0, 1, 1), ("full", "none"))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert "remat full | none" in str(plan)
+
+
+def test_what_a_stages_input_alone_holds() -> None:
+    """float32: x of 2 rows of 16 for each microbatch in flight, and once what two blocks keep of one."""
+    plan = planned(case("mlp", stage=2, microbatches=4, remat="stage"))
+    everything = planned(case("mlp", stage=2, microbatches=4))
+    assert plan.activation_bytes == 4 * 2 * 16
+    assert plan.recomputed_bytes == everything.activation_bytes
+    held = plan.bytes_per_device()["activations"]
+    assert held == 3 * plan.activation_bytes + plan.recomputed_bytes
+    assert everything.bytes_per_device()["activations"] == 3 * everything.activation_bytes
+
+
+def test_buffers_hold_a_stages_input_alone() -> None:
+    """In the lowered step no buffer of several slots holds what the blocks keep."""
+
+    def held(remat: str) -> set[str]:
+        this = case("decoder", stage=2, data=2, microbatches=4, remat=remat)
+        with jax.default_matmul_precision("float32"):
+            text = compiled(this).lowered.as_text()
+        # [slots, blocks of a stage, rows, tokens, ...]
+        return set(re.findall(r"tensor<3x2x1x6x\d+[x\df]*>", text))
+
+    assert held("none")
+    assert not held("stage")
