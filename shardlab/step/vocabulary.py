@@ -17,7 +17,8 @@ from shardlab.module.inner import program_of
 from shardlab.step.batch_sum import is_batch_sum
 from shardlab.step.blocks import following
 from shardlab.step.cross_entropy import CLASSES, SUM, mark_of
-from shardlab.step.examples import ROWS, SAME, Kind, Value, Walk
+from shardlab.step.examples import Walk
+from shardlab.step.kinds import ROWS, SAME, Kind, Value
 
 
 def check_classes(
@@ -117,30 +118,30 @@ class _Classes(Walk):
         if mark is None:
             return super()._equation(mine, other, ins)
         if len(ins) != 1 or len(mine.outvars) != 1:
-            self._fault(mine, "is differentiated", _NAME)
+            self.fault(mine, "is differentiated", _NAME)
         (value,), (out,) = ins, mine.outvars
         if mark == CLASSES:
             # Of other numbers of classes it could not be told which are padding.
             if value.kind is Kind.PLACE and out.aval.shape[0] in self._classes:
                 return [ROWS]
-            self._fault(mine, "is given what is not one logit for each of the examples", _NAME)
+            self.fault(mine, "is given what is not one logit for each of the examples", _NAME)
         joined = following(out.aval, other.outvars[0].aval) is None
         if joined and value.kind in ((Kind.SUM, Kind.ZERO) if mark == SUM else (Kind.ROWS, Kind.ALIKE)):
             return [SAME]
-        self._fault(mine, "is differentiated", _NAME)
+        self.fault(mine, "is differentiated", _NAME)
 
     def _random(self, mine: Any, name: str, ins: list[Value], follows: bool) -> Value:
         if follows or any(value.kind is not Kind.SAME and value.kind is not Kind.OWN for value in ins):
-            self._fault(mine, "draws for every example")
+            self.fault(mine, "draws for every example")
         return super()._random(mine, name, ins, follows)
 
     def _other_program(self) -> NoReturn:
-        _refuse_program(self._where, self._held)
+        _refuse_program(self.where, self._held)
 
-    def _fault(self, equation: Any, what: str, name: str = "") -> NoReturn:
+    def fault(self, equation: Any, what: str, name: str = "") -> NoReturn:
         what = what.replace("examples", "classes").replace("example", "class")
         raise DeclarationError(
-            f"{self._where}: {name or equation.primitive.name}{self._line} {what}, {_held(self._held)}; {_WAY_OUT}"
+            f"{self.where}: {name or equation.primitive.name}{self.line} {what}, {_held(self._held)}; {_WAY_OUT}"
         )
 
 
