@@ -31,7 +31,7 @@ class Visit:
       executions: how often it runs; 0 when it is reached only through a branch that is not the costliest.
       loop: the while loops around it, outermost first, with their trip counts (`while.2*7/while.1*5`; `*?`
         where the count is not in the program and one trip is assumed); None outside loops.
-      in_branch: whether a conditional decides if it runs.
+      in_branch: whether a conditional, or a loop of one trip at most, decides if it runs.
     """
 
     executions: int
@@ -95,6 +95,8 @@ def visits(module: HloModule, cost: Callable[[str, Instruction], float]) -> dict
 
 def _calls(module: HloModule, computation: Computation, instruction: Instruction) -> list[_Call]:
     opcode = instruction.opcode
+    if opcode == "while" and is_branch(module, instruction):
+        return [_Call(body, 1, None, 0) for body in instruction.callees("body")]
     if opcode == "while":
         trips = trip_count(module, computation, instruction)
         loop = f"{instruction.name}*{'?' if trips is None else trips}"
@@ -111,6 +113,23 @@ def _calls(module: HloModule, computation: Computation, instruction: Instruction
         names = ("calls", "to_apply", "called_computations")
         return [_Call(callee, 1, None, None) for name in names for callee in instruction.callees(name)]
     return []
+
+
+def is_branch(module: HloModule, loop: Instruction) -> bool:
+    """Whether a while loop runs once or not at all: its body takes away what its condition reads."""
+    condition, body = (module.computations[loop.callees(name)[0]] for name in ("condition", "body"))
+    asked = _origin(condition, condition.root)
+    if asked.opcode != "get-tuple-element" or body.root.opcode != "tuple":
+        return False
+    left = _origin(body, body.instructions[body.root.operands[int(asked.attributes["index"])]])
+    return left.opcode == "constant" and left.operand_text == "false"
+
+
+def _origin(computation: Computation, instruction: Instruction) -> Instruction:
+    """The instruction whose value this one hands on."""
+    while instruction.opcode in _SAME_VALUE or instruction.opcode == "copy-start":
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
 
 
 def trip_count(module: HloModule, computation: Computation, loop: Instruction) -> int | None:

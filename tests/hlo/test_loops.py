@@ -272,3 +272,22 @@ def test_calls_asynchronous_pairs_and_the_costliest_branch() -> None:
 def test_the_costliest_branch_is_the_callers_choice() -> None:
     found = visits(parse(CALLS), lambda name, instruction: float(name == "cheap"))
     assert (found["cheap"].executions, found["dear"].executions, found["leaf"].executions) == (1, 0, 3)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_loop_that_takes_its_condition_away_is_a_branch(left: bool) -> None:
+    """As XLA compiles it: what it runs is counted once, and said to stand in a branch."""
+
+    def step(due: jax.Array, x: jax.Array) -> Any:
+        return lax.while_loop(lambda now: now[0], lambda now: (jnp.bool_(left) & due, jnp.sin(now[1]) @ x), (due, x))
+
+    text = jax.jit(step).lower(jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((4, 4), jnp.float32))
+    module = parse(text.compile().as_text())
+    inside = [
+        name for name, c in module.computations.items() if any(i.opcode == "dot" for i in c.instructions.values())
+    ]
+    found = [visits(module, lambda *_: 1.0)[name] for name in inside]
+    assert found
+    for visit in found:
+        assert (visit.executions, visit.in_branch) == (1, not left)
+        assert ("*?" in (visit.loop or "")) is left
