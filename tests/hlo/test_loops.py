@@ -282,7 +282,7 @@ def test_a_loop_that_takes_its_condition_away_is_a_branch(left: bool) -> None:
         return lax.while_loop(lambda now: now[0], lambda now: (jnp.bool_(left) & due, jnp.sin(now[1]) @ x), (due, x))
 
     text = jax.jit(step).lower(jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((4, 4), jnp.float32))
-    module = parse(text.compile().as_text())
+    module = parse(text.compile().as_text() or "")
     inside = [
         name for name, c in module.computations.items() if any(i.opcode == "dot" for i in c.instructions.values())
     ]
