@@ -1,9 +1,9 @@
 """Collectives that could wait for ever: those in a branch that not all of their devices take.
 
-A divergent pipeline schedule lets each stage take its own branch of a conditional. A collective inside is safe if all
-its devices are of one stage, for they take the same branch; XLA:CPU's collective-permute waits for every device
-whatever its pairs, so a permute is never safe there. Conditionals whose index is the same on all devices are of two
-branches (`jax.lax.cond`) and are left out; one of three or more is taken to diverge.
+A divergent pipeline schedule lets each stage take its own branch: a loop that runs once or not at all (`is_branch`). A
+collective inside is safe if all its devices are of one stage, for they take the same branch; XLA:CPU's
+collective-permute waits for every device whatever its pairs, so a permute is never safe there. Conditionals
+(`jax.lax.cond`) have an index that is the same on all devices, and are left out.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from shardlab.hlo.collectives import UNKNOWN, Collective, each_once
+from shardlab.hlo.loops import is_branch
 from shardlab.hlo.parse import HloModule, parse
-
-_LEAST_BRANCHES = 3
 
 
 def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collective, ...]:
-    """The collectives in branches of divergent conditionals that span stages, or are permutes.
+    """The collectives in branches that span stages, or are permutes.
 
     Args:
       text: `compiled.as_text()`.
@@ -25,25 +24,26 @@ def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collecti
       stage: the axis whose positions take different branches.
 
     Raises:
-      ValueError: no conditional of three branches: the compiler has made something else of them, which was not looked
-        at.
+      ValueError: no loop of one trip at most: the compiler has made something else of it, which was not looked at.
 
     >>> could_hang('''
     ... HloModule step, num_partitions=4
-    ... %idle (x: f32[6]) -> f32[6] {
-    ...   ROOT %x = f32[6]{0} parameter(0)
+    ... %due (s: (pred[], f32[6])) -> pred[] {
+    ...   %s = (pred[], f32[6]{0}) parameter(0)
+    ...   ROOT %yes = pred[] get-tuple-element(%s), index=0
     ... }
-    ... %also (x: f32[6]) -> f32[6] {
-    ...   ROOT %x = f32[6]{0} parameter(0)
+    ... %work (s.1: (pred[], f32[6])) -> (pred[], f32[6]) {
+    ...   %s.1 = (pred[], f32[6]{0}) parameter(0)
+    ...   %no = pred[] constant(false)
+    ...   %x = f32[6]{0} get-tuple-element(%s.1), index=1
+    ...   %sum = f32[6]{0} all-reduce(%x), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%add
+    ...   ROOT %after = (pred[], f32[6]{0}) tuple(%no, %sum)
     ... }
-    ... %work (x: f32[6]) -> f32[6] {
-    ...   %x = f32[6]{0} parameter(0)
-    ...   ROOT %sum = f32[6]{0} all-reduce(%x), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%add
-    ... }
-    ... ENTRY %main (i: s32[], x: f32[6]) -> f32[6] {
-    ...   %i = s32[] parameter(0)
-    ...   %x = f32[6]{0} parameter(1)
-    ...   ROOT %y = f32[6]{0} conditional(%i, %x, %x, %x), branch_computations={%idle, %also, %work}
+    ... ENTRY %main (i: pred[], x.1: f32[6]) -> (pred[], f32[6]) {
+    ...   %i = pred[] parameter(0)
+    ...   %x.1 = f32[6]{0} parameter(1)
+    ...   %before = (pred[], f32[6]{0}) tuple(%i, %x.1)
+    ...   ROOT %y = (pred[], f32[6]{0}) while(%before), condition=%due, body=%work
     ... }
     ... ''', {"stage": 2, "tensor": 2}, "stage")[0].axes
     ('stage',)
@@ -52,7 +52,7 @@ def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collecti
     once = each_once(module, axes)
     branches = list(_branches(module))
     if not branches:
-        raise ValueError("the compiled program has no conditional of three branches; what it runs instead is not known")
+        raise ValueError("the compiled program has no loop of one trip at most; what it runs instead is not known")
     inside = {name for branch in branches for name in _reached(module, branch)}
     return tuple(
         one
@@ -65,10 +65,8 @@ def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collecti
 def _branches(module: HloModule) -> Iterator[str]:
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
-            if instruction.opcode == "conditional":
-                branches = instruction.callees("branch_computations")
-                if len(branches) >= _LEAST_BRANCHES:
-                    yield from branches
+            if instruction.opcode == "while" and is_branch(module, instruction):
+                yield from instruction.callees("body")
 
 
 def _reached(module: HloModule, name: str) -> set[str]:

@@ -20,7 +20,7 @@ from shardlab.hlo.parse import Computation, HloModule, Instruction
 
 _KNOWN = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\s*\\?"?(\d+)')
 _INTEGER = re.compile(r"\s*(-?\d+)\s*$")
-_TAKEN = re.compile(r"taken_(\d+)_of_(\d+)/cond$")
+_TAKEN = re.compile(r"taken_(\d+)_of_(\d+)/(?:cond|while)$")
 _SAME_VALUE = frozenset({"copy", "bitcast", "convert", "reshape", "copy-done", "optimization-barrier"})
 _SWAPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 # These run what they name in `calls` or `to_apply` once; a reduction's `to_apply` is arithmetic on elements.
@@ -35,7 +35,7 @@ class Visit:
       executions: how often it runs; 0 when it is reached only through a branch that is not the costliest.
       loop: the while loops around it, outermost first, with their trip counts (`while.2*7/while.1*5`; `*?`
         where the count is not in the program and one trip is assumed); None outside loops.
-      in_branch: whether a conditional decides if it runs.
+      in_branch: whether a conditional, or a loop of one trip at most, decides if it runs.
       assumed: whether a branch around it is counted as if it were always taken, since nothing says how often it is.
     """
 
@@ -118,6 +118,8 @@ def visits(module: HloModule, cost: Callable[[str, Instruction], float]) -> dict
 
 def _calls(module: HloModule, computation: Computation, instruction: Instruction) -> list[_Call]:
     opcode = instruction.opcode
+    if opcode == "while" and is_branch(module, instruction):
+        return [_Call(body, 1, None, 0, _taken(instruction)) for body in instruction.callees("body")]
     if opcode == "while":
         trips = trip_count(module, computation, instruction)
         loop = f"{instruction.name}*{'?' if trips is None else trips}"
@@ -129,13 +131,34 @@ def _calls(module: HloModule, computation: Computation, instruction: Instruction
         branches = instruction.callees("branch_computations") or (
             instruction.callees("true_computation") + instruction.callees("false_computation")
         )
-        said = _TAKEN.search(instruction.op_name)
-        taken = (int(said[1]), int(said[2])) if said and 0 < int(said[2]) >= int(said[1]) else None
-        return [_Call(branch, 1, None, k, taken) for k, branch in enumerate(branches)]
+        return [_Call(branch, 1, None, k, _taken(instruction)) for k, branch in enumerate(branches)]
     if opcode.removesuffix("-start") in _CALLERS:  # the -done of an asynchronous call may name it again
         names = ("calls", "to_apply", "called_computations")
         return [_Call(callee, 1, None, None) for name in names for callee in instruction.callees(name)]
     return []
+
+
+def _taken(branching: Instruction) -> tuple[int, int] | None:
+    """How often its costliest branch is taken, of how many times, if its name says so."""
+    said = _TAKEN.search(branching.op_name)
+    return (int(said[1]), int(said[2])) if said and 0 < int(said[2]) >= int(said[1]) else None
+
+
+def is_branch(module: HloModule, loop: Instruction) -> bool:
+    """Whether a while loop runs once or not at all: its body takes away what its condition reads."""
+    condition, body = (module.computations[loop.callees(name)[0]] for name in ("condition", "body"))
+    asked = _origin(condition, condition.root)
+    if asked.opcode != "get-tuple-element" or body.root.opcode != "tuple":
+        return False
+    left = _origin(body, body.instructions[body.root.operands[int(asked.attributes["index"])]])
+    return left.opcode == "constant" and left.operand_text == "false"
+
+
+def _origin(computation: Computation, instruction: Instruction) -> Instruction:
+    """The instruction whose value this one hands on."""
+    while instruction.opcode in _SAME_VALUE or instruction.opcode == "copy-start":
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
 
 
 def trip_count(module: HloModule, computation: Computation, loop: Instruction) -> int | None:

@@ -177,12 +177,8 @@ class Cells:
         """What `do` gives; in a slot without a block zeros or garbage of these shapes."""
         if slot.always or not self.skips:
             return do()
-
-        def skip() -> Any:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(do))
-
-        # Three branches, as what diverges has.
-        return jax.lax.switch(slot.used.astype(jnp.int32), [skip, do, skip])
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(do))
+        return _where_taken(slot.used, lambda _: do(), nothing)
 
     def layer_of(self, kind: int, slot: jax.Array) -> tuple[Arrays, Arrays]:
         """The arrays of a block, whole over the batch axes: trained, and the others."""
@@ -353,12 +349,9 @@ class Cells:
         for index, kind in enumerate(phase.cell):
             written, cell = cells[kind]
 
-            # Only what a cell writes goes through its branch: XLA would copy the rest.
             state = {name: carry[name] for name in written}, out
-            # Three branches mark what diverges: `shardlab.hlo.hang` looks at conditionals of three or more.
-            branches = [_skip, _chosen(cell, written, carry), _skip]
             with _named_cell(kind, [column.count(index) for column in zip(*phase.kind, strict=True)], phase.length):
-                state = jax.lax.switch((row["kind"] == index).astype(jnp.int32), branches, state)
+                state = _where_taken(row["kind"] == index, _chosen(cell, written, carry), state)
             carry, out = carry | state[0], state[1]
         carry = self.head(phase, carry, row, out)
         carry = self.finish(phase, carry, row, out)
@@ -715,8 +708,13 @@ class Cells:
         return out, self.sums(carry)
 
 
-def _skip(state: Any) -> Any:
-    return state
+def _where_taken(taken: jax.Array, do: Callable[[Any], Any], state: Any) -> Any:
+    """``do(state)`` on the devices where `taken`, else the state.
+
+    A loop of one trip or none, whose state XLA:TPU updates in place: through a conditional it would copy every buffer
+    and accumulator in each tick, taken or not. It marks what diverges for `shardlab.hlo.hang`.
+    """
+    return jax.lax.while_loop(lambda now: now[0], lambda now: (jnp.bool_(False), do(now[1])), (taken, state))[1]
 
 
 def _named_cell(kind: str, times: list[int], of: int) -> contextlib.AbstractContextManager[None]:
@@ -728,7 +726,7 @@ def _named_cell(kind: str, times: list[int], of: int) -> contextlib.AbstractCont
 def _chosen(
     cell: Callable[[dict[str, Any]], tuple[dict[str, Any], Any]], written: tuple[str, ...], carry: dict[str, Any]
 ) -> Callable[[Any], Any]:
-    """The branch that runs a cell: of (what it writes, what it sends)."""
+    """What runs a cell: of (what it writes, what it sends)."""
 
     def do(state: tuple[dict[str, Any], Any]) -> tuple[dict[str, Any], Any]:
         new, made = cell(carry | state[0])

@@ -14,42 +14,39 @@ GROUPS = {
 }
 
 
-def program(collective: str, *, branches: int = 3, nested: bool = False) -> str:
-    """A conditional whose last branch runs a collective, directly or in a loop of its own."""
-    idle = "\n".join(
-        f"%idle{index} (x: f32[6]) -> f32[6] {{\n  ROOT %x{index} = f32[6]{{0}} parameter(0)\n}}"
-        for index in range(branches - 1)
-    )
-    body = f"""
-%work (x: f32[6]) -> f32[6] {{
+def program(collective: str, *, nested: bool = False, left: str = "false") -> str:
+    """A loop of one trip at most that runs a collective, directly or in a loop of its own."""
+    inner = f"""
+%inner (x: f32[6]) -> f32[6] {{
   %x = f32[6]{{0}} parameter(0)
   ROOT %made = f32[6]{{0}} {collective}
 }}
-"""
-    if nested:
-        body = (
-            body.replace("%work", "%inner")
-            + """
-%more (x: f32[6]) -> pred[] {
-  %x.1 = f32[6]{0} parameter(0)
+%more (x.1: f32[6]) -> pred[] {{
+  %x.1 = f32[6]{{0}} parameter(0)
   ROOT %true = pred[] constant(true)
-}
-%work (x: f32[6]) -> f32[6] {
-  %x.2 = f32[6]{0} parameter(0)
-  ROOT %loop = f32[6]{0} while(%x.2), condition=%more, body=%inner
-}
+}}
 """
-        )
-    names = ", ".join([*(f"%idle{index}" for index in range(branches - 1)), "%work"])
-    operands = ", ".join(["%x.0"] * branches)
+    runs = "while(%x), condition=%more, body=%inner" if nested else collective
     return f"""
 HloModule step, num_partitions=8
-{idle}
-{body}
-ENTRY %main (i: s32[], x: f32[6]) -> f32[6] {{
-  %i = s32[] parameter(0)
-  %x.0 = f32[6]{{0}} parameter(1)
-  ROOT %y = f32[6]{{0}} conditional(%i, {operands}), branch_computations={{{names}}}
+{inner if nested else ""}
+%due (s: (pred[], f32[6])) -> pred[] {{
+  %s = (pred[], f32[6]{{0}}) parameter(0)
+  ROOT %yes = pred[] get-tuple-element(%s), index=0
+}}
+%work (s.1: (pred[], f32[6])) -> (pred[], f32[6]) {{
+  %s.1 = (pred[], f32[6]{{0}}) parameter(0)
+  %constant = pred[] constant({left})
+  %no = pred[] copy(%constant)
+  %x = f32[6]{{0}} get-tuple-element(%s.1), index=1
+  %{"loop" if nested else "made"} = f32[6]{{0}} {runs}
+  ROOT %after = (pred[], f32[6]{{0}}) tuple(%no, %{"loop" if nested else "made"})
+}}
+ENTRY %main (i: pred[], x.2: f32[6]) -> (pred[], f32[6]) {{
+  %i = pred[] parameter(0)
+  %x.2 = f32[6]{{0}} parameter(1)
+  %before = (pred[], f32[6]{{0}}) tuple(%i, %x.2)
+  ROOT %y = (pred[], f32[6]{{0}}) while(%before), condition=%due, body=%work
 }}
 """
 
@@ -73,13 +70,25 @@ def test_a_permute_is_never_safe() -> None:
     assert (one.kind, one.axes) == ("collective-permute", ("tensor",))
 
 
-def test_a_conditional_of_two_branches_is_the_same_on_all_devices() -> None:
-    text = program(all_reduce("stage"), branches=2)
-    with pytest.raises(ValueError, match=r"^the compiled program has no conditional of three branches; what it runs"):
-        could_hang(text, MESH, "stage")
-    # Beside one that diverges it is left out.
-    both = text.replace("step, ", "step, ").replace(
-        "  ROOT %y",
-        "  %z = f32[6]{0} conditional(%i, %x.0, %x.0, %x.0), branch_computations={%idle0, %idle0, %idle0}\n  ROOT %y",
-    )
+CONDITIONAL = """
+%idle (x.3: f32[6]) -> f32[6] {
+  ROOT %x.3 = f32[6]{0} parameter(0)
+}
+%all (x.4: f32[6]) -> f32[6] {
+  %x.4 = f32[6]{0} parameter(0)
+  ROOT %sum = f32[6]{0} all-reduce(%x.4), channel_id=2, replica_groups={{0,2},{1,3},{4,6},{5,7}}, to_apply=%add
+}
+ENTRY"""
+
+
+def test_a_conditional_is_the_same_on_all_devices() -> None:
+    either = "  %z = f32[6]{0} conditional(%i, %x.2, %x.2), branch_computations={%idle, %all}\n  ROOT %y"
+    both = program(all_reduce("tensor")).replace("ENTRY", CONDITIONAL).replace("  ROOT %y", either)
     assert could_hang(both, MESH, "stage") == ()
+
+
+def test_a_program_without_what_diverges_was_not_looked_at() -> None:
+    with pytest.raises(
+        ValueError, match=r"^the compiled program has no loop of one trip at most; what it runs instead"
+    ):
+        could_hang(program(all_reduce("stage"), left="true"), MESH, "stage")

@@ -334,3 +334,22 @@ def test_a_named_branch_counts_as_often_as_its_name_says() -> None:
     assert branches(TAKEN, outer, "cond", trips="sharding={replicated}") == [(1, True, True), (1, True, True)]
     assert branches(TAKEN, "head_taken_5_of_4/cond", "cond") == [(12, True, True), (12, True, True)]
     assert branches(TAKEN, "head_taken_0_of_0/cond", "cond") == [(12, True, True), (12, True, True)]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_loop_that_takes_its_condition_away_is_a_branch(left: bool) -> None:
+    """As XLA compiles it: what it runs is counted once, and said to stand in a branch."""
+
+    def step(due: jax.Array, x: jax.Array) -> Any:
+        return lax.while_loop(lambda now: now[0], lambda now: (jnp.bool_(left) & due, jnp.sin(now[1]) @ x), (due, x))
+
+    text = jax.jit(step).lower(jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((4, 4), jnp.float32))
+    module = parse(text.compile().as_text() or "")
+    inside = [
+        name for name, c in module.computations.items() if any(i.opcode == "dot" for i in c.instructions.values())
+    ]
+    found = [visits(module, lambda *_: 1.0)[name] for name in inside]
+    assert found
+    for visit in found:
+        assert (visit.executions, visit.in_branch) == (1, not left)
+        assert ("*?" in (visit.loop or "")) is left
