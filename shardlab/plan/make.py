@@ -172,7 +172,7 @@ def make_plan(
         head = "last_stage"
 
     inside = {path for stack in stacks for path in stack.members}
-    read_by = _readers(model, shapes, mesh, rows, dtype) if zero > 1 else {}
+    read_by = _readers(model, shapes, mesh, rows, dtype)
     mixed = jnp.dtype(dtype).itemsize < 4
     parameters = []
     for path, leaf in model.parameters.items():

@@ -54,8 +54,7 @@ class Parameter:
       bytes_per_device: of `storage`; for a block of a pipeline, on the devices of its stage.
       stored_shape: `shape`, or, where its rule says ``pad=True``, that with dims rounded up to what their axes divide.
         What is beyond `shape` is zero, and is cut off before the model sees the parameter.
-      read_by: from ZeRO 2 on, of a parameter outside the blocks of a pipeline: which parts read it, of before, context
-        and after.
+      read_by: of a parameter outside the blocks of a pipeline, the parts that read it: before, context, after.
     """
 
     path: str
