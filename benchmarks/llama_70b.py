@@ -1,6 +1,6 @@
 """Llama-3-70B, all 80 layers, compiled for 256 v5p chips on a machine that has none: its memory and what it sends.
 
-    pip install 'shardlab[tpu]' && python benchmarks/llama_70b.py [--plan zero3|tensor] [--layers 80] [--head auto]
+    pip install 'shardlab[tpu]' && python benchmarks/llama_70b.py [--plan zero3|tensor] [--head vocab] [--remat full]
 
 2.1 M tokens a step (512 x 4096) in 8 microbatches, bfloat16 compute, float32 masters and AdamW, every block
 rematerialised. Two plans: stages 4 x data 64 with ZeRO 3, and stages 4 x tensor 2 x data 32 with ZeRO 1. Of each: HBM
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--plan", choices=(*PLANS, "both"), default="both")
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--head", default="auto", help="how embedding and head are spread over the stages")
+    parser.add_argument("--remat", default="full", help="what a stage keeps of a microbatch")
     parser.add_argument("--hlo", type=Path, help="a folder for the compiled programs")
     given = parser.parse_args()
     devices = topologies.get_topology_desc(
@@ -70,11 +71,11 @@ def main() -> None:
         f"{'plan':<34}{'HBM GiB':>8}{'live':>7}{'wire GB':>9}{'plan s':>8}{'trace s':>9}{'compile s':>11}{'all s':>7}"
     )
     for name in PLANS if given.plan == "both" else (given.plan,):
-        measure(name, devices, layers=given.layers, head=given.head, hlo=given.hlo)
+        measure(name, devices, layers=given.layers, head=given.head, remat=given.remat, hlo=given.hlo)
     print("{:<34}{:>8}{:>16}".format(*MAXTEXT))
 
 
-def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, hlo: Path | None) -> None:
+def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, remat: str, hlo: Path | None) -> None:
     """A line of the table, and what it consists of."""
     chosen = PLANS[name]
     config = DecoderConfig(
@@ -100,7 +101,7 @@ def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, hlo
         microbatches=MICROBATCHES,
         dtype="bfloat16",
         reduce_dtype="bfloat16",
-        remat="full",
+        remat=remat,
         head=head,
         **chosen["options"],
     )
@@ -130,12 +131,18 @@ def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, hlo
 
 
 def rules(tensor: str | None, head: str) -> Rules:
-    """The decoder's own, and for a head over the vocabulary the output kernel cut by stages."""
-    found = decoder_rules(tensor)
-    if head != "vocab":
-        return found
-    kernel = Rule("unembed/kernel", P(None, ("stage", tensor) if tensor else "stage"))
-    return Rules((kernel, *(rule for rule in found.rules if rule.pattern != kernel.pattern)))
+    """The decoder's own, and for a head over the vocabulary the output kernel cut by stages.
+
+    Where data alone stores a parameter it cuts what XLA:TPU need not copy to gather or pad to scatter: not the inner dim
+    of a wide kernel, nor the vocabulary.
+    """
+    stored = "data" if tensor is None else None
+    own = [Rule("unembed/kernel", P(stored, ("stage", tensor) if tensor else "stage"))] if head == "vocab" else []
+    if tensor is None:
+        own += [Rule(f"blocks/*/mlp/{name}/kernel", P("data")) for name in ("gate", "up")]
+        own += [Rule("tokens/embedding", P(None, "data"))]
+    named = {rule.pattern for rule in own}
+    return Rules((*own, *(rule for rule in decoder_rules(tensor).rules if rule.pattern not in named)))
 
 
 def vocabulary_loss(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:

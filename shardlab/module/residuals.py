@@ -29,10 +29,10 @@ POLICIES = tuple(
 
 
 def rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`function`, a block or a model taken whole, keeping for its backward what the policy named `remat` says."""
+    """`function` keeping for its backward what the policy named `remat` says."""
     if remat == "none":
         return function
-    policy = None if remat in ("full", "stage") else getattr(jax.checkpoint_policies, remat)
+    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
     return jax.checkpoint(function, policy=policy)
 
 

@@ -21,7 +21,7 @@ from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.check import check
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.stages import Stages, read_stages, stage_layers
-from shardlab.plan.layout import axes_in
+from shardlab.plan.layout import axes_in, policy_within_stage
 from shardlab.plan.optimizer import changed_by_padding
 from shardlab.plan.plan import Parameter
 from shardlab.sharding.rules import axes_of
@@ -66,7 +66,9 @@ def choice_faults(**given: Any) -> list[Fault]:
 
 def remat_faults(remat: str | tuple[str, ...]) -> list[Fault]:
     """What is wrong with the remat policies, one for all stages or one for each."""
+    blocks = tuple(policy for policy in (*REMAT, *POLICIES) if policy != "stage")
     policies, each = (*REMAT, *POLICIES), (remat,) if isinstance(remat, str) else remat
+    within = tuple(f"stage/{policy}" for policy in blocks)
     faults = [
         Fault(
             f"remat={value!r}",
@@ -74,9 +76,9 @@ def remat_faults(remat: str | tuple[str, ...]) -> list[Fault]:
             f"{suggestion(value, policies) if isinstance(value, str) else ''}write one of them",
         )
         for value in dict.fromkeys(each)
-        if value not in policies
+        if value not in (*policies, *within)
     ]
-    if len(each) > 1 and "stage" in each:
+    if len(each) > 1 and any(policy_within_stage(value) for value in each):
         problem = "keeps a stage's input alone, in buffers that all devices have alike, and others keep more"
         faults.append(Fault("remat='stage'", problem, "write it for all stages, or another for this one"))
     return faults

@@ -20,7 +20,7 @@ from typing import Any
 
 from shardlab.module.model import computed
 from shardlab.pipeline.buffers import program
-from shardlab.plan.layout import axes_in
+from shardlab.plan.layout import axes_in, policy_within_stage
 from shardlab.plan.plan import Parameter, Plan, shard_bytes
 
 
@@ -71,7 +71,7 @@ def weight_wire_bytes(plan: Plan) -> int:
         once = whole * _scattered(_devices(plan, axes_in(parameter.storage) - axes_in(parameter.compute)))
         in_ticks = plan.gather == "layer" and per_tick > 0
         # W needs what crosses the cut, and no weights.
-        ticks = runs["F"] + (runs["B"] + runs["I"]) * (2 if plan.remat == "stage" else 1)
+        ticks = runs["F"] + (runs["B"] + runs["I"]) * (2 if policy_within_stage(plan.remat) else 1)
         total += once * (per_tick * ticks if in_ticks else copies)
         # Where only the optimizer's state is cut, devices update a share each and gather the new weights.
         updated = shard_bytes(parameter.stored_shape, parameter.dtype, parameter.storage, sizes)

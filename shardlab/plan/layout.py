@@ -102,14 +102,24 @@ def remats(kinds: tuple[int, ...], layers: tuple[int, ...], remat: str | tuple[s
 
 
 def policies_of_blocks(remat: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The policies that some block is under: of ``"stage"`` they keep everything, while the stage runs again.
+    """The policies that some block is under, of ``"stage"`` while the stage runs its forward again.
 
-    >>> policies_of_blocks("stage"), policies_of_blocks(("full", "none", "none"))
-    (('none',), ('full', 'none'))
+    >>> policies_of_blocks("stage/full"), policies_of_blocks(("full", "none", "none"))
+    (('full',), ('full', 'none'))
     """
     if isinstance(remat, str):
-        return ("none",) if remat == "stage" else (remat,)
+        return (policy_within_stage(remat) or remat,)
     return tuple(dict.fromkeys(remat))
+
+
+def policy_within_stage(remat: str | tuple[str, ...]) -> str | None:
+    """What the blocks keep while a stage that kept its input alone runs its forward again; None if it kept more.
+
+    >>> policy_within_stage("stage"), policy_within_stage("stage/full"), policy_within_stage("full")
+    ('none', 'full', None)
+    """
+    name, _, policy = remat.partition("/") if isinstance(remat, str) else ("", "", "")
+    return (policy or "none") if name == "stage" else None
 
 
 def slots_of(

@@ -49,6 +49,7 @@ from shardlab.plan.layout import (
     optimizer_specs,
     optimizer_tree,
     policies_of_blocks,
+    policy_within_stage,
     remats,
     stacks_of,
     storage_of,
@@ -107,7 +108,8 @@ def make_plan(
       zero: ZeRO level 0 to 3.
       remat: what a stage keeps of a microbatch for its backward: ``"none"``, everything; ``"full"``, every block's
         input; a name of `jax.checkpoint_policies`, what that saves of every block; ``"stage"``, the stage's input
-        alone, from which its backward runs the forward again. One for all stages, or one for each, in order.
+        alone, from which its backward runs the forward again, keeping everything, or, as ``"stage/full"``, what another
+        policy says. One for all stages, or one for each, in order.
       dtype: what the step computes in; master parameters stay at least float32.
       reduce_dtype: what gradients are summed over the batch axes in, once they have accumulated over the
         microbatches. ``"auto"``: what they accumulate in, float32 or `dtype` if that is wider. ``"bfloat16"`` halves
@@ -235,7 +237,7 @@ def make_plan(
         for kind, policy in enumerate(policies):
             room = sum(run.count(kind) for run in stage_runs(kinds, layers)[0])
             activation_bytes += room * kept[entering.parts.kinds[kinds.index(kind)], policy]
-        if remat == "stage":
+        if policy_within_stage(remat):
             activation_bytes, recomputed_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))), activation_bytes
     notes += _storage_notes(parameters, inside, mesh, zero, head)
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
@@ -380,7 +382,8 @@ def _layers(
     costs = stages if isinstance(stages, LayerCosts) else None
     source = "estimated" if costs is None else "given"
     if isinstance(stages, str) and stages == "balanced":
-        costs = entering.costs(remat if isinstance(remat, str) else "none")
+        policy = remat if isinstance(remat, str) else "none"
+        costs = entering.costs("full" if policy_within_stage(policy) else policy)
     if costs is not None and head != "last_stage":  # every stage has its share of them
         costs = dataclasses.replace(costs, before=0, after=0)
     kinds = entering.parts.kinds

@@ -138,7 +138,8 @@ class Plan:
       num_microbatches: microbatches a step.
       zero: ZeRO level, 0 to 3.
       remat: what the forward pass keeps: ``"none"`` (everything), ``"full"`` (a block's input), ``"stage"`` (a stage's
-        input), or the name of a policy of `jax.checkpoint_policies`; or one of these for each stage.
+        input; ``"stage/full"``: its blocks' inputs while it runs again), or the name of a policy of
+        `jax.checkpoint_policies`; or one of these for each stage.
       dtype: what the step computes in.
       reduce_dtype: what gradients are summed over the batch axes in; within a device they accumulate in at least
         float32.

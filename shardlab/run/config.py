@@ -124,8 +124,9 @@ class Config:
       zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
         steps the float32 parameters too), 3 the parameters. Gradients accumulate whole over the microbatches of a step
         and are cut, from 1 on, when they are reduced at its end; from 2 on accumulate=sharded cuts them before.
-      remat: what the forward pass keeps: none (everything), full (a block's input), stage (a stage's input), or a
-        policy of jax.checkpoint_policies; or one for each stage, with | between them.
+      remat: what the forward pass keeps: none (everything), full (a block's input), stage (a stage's input; stage/full:
+        its blocks' inputs while it runs again), or a policy of jax.checkpoint_policies; or one for each stage, with |
+        between them.
       dtype: what the step computes in: float32, bfloat16, float64.
       reduce_dtype: what gradients are summed over the batch axes in: auto (float32, or a wider dtype), bfloat16.
       head: how the parts before and after the blocks are spread: examples, last_stage, vocab, auto; see `make_plan`.

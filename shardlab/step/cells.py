@@ -25,6 +25,7 @@ from shardlab.hlo.loops import taken_name
 from shardlab.module.model import computed
 from shardlab.module.residuals import BlockVjp, differentiable
 from shardlab.pipeline.buffers import Phase, Program, When, step_of
+from shardlab.plan.layout import policy_within_stage
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.region import Region, check_rows, rows_of, tree_where
@@ -113,7 +114,7 @@ class Cells:
         self.share_rows = self.rows // region.num_stages if self.shared else self.rows
         self.wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
         self.has_context_gradient = self._context_depends()
-        self.recomputes = plan.remat == "stage"
+        self.recomputes = policy_within_stage(plan.remat) is not None
         self.skips = leaves_out(plan, region)
         self.vjps = [
             BlockVjp(self._block_of(kind), policy, context=self.has_context_gradient)
@@ -588,9 +589,11 @@ class Cells:
                 lambda mine: self._before({**self.rest, **mine}, row["finish_microbatch"], share=True),
                 self.read_in("before"),
             )
-            used = row["finish_microbatch"] >= 0
-            (new,) = pull(self.deal(dx, source=0))
-            return self.add(carry["rest"], new, used if self.shared else used & self.is_first)
+            # Masked here and not in the gradients, which are larger: the examples are true ones, so that a cotangent of
+            # zeros gives zeros.
+            keep = due if self.shared else due & self.is_first
+            masked = jax.tree.map(lambda leaf: jnp.where(keep, leaf, 0), self.deal(dx, source=0))
+            return self.add(carry["rest"], pull(masked)[0], jnp.bool_(True))
 
         due = row["finish_microbatch"] >= 0
         return carry | {"rest": self.where_due(phase, phase.finish, due, do, lambda: carry["rest"], "finish")}

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from shardlab.module.model import computed
 from shardlab.module.residuals import rematerialised
+from shardlab.plan.layout import policy_within_stage
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.region import Region, rows_of
@@ -30,6 +31,8 @@ def whole_gradients(
     wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
     rows, remat = plan.microbatch_rows, plan.remat
     assert isinstance(remat, str), "a model taken whole is one stage"
+    if policy_within_stage(remat):  # of one stage its input is the batch
+        remat = "full"
     compute = storage_specs(plan, "compute")
 
     def in_region(

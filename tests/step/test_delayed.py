@@ -76,7 +76,10 @@ def beside(body: Any) -> list[int]:
         number
         for number, equation in enumerate(body.eqns)
         if equation.primitive.name == "scan"
-        or (equation.primitive.name == "cond" and any(True for each in inner(equation) for _ in found(each, "scan")))
+        or (
+            equation.primitive.name in ("cond", "while")
+            and any(True for each in inner(equation) for _ in found(each, "scan"))
+        )
     ]
     sends = [number for number, equation in enumerate(body.eqns) if equation.primitive.name == "ppermute"]
     return [sum(send not in sources[loop] and loop not in sources[send] for loop in loops) for send in sends]
