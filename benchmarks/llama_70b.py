@@ -133,8 +133,8 @@ def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, rem
 def rules(tensor: str | None, head: str) -> Rules:
     """The decoder's own, and for a head over the vocabulary the output kernel cut by stages.
 
-    Where data alone stores a parameter it cuts what XLA:TPU need not copy to gather or pad to scatter: not the inner dim
-    of a wide kernel, nor the vocabulary.
+    Where data alone stores a parameter it cuts what XLA:TPU need not copy to gather or pad to scatter: not the inner
+    dim of a wide kernel, nor the vocabulary.
     """
     stored = "data" if tensor is None else None
     own = [Rule("unembed/kernel", P(stored, ("stage", tensor) if tensor else "stage"))] if head == "vocab" else []

@@ -15,7 +15,7 @@ Run = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 The auxiliary loss is (sum, weight), or None; the backward takes the derivative of its sum to be 1.
 """
 
-REMAT = ("none", "full", "stage")
+REMAT = ("none", "full")
 POLICIES = tuple(
     name
     for name in (

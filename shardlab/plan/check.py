@@ -66,9 +66,8 @@ def choice_faults(**given: Any) -> list[Fault]:
 
 def remat_faults(remat: str | tuple[str, ...]) -> list[Fault]:
     """What is wrong with the remat policies, one for all stages or one for each."""
-    blocks = tuple(policy for policy in (*REMAT, *POLICIES) if policy != "stage")
-    policies, each = (*REMAT, *POLICIES), (remat,) if isinstance(remat, str) else remat
-    within = tuple(f"stage/{policy}" for policy in blocks)
+    policies, each = (*REMAT, "stage", *POLICIES), (remat,) if isinstance(remat, str) else remat
+    within = tuple(f"stage/{policy}" for policy in (*REMAT, *POLICIES))
     faults = [
         Fault(
             f"remat={value!r}",
@@ -428,6 +427,6 @@ def check_flow(x: Any, y: Any, name: str = "block") -> None:
     for (keys, mine), theirs in zip(jax.tree_util.tree_flatten_with_path(x)[0], jax.tree.leaves(y), strict=True):
         if mine.shape != theirs.shape:
             raise DeclarationError(
-                f"{name}: x {path_of(keys)} enters as {list(mine.shape)} and leaves as {list(theirs.shape)}; every "
-                "block keeps x's shapes"
+                f"{name}: {f'x {path_of(keys)}'.rstrip()} enters as {list(mine.shape)} and leaves as "
+                f"{list(theirs.shape)}; every block keeps x's shapes"
             )
