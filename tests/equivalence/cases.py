@@ -524,6 +524,100 @@ CASES: dict[str, Case] = {
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
     "remat-whole": case("decoder-whole", data=2, remat="full"),
     "remat-dropout": case("decoder-dropout", stage=2, data=2, microbatches=2, remat="full"),
+    # Several of these at once.
+    "together-encdec-zbv-delayed-sharded": case(
+        "encoder-decoder",
+        stage=2,
+        data=2,
+        microbatches=4,
+        schedule="zb_v",
+        sends="delayed",
+        zero=2,
+        accumulate="sharded",
+    ),
+    "together-experts-v3-delayed-stagefull-layer": case(
+        "dense-and-experts",
+        stage=2,
+        data=2,
+        microbatches=4,
+        schedule="interleaved_1f1b",
+        virtual=3,
+        sends="delayed",
+        remat="stage/full",
+        zero=3,
+        gather="layer",
+        accumulate="sharded",
+    ),
+    "together-conditioned-zbh1-stage-layer": case(
+        "decoder-conditioned",
+        stage=2,
+        data=2,
+        microbatches=2,
+        schedule="zb_h1",
+        remat="stage",
+        zero=3,
+        gather="layer",
+        accumulate="sharded",
+    ),
+    "together-empty-stage-remat-by-stage": case(
+        "dense-then-experts",
+        stage=3,
+        data=2,
+        microbatches=3,
+        batch=18,
+        stages="E | t*2 | t*4 H",
+        remat="full | none | full",
+        head="last_stage",
+    ),
+    "together-vocab-zbv-delayed-sharded-layer": case(
+        "mlp-vocab-7-layers",
+        stage=2,
+        data=2,
+        microbatches=4,
+        schedule="zb_v",
+        sends="delayed",
+        zero=3,
+        accumulate="sharded",
+        gather="layer",
+        head="vocab",
+    ),
+    "together-vocab-split-virtual-stagefull": case(
+        "decoder-vocab",
+        stage=2,
+        data=2,
+        tensor=2,
+        microbatches=4,
+        schedule="1f1b_split",
+        virtual=2,
+        remat="stage/full",
+        sends="delayed",
+        head="vocab",
+    ),
+    "together-linen-muon-remat-by-stage": case(
+        "linen-two-widths", stage=2, data=2, microbatches=2, remat="full | none", zero=1, optimizer="muon"
+    ),
+    "together-experts-tensor-dualpipe-stage": case(
+        "dense-and-experts", stage=2, data=2, tensor=2, microbatches=4, schedule="dualpipe_v", remat="stage", zero=1
+    ),
+    "together-unet-zbh2-delayed": case(
+        "mlp-unet", stage=3, data=2, microbatches=3, batch=18, schedule="zb_h2", sends="delayed"
+    ),
+    "together-encdec-listed-v": case(
+        "encoder-decoder", stage=2, data=2, microbatches=4, schedule="zb_v", stages="E t | t*0 | t*2 | t*2 H", zero=3
+    ),
+    "together-balanced": case(
+        "dense-and-experts",
+        stage=3,
+        data=2,
+        microbatches=2,
+        batch=12,
+        stages="balanced",
+        head="last_stage",
+        schedule="1f1b",
+    ),
+    "together-clipped-kinds-per-layer": case(
+        "encoder-decoder", stage=2, data=2, tensor=2, microbatches=2, optimizer="adafactor", zero=1
+    ),
     # Dropout: the same masks under every plan.
     "dropout-data": case("decoder-dropout", data=4, microbatches=2),
     "dropout-stages": case("decoder-dropout", stage=4, microbatches=2),
