@@ -38,8 +38,8 @@ class StageArrays:
 
     def __init__(self, model: Model, plan: Plan) -> None:
         assert model.parts is not None
-        first = {path: inner for inner, path in model.parts.layers[0].items()}
-        self.inner = {stack.name: first[next(p for p in stack.members if p)] for stack in plan.stacks}
+        within = {path: inner for layer in model.parts.layers for inner, path in layer.items()}
+        self.inner = {stack.name: within[next(p for p in stack.members if p)] for stack in plan.stacks}
         slots = slots_of(plan.layers, plan.table())
         # [P, V K]: the block in each slot, and whether there is one
         blocks = [[block for stage in device for block in stage] for device in slots]

@@ -199,6 +199,39 @@ def _auxiliary() -> Subject:
     return Subject(functions, mlp.label_loss, mlp.mlp_rules("tensor"), None, features)
 
 
+class UNetBlock(nnx.Module):
+    """One block of a small U-Net: in the first half it fills its skip, in the second it reads its mirror's.
+
+    All blocks are one program. Where a block stands is an array that is not trained.
+    """
+
+    def __init__(self, place: int, rngs: nnx.Rngs) -> None:
+        self.place = nnx.Variable(jnp.int32(place))
+        self.up, self.down = nnx.Linear(16, 24, rngs=rngs), nnx.Linear(24, 16, rngs=rngs)
+
+    def __call__(self, x: dict[str, Any]) -> dict[str, Any]:
+        h, skips, place = x["h"], x["skips"], self.place[...]
+        mirrored = 2 * len(skips) - 1 - place
+        h = h + sum(jnp.where(mirrored == at, skip, 0) for at, skip in enumerate(skips))
+        h = h + self.down(jnp.tanh(self.up(h)))
+        return {"h": h, "skips": [jnp.where(place == at, h, skip) for at, skip in enumerate(skips)]}
+
+
+class UNet(nnx.Module):
+    """Skip connections across stages: they flow from block to block inside x."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.inputs, self.outputs = nnx.Linear(12, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)
+        self.blocks = nnx.List([UNetBlock(place, rngs) for place in range(6)])
+
+    def embed(self, batch: Any) -> dict[str, Any]:
+        h = self.inputs(batch["features"].astype(self.inputs.kernel.dtype))
+        return {"h": h, "skips": [jnp.zeros_like(h)] * (len(self.blocks) // 2)}
+
+    def head(self, x: dict[str, Any]) -> jax.Array:
+        return self.outputs(x["h"])
+
+
 def whole(subject: Subject) -> Subject:
     """The same model, its parts not named."""
     return Subject(subject.model, subject.loss, subject.rules, None, subject.batch, subject.batch_size)
@@ -226,6 +259,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mlp-7-layers": lambda: _mlp(num_layers=7),
     "mlp-24-layers": lambda: _mlp(num_layers=24),
     "mlp-whole": lambda: whole(_mlp()),
+    "mlp-unet": lambda: Subject(UNet, mlp.label_loss, mlp.mlp_rules("tensor"), PARTS, features),
     "pure": _pure,
     "mlp-both-on-one-dim": _both_on_one_dim,
     "mlp-both-on-one-dim-whole": lambda: whole(_both_on_one_dim()),
@@ -317,6 +351,12 @@ CASES: dict[str, Case] = {
     "stage-2-last-stage-head": case("decoder", stage=2, microbatches=8, head="last_stage"),
     "stage-4-last-stage-tied": case("decoder-tied", stage=4, microbatches=4, head="last_stage"),
     "stage-2-conditioned": case("decoder-conditioned", stage=2, data=2, microbatches=2),
+    # Stages as listed: shorter at both ends, of none but the embedding or the head, virtual ones; skips across them.
+    "stages-listed": case("mlp-7-layers", stage=4, data=2, microbatches=2, stages="E t | t*3 | t*2 | t H"),
+    "stages-listed-virtual": case(
+        "mlp-7-layers", stage=2, data=2, microbatches=4, schedule="zb_v", stages="E | t*3 | t*0 | t*4 H"
+    ),
+    "stages-skips": case("mlp-unet", stage=4, data=2, microbatches=2, stages=(1, 2, 2, 1)),
     # Every schedule: virtual stages, split backwards, branches; microbatches that the stages do not divide.
     "interleaved": case("decoder-10-layers", stage=2, data=2, microbatches=4, schedule="interleaved_1f1b"),
     "interleaved-3-virtual": case(

@@ -109,7 +109,7 @@ def test_arrays_that_are_not_trained_are_listed_and_counted() -> None:
     )
     assert Plan.from_json(plan.to_json()) == plan
     lines = str(plan).splitlines()
-    assert [" ".join(line.split()) for line in lines[7:10]] == [
+    assert [" ".join(line.split()) for line in lines[8:11]] == [
         'blocks/*/up/kernel x3 4x4 float32 P() as declared P() rule 2, "blocks/*/up/kernel" 64 B',
         "blocks/*/scale x3 4 float32 P() as declared not trained no rule: replicated 16 B",
         "table 4x6 float32 P('data') as declared not trained rule 1, \"table\" 48 B",
@@ -145,9 +145,17 @@ def test_that_gradients_accumulate_whole_is_noted_where_their_parts_were_asked_f
         assert "accumulate whole" not in str(small(zero=zero, accumulate="sharded"))
 
 
-def small(**given: Any) -> Plan:
+def test_the_time_that_stages_are_idle() -> None:
+    """Of 2 stages and 2 microbatches a third; where one holds 2 of 3 blocks' slots, half of the time."""
+    assert str(small(microbatches=2)).splitlines()[4] == "6 ticks, idle 33.3% in lockstep"
+    lines = str(small(microbatches=2, layers=3)).splitlines()
+    assert lines[3].startswith("2 stages of 2, 1 layers, ")
+    assert lines[4] == "6 ticks, idle 50.0% in lockstep: a bubble of 33.3%, and slots of shorter stages"
+
+
+def small(*, layers: int = 2, **given: Any) -> Plan:
     return make_plan(
-        MLPConfig(num_layers=2, model_dim=4, hidden_dim=4),
+        MLPConfig(num_layers=layers, model_dim=4, hidden_dim=4),
         mesh=MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4"),
         rules=[("**", None)],
         optimizer=optax.sgd(0.1),
