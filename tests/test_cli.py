@@ -282,6 +282,21 @@ def test_a_plan_as_text(call: Call) -> None:
     assert "device 1   . F0 B0 F1 B1  .\nbubble 33.3%; " in out
 
 
+def test_a_plan_of_stages_as_listed(call: Call) -> None:
+    given = ("--model.num-layers", 5, "--mesh", "stage=2,data=4")
+    for text in ("E t | t*4 H", "1,4"):
+        assert facts(call, "plan", CONFIG, *given, "--stages", text)["layers"] == [1, 4]
+    status, out, _ = call("plan", CONFIG, *given, "--stages", "balanced")
+    assert "\n2 stages of 3, 2 layers, schedule 1f1b, " in out
+    assert "\nnote: stages balanced by estimated cost (" in out
+    status, _, err = call("plan", CONFIG, *given, "--stages", "2")
+    assert status == 2
+    assert err == (
+        "shardlab: stages: '2' lists 1 stage, and there are 2, virtual stages counted; list 2, or leave them out: as "
+        "even as can be\n"
+    )
+
+
 def test_a_plan_needs_no_device(call: Call) -> None:
     found = facts(call, "plan", CONFIG, "--target", "tpu:v5p:4x8x8", "--mesh", "data=256", "--batch-size", 512)
     assert (found["mesh"]["data"], found["target"]) == (256, "tpu:v5p:4x8x8")

@@ -21,6 +21,10 @@ class Pipeline:
     ``batch``, or one more than x that needs a value. In a block what comes with x is an auxiliary loss alone:
     ``(x, (sum, weight))``.
 
+    Skip connections, as a U-Net has, travel inside x: ``{"h": h, "skips": [...]}``, the skips zero at first. For blocks
+    of one kind, one program, an array of each that is not trained, as ``nnx.Variable(jnp.int32(place))``, says which
+    skip it fills or reads, with ``jnp.where(place == at, h, skip)``.
+
     >>> Pipeline(before="embed", blocks="blocks", after="head")
     Pipeline(before='embed', blocks='blocks', after='head', context=None)
     """

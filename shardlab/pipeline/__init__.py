@@ -5,13 +5,14 @@ from shardlab.pipeline.buffers import Phase, Program, program
 from shardlab.pipeline.cost import Cost, Costs, schedule_facts
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table, make_schedule
 from shardlab.pipeline.simulate import simulate
-from shardlab.pipeline.stages import assign_layers
+from shardlab.pipeline.stages import LayerCosts, assign_layers, stage_layers
 
 __all__ = [
     "SCHEDULES",
     "Action",
     "Cost",
     "Costs",
+    "LayerCosts",
     "Phase",
     "Program",
     "Schedule",
@@ -23,4 +24,5 @@ __all__ = [
     "program",
     "schedule_facts",
     "simulate",
+    "stage_layers",
 ]

@@ -426,7 +426,8 @@ def check_flow(x: Any, y: Any, name: str = "block") -> None:
         )
     for (keys, mine), theirs in zip(jax.tree_util.tree_flatten_with_path(x)[0], jax.tree.leaves(y), strict=True):
         if mine.shape != theirs.shape:
+            path = f"x {path_of(keys)}".rstrip()
             raise DeclarationError(
-                f"{name}: {f'x {path_of(keys)}'.rstrip()} enters as {list(mine.shape)} and leaves as "
-                f"{list(theirs.shape)}; every block keeps x's shapes"
+                f"{name}: {path} enters as {list(mine.shape)} and leaves as {list(theirs.shape)}; every "
+                "block keeps x's shapes"
             )

@@ -101,9 +101,11 @@ def make_plan(
         `shardlab.pipeline.table_csv.read_csv` or `shardlab.pipeline.automatic.automatic` give one.
       virtual: stages that a device of the stage axis holds; None leaves it to the schedule.
       stages: which blocks each stage holds; None: as even as can be. A list of them, virtual stages too, in the order
-        in which a microbatch passes them: ``"E t*2 | t*3 | t*3 | t*2 H"`` or ``(2, 3, 3, 2)``. Or how to balance them,
-        with no stage longer than the longest of even ones: ``"balanced"`` by the operations that blocks, `before` and
-        `after` are estimated to take, or a `shardlab.pipeline.stages.LayerCosts` by what was measured.
+        in which a microbatch passes them: ``"E t*2 | t*3 | t*3 | t*2 H"`` or ``(2, 3, 3, 2)``; a stage may be empty.
+        Or what to balance them by: ``"balanced"``, the operations that each part is estimated to take, or a
+        `shardlab.pipeline.stages.LayerCosts`, what was measured. `before` and `after` count on their stages with
+        ``head="last_stage"``. Where blocks are of one kind no stage is made longer than the longest of even
+        ones: every device computes as many slots in a tick, so that an even longest stage is the fastest.
       microbatches: microbatches a step; without a pipeline, gradient accumulation.
       zero: ZeRO level 0 to 3.
       remat: what a stage keeps of a microbatch for its backward: ``"none"``, everything; ``"full"``, every block's

@@ -119,8 +119,8 @@ class Config:
       microbatches: microbatches a step; with one stage, gradient accumulation.
       schedule: pipeline schedule, or a CSV file with a table of your own; shardlab schedule --compare lists them.
       virtual: stages that a device of the stage axis holds; 0 leaves it to the schedule.
-      stages: blocks of each stage, as "E t*2 | t*3 | t*3 | t*2 H" or 2,3,3,2; balanced: by estimated cost, embedding
-        and head counted; nothing: as even as can be.
+      stages: the blocks of each stage, "E t*2 | t*3 | t*3 | t*2 H" or 2,3,3,2; or balanced, by their estimated cost and
+        that of what is before and after; nothing makes them as even as can be.
       zero: ZeRO level: what is stored in parts over the batch axes. 0 nothing, 1 and 2 the optimizer state (of bfloat16
         steps the float32 parameters too), 3 the parameters. Gradients accumulate whole over the microbatches of a step
         and are cut, from 1 on, when they are reduced at its end; from 2 on accumulate=sharded cuts them before.
@@ -207,7 +207,10 @@ class Config:
             "pipeline": (Pipeline | None, "Pipeline(before=..., blocks=..., after=...), or None"),
             "specs": (Mapping | None, "specs by path, as {'norm/scale': P()}, or None"),
             "microbatches": (int, "a whole number"),
-            "stages": (str | Sequence | LayerCosts, "a list as 'E t*2 | t*2 H', (2, 2) or 'balanced', or LayerCosts"),
+            "stages": (
+                str | Sequence | LayerCosts,
+                "a list as 'E t*2 | t*2 H' or (2, 2), 'balanced', LayerCosts, or '' for even ones",
+            ),
             "zero": (int, "a whole number, 0 to 3"),
         }
         names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "sends", "batch_axes")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shardlab.pipeline.actions import ScheduleError
-from shardlab.pipeline.cost import Costs, Mode, cost, peak_in_flight, schedule_facts
+from shardlab.pipeline.cost import Costs, Mode, cost, idle_fraction, peak_in_flight, schedule_facts
 from shardlab.pipeline.schedules import SCHEDULES, from_table, make_schedule
 
 Table = list[list[str | None]]
@@ -220,6 +220,19 @@ def test_costs_that_are_none() -> None:
     with pytest.raises(ScheduleError) as error:
         Costs(F=0, I=0, W=0)
     assert str(error.value) == "costs: F, I and W are all 0; give at least one of them a time"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_idle_is_the_bubble_where_stages_are_even(name: str) -> None:
+    made = make_schedule(name, stages=3, microbatches=6)
+    assert idle_fraction(made, (2,) * made.num_stages) == pytest.approx(cost(made).bubble_fraction)
+
+
+def test_slots_that_fill_a_shorter_stage_are_idle() -> None:
+    """GPipe, 2 stages, 3 microbatches: 4 F ticks and 4 B ticks, of which a stage works in 3, B twice as long as F."""
+    made = make_schedule("gpipe", stages=2, microbatches=3)
+    assert idle_fraction(made, (3, 1)) == pytest.approx(1 - (3 + 1) * 3 * 3 / (2 * 3 * 12))
+    assert idle_fraction(made, (3, 0), Costs(F=1, I=0, W=0)) == pytest.approx(1 - 3 * 3 / (2 * 3 * 4))
 
 
 def test_a_deadlock_ends() -> None:

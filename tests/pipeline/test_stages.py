@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,17 +32,29 @@ def times(assignment: Sequence[int], costs: Sequence[int]) -> list[int]:
     return [sum(itertools.islice(layers, count)) for count in assignment]
 
 
-@settings(max_examples=100, deadline=None)
-@given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=9), data=st.data())
-def test_best_of_all_assignments(costs: list[int], data: st.DataObject) -> None:
+@settings(max_examples=200, deadline=None)
+@given(
+    costs=st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    before=st.integers(0, 20),
+    after=st.integers(0, 20),
+    data=st.data(),
+)
+def test_best_of_all_assignments(costs: list[int], before: int, after: int, data: st.DataObject) -> None:
     """Least longest stage, then least sum of squares, then more layers on earlier stages."""
     stages = data.draw(st.integers(1, len(costs)))
+    at_most = data.draw(st.integers(-(-len(costs) // stages), len(costs)))
 
     def badness(assignment: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
         spent = times(assignment, costs)
+        spent[0] += before
+        spent[-1] += after
         return max(spent), sum(t * t for t in spent), tuple(-count for count in assignment)
 
-    assert assign_layers(len(costs), stages, costs) == min(cuts(len(costs), stages), key=badness)
+    allowed = [cut for cut in cuts(len(costs), stages) if max(cut) <= at_most]
+    found = assign_layers(len(costs), stages, costs, before=before, after=after, at_most=at_most)
+    assert found == min(allowed, key=badness)
+    if at_most == len(costs):
+        assert found == assign_layers(len(costs), stages, costs, before=before, after=after)
 
 
 def test_costs_that_are_fractions() -> None:
@@ -80,45 +92,102 @@ def test_refused_with(case: str) -> None:
     assert str(error.value) == message
 
 
-@settings(max_examples=100, deadline=None)
-@given(costs=st.lists(st.integers(1, 9), min_size=2, max_size=8), data=st.data())
-def test_best_of_all_with_ends_and_a_limit(costs: list[int], data: st.DataObject) -> None:
-    """What the first and the last stage take beside their layers counts, and no stage holds more than it may."""
-    stages = data.draw(st.integers(1, len(costs)))
-    before, after = data.draw(st.integers(0, 12)), data.draw(st.integers(0, 12))
-    at_most = data.draw(st.integers(-(-len(costs) // stages), len(costs)))
-
-    def badness(assignment: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-        spent = times(assignment, costs)
-        spent[0] += before
-        spent[-1] += after
-        return max(spent), sum(t * t for t in spent), tuple(-count for count in assignment)
-
-    allowed = [assignment for assignment in cuts(len(costs), stages) if max(assignment) <= at_most]
-    found = assign_layers(len(costs), stages, costs, before=before, after=after, at_most=at_most)
-    assert found == min(allowed, key=badness)
+def test_stages_that_hold_too_few_are_refused() -> None:
+    with pytest.raises(ScheduleError) as error:
+        assign_layers(7, 2, at_most=3)
+    assert str(error.value) == "7 layers on 2 stages: they hold at most 6, 3 each; use more stages"
 
 
-LISTS: dict[str, tuple[Stages, tuple[int, ...]]] = {
-    "text": ("E t*2 | t*3 | t*3 | t*2 H", (2, 3, 3, 2)),
-    "without ends, other spaces": ("t*2|t * 3|t t t|t*2", (2, 3, 3, 2)),
-    "words": ("E dense*2 moe | moe*2 | moe*2 | moe*3", (3, 2, 2, 3)),
-    "ends alone": ("E | t*5 | t*5 | H", (0, 5, 5, 0)),
-    "none": ("t*5 | t*0 | t*0 | t*5", (5, 0, 0, 5)),
-    "numbers": ((1, 4, 4, 1), (1, 4, 4, 1)),
-    "numbers of NumPy": (np.array([1, 4, 4, 1]), (1, 4, 4, 1)),  # type: ignore[dict-item]
-    "numbers as text": ("1, 4,4,1", (1, 4, 4, 1)),
-    "nothing": (None, (3, 3, 2, 2)),
-    "an empty text": ("", (3, 3, 2, 2)),
-    "balanced, nothing known": ("balanced", (3, 3, 2, 2)),
-    "costs": (LayerCosts((1,) * 10, before=1, after=1), (2, 3, 3, 2)),
-}
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"before": -1.0}, "costs: before takes -1.0; give it a finite cost of at least 0"),
+        ({"after": float("inf")}, "costs: after takes inf; give it a finite cost of at least 0"),
+    ],
+)
+def test_costs_of_what_is_no_layer_are_checked(given: dict[str, float], message: str) -> None:
+    with pytest.raises(ScheduleError) as error:
+        LayerCosts((1, 1), **given)
+    assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_stages_as_declared(name: str) -> None:
-    stages, expected = LISTS[name]
-    assert stage_layers(stages, 10, 4) == expected
+# Lists of stages.
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers"),
+    [
+        ("E t*2 | t*3 | t*3 | t*2 H", (2, 3, 3, 2)),
+        ("t*2|t*3|t *3|t* 2", (2, 3, 3, 2)),
+        ("E | t*5 | t*5\n| H", (0, 5, 5, 0)),
+        ("E dense | dense*2 moe | t*0 | a b c d e f H", (1, 3, 0, 6)),
+        ("2, 3,3,2", (2, 3, 3, 2)),
+        ([2, 3, 3, 2], (2, 3, 3, 2)),
+        (range(1, 5), (1, 2, 3, 4)),
+        ("", (3, 3, 2, 2)),
+        (None, (3, 3, 2, 2)),
+        ("balanced", (3, 3, 2, 2)),
+    ],
+)
+def test_stages_as_declared(stages: Stages, layers: tuple[int, ...]) -> None:
+    assert stage_layers(stages, 10, 4) == layers
+
+
+def test_stages_by_cost() -> None:
+    """Before and after pull their stages short, and no stage is longer than the longest of even ones."""
+    costs = LayerCosts(blocks=(1,) * 10, before=0.5, after=9)
+    assert stage_layers(costs, 10, 4) == stage_layers("balanced", 10, 4, costs) == (3, 3, 3, 1)
+    assert costs.of_stages((3, 3, 3, 1)) == (3.5, 3, 3, 10)
+    dear = LayerCosts(blocks=(1, 1, 1, 5, 1, 1, 1, 1))
+    assert stage_layers(dear, 8, 2) == (4, 4)
+
+
+WORDS = "write blocks as t or t*8, any lower-case word for t, E and H for what is before and after, | between stages"
+NO_LIST = "is no list of stages; give a text as 'E t*2 | t*2 H', whole numbers as (2, 2), 'balanced', or LayerCosts"
+
+# stages of a model of 10 layers on 4: message
+UNREADABLE: list[tuple[Any, str]] = [
+    (
+        "E t*5 | t*5 H",
+        "stages: 'E t*5 | t*5 H' lists 2 stages, and there are 4, virtual stages counted; list 4, or leave them out: "
+        "as even as can be",
+    ),
+    (
+        (10,),
+        "stages: (10,) lists 1 stage, and there are 4, virtual stages counted; list 4, or leave them out: as even as "
+        "can be",
+    ),
+    (
+        "t*2 | t*3 | t*3 | t",
+        "stages: 't*2 | t*3 | t*3 | t' lists 9 blocks (2 + 3 + 3 + 1), and the model has 10; list 1 more",
+    ),
+    ((3, 3, 3, 3), "stages: (3, 3, 3, 3) lists 12 blocks (3 + 3 + 3 + 3), and the model has 10; list 2 fewer"),
+    (
+        "E t*5 | | t*5 | H",
+        "stages: nothing is said of stage 1; write t*0 if it is to hold no block\n    E t*5 | | t*5 | H\n           ^",
+    ),
+    ("t*5 | t*5 ? t", f"stages: '?' is no part of a stage; {WORDS}\n    t*5 | t*5 ? t\n              ^"),
+    ("t*5 |  X", f"stages: 'X' is no part of a stage; {WORDS}\n    t*5 | X\n          ^"),
+    ("t*5x | t", f"stages: '*' is no part of a stage; {WORDS}\n    t*5x | t\n     ^"),
+    (
+        "t | E t",
+        "stages: E is what comes before all blocks; put it at the start of the first stage\n    t | E t\n        ^",
+    ),
+    ("t H | t", "stages: H is what comes after all blocks; put it at the end of the last stage\n    t H | t\n      ^"),
+    ("E*2 t", "stages: there is one E; write E alone\n    E*2 t\n    ^"),
+    ((5, -1, 3, 3), "stages: stage 1 of (5, -1, 3, 3) holds -1 blocks; give 0 or more"),
+    ((2.5, 2.5, 2.5, 2.5), f"stages: (2.5, 2.5, 2.5, 2.5) {NO_LIST}"),
+    (4, f"stages: 4 {NO_LIST}"),
+    ("2,,3", f"stages: '2,,3' {NO_LIST}"),
+    (LayerCosts((1,) * 9), "costs: 9 for 10 layers; give one cost per layer"),
+]
+
+
+@pytest.mark.parametrize(("stages", "message"), UNREADABLE, ids=[str(stages) for stages, _ in UNREADABLE])
+def test_stages_that_are_refused(stages: Any, message: str) -> None:
+    with pytest.raises(ScheduleError) as error:
+        stage_layers(stages, 10, 4)
+    assert str(error.value) == message
 
 
 def test_costs_of_blocks_that_differ_may_give_a_stage_more_of_them() -> None:
@@ -126,67 +195,3 @@ def test_costs_of_blocks_that_differ_may_give_a_stage_more_of_them() -> None:
     costs = LayerCosts((1, 1, 1, 1, 1, 1, 9, 9))
     assert stage_layers(costs, 8, 2, alike=False) == (7, 1)
     assert stage_layers(costs, 8, 2) == (4, 4)
-
-
-MISLISTED: dict[str, tuple[Stages, str]] = {
-    "a stage too few": (
-        "t*5 | t*5 | t",
-        "stages: 't*5 | t*5 | t' lists 3 stages, and there are 4, virtual stages counted; list 4, or leave them out: "
-        "as even as can be",
-    ),
-    "blocks too many": (
-        (3, 3, 3, 3),
-        "stages: (3, 3, 3, 3) lists 12 blocks (3 + 3 + 3 + 3), and the model has 10; list 2 fewer",
-    ),
-    "blocks too few": (
-        "t*3 | t*2 | t | t",
-        "stages: 't*3 | t*2 | t | t' lists 7 blocks (3 + 2 + 1 + 1), and the model has 10; list 3 more",
-    ),
-    "fewer than none": ((5, -1, 3, 3), "stages: stage 1 of (5, -1, 3, 3) holds -1 blocks; give 0 or more"),
-    "halves": (
-        (2.5, 2.5, 2.5, 2.5),  # type: ignore[dict-item]
-        "stages: (2.5, 2.5, 2.5, 2.5) is no list of stages; give a text as 'E t*2 | t*2 H', whole numbers as (2, 2), "
-        "'balanced', or LayerCosts",
-    ),
-    "E elsewhere": (
-        "t*5 | E t*5",
-        "stages: E is what comes before all blocks; put it at the start of the first stage\n"
-        "    t*5 | E t*5\n          ^",
-    ),
-    "H before the end": (
-        "t*5 H | t*5",
-        "stages: H is what comes after all blocks; put it at the end of the last stage\n    t*5 H | t*5\n        ^",
-    ),
-    "two of E": ("E*2 t | t", "stages: there is one E; write E alone\n    E*2 t | t\n    ^"),
-    "a stage of nothing": (
-        "t*5 | | t*5",
-        "stages: nothing is said of stage 1; write t*0 if it is to hold no block\n    t*5 | | t*5\n         ^",
-    ),
-    "no word": (
-        "t*5 | T*5",
-        "stages: 'T' is no part of a stage; write blocks as t or t*8, any lower-case word for t, E and H for what is "
-        "before and after, | between stages\n    t*5 | T*5\n          ^",
-    ),
-    "no count": (
-        "t*5 | t*x",
-        "stages: '*' is no part of a stage; write blocks as t or t*8, any lower-case word for t, E and H for what is "
-        "before and after, | between stages\n    t*5 | t*x\n           ^",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISLISTED)
-def test_a_list_is_refused_with(name: str) -> None:
-    stages, message = MISLISTED[name]
-    with pytest.raises(ScheduleError) as error:
-        stage_layers(stages, 10, 4)
-    assert str(error.value) == message
-
-
-def test_costs_are_refused_with() -> None:
-    with pytest.raises(ScheduleError) as error:
-        LayerCosts((1, 1), before=-1)
-    assert str(error.value) == "costs: before takes -1; give it a finite cost of at least 0"
-    with pytest.raises(ScheduleError) as error:
-        assign_layers(9, 2, at_most=4)
-    assert str(error.value) == "9 layers on 2 stages: they hold at most 8, 4 each; use more stages"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
 from shardlab.module.functions import Functions
 from shardlab.pipeline.schedules import make_schedule
+from shardlab.pipeline.stages import LayerCosts
 from shardlab.plan.make import make_plan
-from shardlab.sharding.rules import Rules
+from shardlab.sharding.rules import Rule, Rules
 
 EIGHT = {"x": np.zeros((8, 12), np.float32), "labels": np.zeros(8, np.int32)}
 MODEL = Functions(
@@ -53,6 +55,12 @@ def declare(model: Any = MODEL, *, batch: Any = EIGHT, mesh: dict[str, int] | No
     make_plan(model, mesh=spec, batch=batch, **given)
 
 
+def raises(layer: Any, x: Any) -> Any:
+    raise KeyError("the model's own")
+
+
+NARROWING = dataclasses.replace(MODEL, block=lambda layer, x: x[:, :3])
+RAISING = dataclasses.replace(MODEL, block=raises)
 SPREAD = Rules((("blocks/2/up/kernel", P("tensor")), *((rule.pattern, rule.spec) for rule in mlp.mlp_rules().rules)))
 POLICIES = (
     "none, full, stage, dots_saveable, dots_with_no_batch_dims_saveable, everything_saveable, nothing_saveable; "
@@ -277,6 +285,64 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "reduce_dtype='float32'\n"
         f"  3. schedule '1f1d': unknown, there are {SCHEDULE_NAMES}; did you mean '1f1b'?",
     ),
+    "stages of other layers": (
+        {"stages": "E t*3 | t*2 H"},
+        "stages: 'E t*3 | t*2 H' lists 5 blocks (3 + 2), and the model has 4; list 1 fewer",
+    ),
+    "stages that cannot be read, beside others": (
+        {"stages": "E t*3 : t H", "zero": 4},
+        "2 faults in the declaration:\n"
+        "  1. zero=4: is not one of 0, 1, 2, 3; write one of them\n"
+        "  2. stages: ':' is no part of a stage; write blocks as t or t*8, any lower-case word for t, E and H for what "
+        "is before and after, | between stages\n"
+        "    E t*3 : t H\n"
+        "          ^",
+    ),
+    "costs of other layers": (
+        {"stages": LayerCosts((1, 2, 3))},
+        "costs: 3 for 4 layers; give one cost per layer",
+    ),
+    # What is found only by going on, where nothing that it needs is wrong.
+    "all that is found by going on": (
+        {
+            "rules": Rules((Rule("outputs/kernel", P(None, ("data", "tensor")), pad=True), *SPREAD.rules)),
+            "optimizer": optax.adafactor(0.1, min_dim_size_to_factor=4),
+            "batch": rows(24),
+            "mesh": {"data": 2, "stage": 2, "tensor": 2},
+            "microbatches": 4,
+            "head": "examples",
+            "gather": "layer",
+            "accumulate": "sharded",
+            "schedule": "1f1d",
+            "activation": P("data", "tensor", None),
+        },
+        "7 faults in the declaration:\n"
+        f"  1. schedule '1f1d': unknown, there are {SCHEDULE_NAMES}; did you mean '1f1b'?\n"
+        f'  2. blocks/2/up/kernel: spec {P("tensor")} (rule 2, "blocks/2/up/kernel") is not that of '
+        "blocks/0/up/kernel, P(None, 'tensor'); blocks are stacked; give every block the same spec\n"
+        "  3. gather='layer': at ZeRO level 0 no block's parameter lies in shards of the batch axes; use zero=3 on "
+        "batch axes of more than one device, with the blocks named by pipeline=; or gather='step'\n"
+        "  4. accumulate='sharded': at ZeRO level 0 no block's gradient lies in shards of the batch axes; use zero=2 "
+        "or 3 on batch axes of more than one device, with the blocks named by pipeline=; or accumulate='full'\n"
+        '  5. outputs/kernel (rule 1, "outputs/kernel"): pad=True may change the optimizer\'s state of outputs/kernel: '
+        "it looks at more than each number alone; shard another dim, or replicate it on purpose with None\n"
+        "  6. head='examples': a microbatch of 3 examples a shard does not divide by 2 stages; use head='last_stage', "
+        "or fewer microbatches\n"
+        f"  7. activation={P('data', 'tensor', None)}: has 3 entries, and x 2 dims, [3, 16]; give one entry for each "
+        "dim, or fewer",
+    ),
+    "an activation's axis beside a block's shapes": (
+        {"model": NARROWING, "activation": P("dta"), "zero": 0, "rules": mlp.mlp_rules(None)},
+        "2 faults in the declaration:\n"
+        f"  1. activation={P('dta')}: the mesh has no axis 'dta', it has data, stage, tensor; did you mean 'data'? "
+        "name one of them\n"
+        "  2. block: x enters as [4, 16] and leaves as [4, 3]; every block keeps x's shapes",
+    ),
+    "what is known before what the model raises": (
+        {"model": RAISING, "gather": "layer"},
+        "gather='layer': at ZeRO level 0 no block's parameter lies in shards of the batch axes; use zero=3 on batch "
+        "axes of more than one device, with the blocks named by pipeline=; or gather='step'",
+    ),
     "many at once": (
         {
             "zero": 5,
@@ -311,6 +377,11 @@ def test_malformed(name: str) -> None:
     with pytest.raises(DeclarationError) as error:
         declare(**arguments)
     assert str(error.value) == message
+
+
+def test_an_error_of_the_model_alone_is_the_models() -> None:
+    with pytest.raises(KeyError, match="the model's own"):
+        declare(RAISING)
 
 
 @pytest.mark.parametrize(

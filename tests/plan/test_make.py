@@ -20,6 +20,7 @@ from shardlab.models import mlp
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import make_schedule
+from shardlab.pipeline.stages import LayerCosts
 from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Buffer, Plan
 from shardlab.sharding.rules import Rule, Rules
@@ -389,3 +390,72 @@ def test_one_stage_has_nothing_to_send() -> None:
     plan = planned(mesh={"data": 2}, microbatches=2, sends="delayed")
     assert plan.notes == ("sends delayed is ignored: one stage sends nothing",)
     assert plan.sends == "direct"
+
+
+# Stages.
+
+TEN = mlp.MLPConfig(num_layers=10)
+TEN_NAMED: dict[str, Any] = {"pipeline": Pipeline("embed", "blocks", "head"), "microbatches": 2}
+
+
+def ten(**more: Any) -> Plan:
+    return planned(TEN, mesh={"data": 1, "stage": 4}, **TEN_NAMED, **more)
+
+
+@pytest.mark.parametrize("stages", ["E t*2 | t*3 | t*3 | t*2 H", "2,3,3,2", (2, 3, 3, 2)])
+def test_stages_hold_what_is_listed(stages: Any) -> None:
+    plan = ten(stages=stages)
+    assert (plan.layers, plan.notes) == ((2, 3, 3, 2), ())
+    assert Plan.from_json(plan.to_json()) == plan
+    (kernel,) = (stack.members for stack in plan.stacks if stack.name == "blocks/*/up/kernel")
+    held = [[path.split("/")[1] for path in kernel[at : at + 3] if path] for at in range(0, 12, 3)]
+    assert held == [["0", "1"], ["2", "3", "4"], ["5", "6", "7"], ["8", "9"]]
+
+
+def test_nothing_said_is_as_even_as_can_be() -> None:
+    assert ten() == ten(stages=None) == ten(stages="")
+    assert ten().layers == (3, 3, 2, 2)
+
+
+def test_a_list_that_makes_every_stage_longer_is_said() -> None:
+    plan = ten(stages="E | t*5 | t*5 | H")
+    assert plan.layers == (0, 5, 5, 0)
+    assert plan.notes == (
+        "stages of 0, 5, 5, 0 blocks: in a tick every stage computes 5 slots, as many as the longest holds; even "
+        "stages would compute 3",
+    )
+    assert plan.activation_bytes * 3 == ten().activation_bytes * 5
+
+
+def test_stages_balanced_by_estimate() -> None:
+    """A block multiplies r x 16 x 24 twice, three times with its gradients; the inputs have no gradient."""
+    block, before, after = 3 * 2 * 16 * 24, 2 * 12 * 16, 3 * 16 * 10
+    plan = ten(stages="balanced", head="last_stage")
+    assert plan.layers == (2, 3, 3, 2)
+    mean = (10 * block + before + after) / 4
+    assert plan.notes == (
+        f"stages balanced by estimated cost (before as {before / block:.2f} blocks, after as {after / block:.2f}): "
+        f"2, 3, 3, 2 blocks; slowest stage {3 * block / mean:.2f} x the mean",
+    )
+    # Computing a block again makes it dearer: its first product only, for the second's result is not needed.
+    again = ten(stages="balanced", head="last_stage", remat="full")
+    assert f"before as {before / (block + 16 * 24):.2f} blocks" in again.notes[0]
+
+
+def test_what_every_stage_has_a_share_of_counts_for_none() -> None:
+    measured = LayerCosts(blocks=(2,) * 10, before=9, after=9)
+    plan = ten(stages=measured, head="examples")
+    assert plan.layers == (3, 3, 2, 2)
+    assert plan.notes == (
+        "stages balanced by given cost (before and after are spread over all stages): 3, 3, 2, 2 blocks; slowest stage "
+        "1.20 x the mean",
+    )
+    plan = ten(stages=measured, head="last_stage")
+    assert plan.layers == (2, 3, 3, 2)
+    assert plan.notes[0].startswith("stages balanced by given cost (before as 4.50 blocks, after as 4.50): ")
+
+
+def test_one_stage_has_no_use_for_a_list() -> None:
+    for model in (MODEL, mlp.MLPConfig()):
+        plan = planned(model, mesh={"data": 2}, stages="E t | t*3 H")
+        assert plan.notes == ("stages are ignored: one stage holds every block",)

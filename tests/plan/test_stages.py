@@ -51,20 +51,6 @@ def heavy() -> Functions:
     return Functions(init=functools.partial(mlp.init, config=CONFIG), before=mlp.before, block=mlp.block, after=after)
 
 
-@pytest.mark.parametrize("stages", ["E t | t*4 | t*4 | t H", (1, 4, 4, 1), "1,4,4,1"])
-def test_stages_as_listed(stages: Any) -> None:
-    plan = planned(stages=stages)
-    assert plan.layers == (1, 4, 4, 1)
-    members = next(stack.members for stack in plan.stacks if stack.name.endswith("up/kernel"))
-    held = [None if path is None else int(path.split("/")[1]) for path in members]
-    assert held == [0, None, None, None, *range(1, 9), 9, None, None, None]
-    assert Plan.from_json(plan.to_json()) == plan
-    assert (
-        "stages of 1, 4, 4, 1 blocks: in a tick every stage computes 4 slots, as many as the longest holds; even "
-        "stages would compute 3"
-    ) in plan.notes
-
-
 def test_balanced_by_estimated_cost() -> None:
     """A head on the last stage counts there; shared by example it counts nowhere."""
     last = planned(heavy(), stages="balanced", head="last_stage")
@@ -78,15 +64,6 @@ def test_balanced_by_estimated_cost() -> None:
     )
 
 
-def test_balanced_by_given_costs() -> None:
-    plan = planned(stages=LayerCosts((1,) * 10, before=1, after=2), head="last_stage")
-    assert plan.layers == (3, 3, 3, 1)
-    assert plan.notes[0] == (
-        "stages balanced by given cost (before as 1.00 blocks, after as 2.00): 3, 3, 3, 1 blocks; slowest stage 1.23 x "
-        "the mean"
-    )
-
-
 def test_kinds_are_balanced_each_by_its_own_cost() -> None:
     """More of the cheap ones in a stage than even stages would hold, which blocks of one kind never are."""
     model, _ = kinds.dense_and_experts("dddddeee")
@@ -96,18 +73,6 @@ def test_kinds_are_balanced_each_by_its_own_cost() -> None:
     # A block of experts has as many products as a dense one, and its gate's.
     estimated = planned(model, ANYWHERE, stage=2, stages="balanced")
     assert estimated.layers == (4, 4)
-
-
-def test_one_stage_holds_every_block() -> None:
-    plan = planned(stage=1, stages="t*5 | t*5")
-    assert plan.layers == (10,)
-    assert "stages are ignored: one stage holds every block" in plan.notes
-
-
-def test_the_text_says_how_much_idles() -> None:
-    """4 stages, 2 microbatches: 5 ticks forward and 5 back, each stage works in 4 of them; 10 of 12 slots hold one."""
-    assert "10 ticks, idle 66.7% in lockstep: a bubble of 60.0%, and slots of shorter stages" in str(planned())
-    assert "6 ticks, idle 33.3% in lockstep\n" in str(planned(stage=2))
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {

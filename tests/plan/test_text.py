@@ -161,9 +161,17 @@ def test_the_cost_of_each_choice_is_printed_beforehand() -> None:
     assert "by choice" not in str(small(zero=1))
 
 
-def small(**given: Any) -> Plan:
+def test_the_time_that_stages_are_idle() -> None:
+    """Of 2 stages and 2 microbatches a third; where one holds 2 of 3 blocks' slots, half of the time."""
+    assert str(small(microbatches=2)).splitlines()[4] == "6 ticks, idle 33.3% in lockstep"
+    lines = str(small(microbatches=2, layers=3)).splitlines()
+    assert lines[3].startswith("2 stages of 2, 1 layers, ")
+    assert lines[4] == "6 ticks, idle 50.0% in lockstep: a bubble of 33.3%, and slots of shorter stages"
+
+
+def small(*, layers: int = 2, **given: Any) -> Plan:
     return make_plan(
-        MLPConfig(num_layers=2, model_dim=4, hidden_dim=4),
+        MLPConfig(num_layers=layers, model_dim=4, hidden_dim=4),
         mesh=MeshSpec({"data": 2, "stage": 2}, batch="data", stage="stage", target="cpu:4"),
         rules=[("**", None)],
         optimizer=optax.sgd(0.1),

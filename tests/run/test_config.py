@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.faults import DeclarationError
+from shardlab.pipeline.stages import LayerCosts
 from shardlab.run.config import (
     AdamW,
     Config,
@@ -162,6 +163,15 @@ def test_an_optax_optimizer_pairs_for_rules_and_a_tuple_for_a_spec_are_taken_as_
         tiny.tiny(rules=[]).plan()
 
 
+def test_stages_may_be_numbers_or_costs_too() -> None:
+    model = tiny.MLPConfig(num_layers=5, model_dim=8, hidden_dim=16)
+    for stages in ("E t*4 | t H", (4, 1)):
+        assert tiny.tiny("data=2,stage=2", model=model, stages=stages).plan().layers == (4, 1)
+    dear = LayerCosts(blocks=(1,) * 5, before=9)
+    assert tiny.tiny("data=2,stage=2", model=model, head="last_stage", stages=dear).plan().layers == (2, 3)
+    assert tiny.tiny("data=2,stage=2", model=model).plan().layers == (3, 2)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mesh": (
         {"mesh": {"data": 8}},
@@ -175,6 +185,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer": (
         {"optimizer": 0.1},
         "optimizer: is 0.1, a float; give an optax optimizer, or a function that makes one",
+    ),
+    "stages": (
+        {"stages": 4},
+        "stages: is 4, an int; give a list as 'E t*2 | t*2 H' or (2, 2), 'balanced', LayerCosts, or '' for even ones",
     ),
     "loss": ({"loss": None}, "loss: is None, a NoneType; give a function (y, batch) -> (sum, weight)"),
     "pipeline": (
