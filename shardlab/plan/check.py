@@ -185,7 +185,7 @@ def stage_faults(
         count = made.num_stages if stages > 1 else 1
         if not isinstance(remat, str) and len(remat) != count:
             problem = f"names policies of {len(remat)} stages, and there {'are' if count > 1 else 'is'} {count}"
-            faults.append(Fault(f"remat={' | '.join(remat)}", problem, "name one for each, or one for all"))
+            faults.append(Fault(f"remat={' | '.join(remat)!r}", problem, "name one for each, or one for all"))
         if model.parts is not None:
             stage_layers(layers if stages > 1 else None, len(model.parts.layers), count)
             faults += _word_faults(layers, model) if stages > 1 else []

@@ -84,7 +84,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "2 faults in the declaration:\n"
         "  1. remat='stage': keeps a stage's input alone, in buffers that all devices have alike, and others keep "
         "more; write it for all stages, or another for this one\n"
-        "  2. remat=full | none | stage: names policies of 3 stages, and there are 2; name one for each, or one for "
+        "  2. remat='full | none | stage': names policies of 3 stages, and there are 2; name one for each, or one for "
         "all",
     ),
     "dtype": (
