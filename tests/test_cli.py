@@ -368,6 +368,41 @@ def test_with_one_stage_a_schedule_is_ignored_aloud(call: Call, schedule: str) -
     assert facts(call, "plan", CONFIG, "--schedule", schedule, "--mesh", "data=4,stage=2")["notes"] == []
 
 
+def test_stages_are_listed(call: Call) -> None:
+    found = facts(call, "plan", CONFIG, *MESH, "--model.num-layers", 4, "--stages", "E t | t*3 H")
+    (note,) = found["notes"]
+    assert note.startswith("stages of 1, 3 blocks: in a tick every stage computes 3 slots, ")
+    text = call("plan", CONFIG, *MESH, "--model.num-layers", 4, "--stages", "E t | t*3 H")[1]
+    assert "\n2 stages of 1, 3 layers, schedule 1f1b, head over examples\n" in text
+    (note,) = facts(call, "plan", CONFIG, *MESH, "--stages=balanced")["notes"]
+    assert note.startswith("stages balanced by estimated cost ")
+    assert facts(call, "plan", CONFIG, "--stages", "1,1")["notes"] == [
+        "stages are ignored: one stage holds every block"
+    ]
+
+
+def test_stages_that_cannot_be_read_are_pointed_at(call: Call) -> None:
+    status, out, err = call("plan", CONFIG, *MESH, "--stages", "E t | t; H", "--head", "examples", "--zero", 7)
+    assert (status, out) == (2, "")
+    assert err == (
+        "shardlab: 2 faults in the declaration:\n"
+        "  1. zero=7: is not one of 0, 1, 2, 3; write one of them\n"
+        "  2. stages: ';' is no part of a stage; write blocks as t or t*8, any lower-case word for t, E and H for what "
+        "is before and after, | between stages\n"
+        "    E t | t; H\n"
+        "           ^\n"
+    )
+
+
+def test_stages_of_a_config_that_lists_numbers_are_overridden(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "numbers.py"
+    file.write_text(
+        "from tests.run import tiny\n\ndef config():\n    return tiny.tiny('data=4,stage=2', stages=(2, 0))\n"
+    )
+    assert "\n2 stages of 2, 0 layers, " in call("plan", file)[1]
+    assert "\n2 stages of 1 layer each, " in call("plan", file, "--stages", "E t | t H")[1]
+
+
 # --- train, eval, report
 
 

@@ -135,13 +135,13 @@ def read_stages(text: str) -> tuple[tuple[tuple[str, int], ...], ...]:
             bars.append(at)
             continue
         start = found.start(2)
-        if word in "EH" and count:
+        if word in _ENDS and count:
             raise _fault(text, start, f"there is one {word}", f"write {word} alone")
         if word == "E" and (any(stages[0]) or len(stages) > 1):
             raise _fault(text, start, "E is what comes before all blocks", "put it at the start of the first stage")
         if word == "H" and at < end:
             raise _fault(text, start, "H is what comes after all blocks", "put it at the end of the last stage")
-        if word not in "EH" and not word[0].islower():
+        if word not in _ENDS and not word[0].islower():
             raise _fault(text, start, f"{word!r} is no part of a stage", _WORDS)
         stages[-1].append((word, int(count or 1)))
     for stage, (words, bar) in enumerate(zip(stages, bars, strict=True)):
@@ -150,6 +150,7 @@ def read_stages(text: str) -> tuple[tuple[tuple[str, int], ...], ...]:
     return tuple(map(tuple, stages))
 
 
+_ENDS = ("E", "H")
 _TOKEN = re.compile(r" ?(?:(\|)|([A-Za-z]\w*)(?: ?\* ?(\d+)(?!\w))?)")
 _WORDS = "write blocks as t or t*8, any lower-case word for t, E and H for what is before and after, | between stages"
 
@@ -160,7 +161,7 @@ def _fault(text: str, at: int, problem: str, way_out: str) -> ScheduleError:
 
 def _counts(text: Any) -> tuple[int, ...]:
     """The blocks of each stage of a text."""
-    return tuple(sum(count for word, count in words if word not in "EH") for words in read_stages(text))
+    return tuple(sum(count for word, count in words if word not in _ENDS) for words in read_stages(text))
 
 
 def _of_numbers(stages: Any) -> bool:

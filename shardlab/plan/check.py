@@ -190,7 +190,10 @@ def stage_faults(
             stage_layers(layers if stages > 1 else None, len(model.parts.layers), count)
             faults += _word_faults(layers, model) if stages > 1 else []
     except ScheduleError as error:
-        faults.append(fault_of(error))
+        fault = fault_of(error)
+        if fault is None:  # a printed table, whose marks are the way out
+            raise DeclarationError(str(error)) from None
+        faults.append(fault)
     return faults
 
 
@@ -198,7 +201,9 @@ def _word_faults(stages: Stages, model: Model) -> list[Fault]:
     """A list of stages that names blocks by several words names each kind by its own."""
     if not isinstance(stages, str) or "|" not in stages or model.parts is None:
         return []
-    words = [word for stage in read_stages(stages) for word, count in stage for _ in range(count) if word not in "EH"]
+    words = [
+        word for stage in read_stages(stages) for word, count in stage for _ in range(count) if word not in ("E", "H")
+    ]
     if len(set(words)) == 1:
         return []
     kinds, first = model.parts.kinds, dict[str, int]()
@@ -210,13 +215,11 @@ def _word_faults(stages: Stages, model: Model) -> list[Fault]:
     return []
 
 
-def fault_of(error: ScheduleError | DeclarationError) -> Fault:
-    """A message of its own, which reads ``where: problem; way out``, as a fault beside the others."""
+def fault_of(error: ScheduleError | DeclarationError) -> Fault | None:
+    """A message of its own, which reads ``where: problem; way out``, as a fault beside the others; None of another."""
     where, _, rest = str(error).partition(": ")
     problem, _, way_out = rest.rpartition("; ")
-    if not problem:  # a printed table, whose marks are the way out
-        raise DeclarationError(str(error)) from None
-    return Fault(where, problem, way_out)
+    return Fault(where, problem, way_out) if problem else None
 
 
 def _table_faults(schedule: Schedule, mesh: MeshSpec, stages: int, microbatches: int) -> list[Fault]:

@@ -368,13 +368,12 @@ def _after(faults: list[Fault]) -> Iterator[None]:
     """Tracing of the model with faults known: what it finds joins them, and they come before an error of the model."""
     try:
         yield
-    except DeclarationError as error:
-        if not faults:
+    except Exception as error:
+        found = fault_of(error) if isinstance(error, DeclarationError) and faults else None
+        if found is None:
+            raise_faults(faults)
             raise
-        faults.append(fault_of(error))
-    except Exception:
-        raise_faults(faults)
-        raise
+        faults.append(found)
 
 
 def _layers(
@@ -390,11 +389,14 @@ def _layers(
         costs = dataclasses.replace(costs, before=0, after=0)
     kinds = entering.parts.kinds
     layers = stage_layers(costs or stages, len(kinds), num_stages, alike=max(kinds) == 0)
-    return layers, _stage_notes(layers, costs, head, source)
+    one_kind = max(engine_kinds(kinds, layers, remat)) == 0
+    return layers, _stage_notes(layers, costs, head, source, one_kind)
 
 
-def _stage_notes(layers: tuple[int, ...], costs: LayerCosts | None, head: str, source: str) -> list[str]:
-    """What was decided about the stages, and what a list of them costs every stage."""
+def _stage_notes(
+    layers: tuple[int, ...], costs: LayerCosts | None, head: str, source: str, one_kind: bool
+) -> list[str]:
+    """What was decided about the stages, and what a list of them costs every stage; of several kinds, `_kinds_note`."""
     notes, blocks = [], ", ".join(map(str, layers))
     even = math.ceil(sum(layers) / len(layers))
     if costs is not None:
@@ -405,7 +407,7 @@ def _stage_notes(layers: tuple[int, ...], costs: LayerCosts | None, head: str, s
             f"({'before and after are spread over all stages' if head != 'last_stage' else burden}): {blocks} blocks; "
             f"slowest stage {max(times) * len(times) / sum(times):.2f} x the mean"
         )
-    elif max(layers) > even:
+    elif max(layers) > even and one_kind:
         notes.append(
             f"stages of {blocks} blocks: in a tick every stage computes {max(layers)} slots, as many as the longest "
             f"holds; even stages would compute {even}"

@@ -103,11 +103,13 @@ def describe(plan: Plan) -> str:
             f"head over {plan.head.replace('_', ' ')}"
         )
         table = plan.table()
-        bubble = f": a bubble of {idle_fraction(table, (1,) * plan.num_stages):.1%}, and slots of shorter stages"
-        lines.append(
-            f"{len(table.ticks)} ticks, idle {idle_fraction(table, plan.layers):.1%} in lockstep"
-            f"{'' if alike else bubble}"
-        )
+        bubble = f"a bubble of {idle_fraction(table, (1,) * plan.num_stages):.1%}"
+        idle = f"idle {idle_fraction(table, plan.layers):.1%} in lockstep"
+        if max(plan.kinds) > 0:  # how long each takes, and which slots are left out, is not known here
+            idle = f"{bubble} in lockstep, were all stages to take as long"
+        elif not alike:
+            idle += f": {bubble}, and slots of shorter stages"
+        lines.append(f"{len(table.ticks)} ticks, {idle}")
     lines += ["", *columns(_HEADER, rows, right=(7,)), "", "per device:"]
     totals = {name: size for name, size in plan.bytes_per_device().items() if size}
     lines += [f"  {bytes_label(name):<28}{human_bytes(size):>10}" for name, size in totals.items()]

@@ -275,7 +275,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A scalar of a config that can be overridden: dotted name, type, value now, and what it is."""
+    """A scalar of a config that can be overridden: dotted name, type, value now, and what it is.
+
+    Of a field that holds no scalar now and has one as default, the value is that.
+    """
 
     name: str
     kind: Any
@@ -409,6 +412,9 @@ def _own(value: Any, prefix: str) -> list[Scalar]:
         # An annotation may be wider than a scalar (Any, a union with a callable): then the value decides.
         if not _is_scalar(kind):
             kind = type(now)
+        # A list or costs where a text would do, as of stages, can still be overridden by a text.
+        if not _is_scalar(kind) and _is_scalar(type(field.default)):
+            kind, now = type(field.default), field.default
         if _is_scalar(kind) and kind is not type(None):
             found.append(Scalar(prefix + field.name, kind, now, texts.get(field.name, "")))
     return found

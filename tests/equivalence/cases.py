@@ -395,6 +395,17 @@ CASES: dict[str, Case] = {
     "stages-listed-virtual": case(
         "mlp-7-layers", stage=2, data=2, microbatches=4, schedule="zb_v", stages="E | t*3 | t*0 | t*4 H"
     ),
+    "stages-without-blocks-remat": case(
+        "mlp-7-layers",
+        stage=4,
+        data=2,
+        microbatches=2,
+        stages="E | t*4 | t*0 | t*3 H",
+        remat="full | none | full | dots_saveable",
+    ),
+    "stages-without-blocks-kinds": case(
+        "dense-then-experts", stage=2, data=2, microbatches=4, schedule="zb_v", stages="E d | d e | e*0 | e*3 H"
+    ),
     "stages-skips": case("mlp-unet", stage=4, data=2, microbatches=2, stages=(1, 2, 2, 1)),
     # Every schedule: virtual stages, split backwards, branches; microbatches that the stages do not divide.
     "interleaved": case("decoder-10-layers", stage=2, data=2, microbatches=4, schedule="interleaved_1f1b"),

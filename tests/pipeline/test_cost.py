@@ -238,3 +238,11 @@ def test_slots_that_fill_a_shorter_stage_are_idle() -> None:
 def test_a_deadlock_ends() -> None:
     with pytest.raises(ScheduleError, match=r"^schedule 'table': deadlock; run the checker to see where$"):
         cost(from_table([["0B0"], ["0F0"]], microbatches=1), mode="async")
+
+
+def test_virtual_stages_of_one_device_are_counted_together() -> None:
+    """zb_v, whose four stages go down two devices and back: eight blocks in three slots each."""
+    schedule = make_schedule("zb_v", stages=2, microbatches=4)
+    ticks = cost(schedule).makespan
+    assert ticks == len(schedule.ticks)
+    assert idle_fraction(schedule, (3, 2, 2, 1)) == pytest.approx(1 - 4 * 3 * 8 / (2 * 3 * ticks), abs=1e-15)

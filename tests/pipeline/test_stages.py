@@ -4,12 +4,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlab.pipeline.actions import ScheduleError
-from shardlab.pipeline.stages import LayerCosts, Stages, assign_layers, stage_layers
+from shardlab.pipeline.stages import LayerCosts, Stages, assign_layers, read_stages, stage_layers
 
 
 @pytest.mark.parametrize(
@@ -195,3 +196,134 @@ def test_costs_of_blocks_that_differ_may_give_a_stage_more_of_them() -> None:
     costs = LayerCosts((1, 1, 1, 1, 1, 1, 9, 9))
     assert stage_layers(costs, 8, 2, alike=False) == (7, 1)
     assert stage_layers(costs, 8, 2) == (4, 4)
+
+
+def test_the_costs_of_stages() -> None:
+    """A stage takes its blocks' time; the first what is before them, the last what is after them, one stage both."""
+    costs = LayerCosts(blocks=(1, 2, 4), before=10, after=20)
+    assert costs.of_stages((1, 2)) == (11, 26)
+    assert costs.of_stages((0, 3, 0)) == (10, 7, 20)
+    assert costs.of_stages((3,)) == (37,)
+    given: dict[str, Any] = {"blocks": np.array([1, 2, 4]), "before": np.float32(10), "after": 20}
+    same = LayerCosts(**given)
+    assert same == costs
+    assert all(type(value) is float for value in same.blocks)
+
+
+READ: dict[str, Any] = {
+    "E t*7 | d m*2 H": ((("E", 1), ("t", 7)), (("d", 1), ("m", 2), ("H", 1))),
+    "t": ((("t", 1),),),
+    "E|t|H": ((("E", 1),), (("t", 1),), (("H", 1),)),
+    " E  t * 2\n|\tt *3|t* 1 H ": ((("E", 1), ("t", 2)), (("t", 3),), (("t", 1), ("H", 1))),
+    "t*0 | t*4": ((("t", 0),), (("t", 4),)),
+    "e h | h*2 e": ((("e", 1), ("h", 1)), (("h", 2), ("e", 1))),
+    "encoder_1*2 | dEcoder*12": ((("encoder_1", 2),), (("dEcoder", 12),)),
+    "E H": ((("E", 1), ("H", 1)),),
+}
+
+
+@pytest.mark.parametrize("text", READ)
+def test_a_text_is_read(text: str) -> None:
+    assert read_stages(text) == READ[text]
+
+
+def test_balanced_goes_by_the_estimate() -> None:
+    heavy = LayerCosts((1,) * 10, after=2)
+    assert stage_layers("balanced", 10, 4, heavy) == (3, 3, 3, 1)
+    # A list and costs of one's own go before it.
+    assert stage_layers((1, 2, 3, 4), 10, 4, heavy) == (1, 2, 3, 4)
+    assert stage_layers(LayerCosts((1,) * 10, before=2), 10, 4, heavy) == (1, 3, 3, 3)
+    assert stage_layers(None, 10, 4, heavy) == (3, 3, 2, 2)
+
+
+# Of a declaration of 4 layers on 2 stages: the message, the caret under what is wrong.
+IMPOSSIBLE: dict[str, tuple[Any, str]] = {
+    "a sign that is none": ("E t*2 ; t*2 H", f"';' is no part of a stage; {WORDS}\n    E t*2 ; t*2 H\n          ^"),
+    "a count first": ("2*t | t*2", f"'2' is no part of a stage; {WORDS}\n    2*t | t*2\n    ^"),
+    "a star without a count": ("t*2 | t*", f"'*' is no part of a stage; {WORDS}\n    t*2 | t*\n           ^"),
+    "a count below nothing": ("t*-1 | t*5", f"'*' is no part of a stage; {WORDS}\n    t*-1 | t*5\n     ^"),
+    "a count that runs on": ("t*2x | t*2", f"'*' is no part of a stage; {WORDS}\n    t*2x | t*2\n     ^"),
+    "a fraction": ("t*1.5 | t*2", f"'.' is no part of a stage; {WORDS}\n    t*1.5 | t*2\n       ^"),
+    "an upper-case word": ("T*2 | t*2", f"'T' is no part of a stage; {WORDS}\n    T*2 | t*2\n    ^"),
+    "E and H in one word": ("t*2 | t*2 EH", f"'EH' is no part of a stage; {WORDS}\n    t*2 | t*2 EH\n              ^"),
+    "spaces, which are made one": (
+        "E   t*2 |\n  t*2  X",
+        f"'X' is no part of a stage; {WORDS}\n    E t*2 | t*2 X\n                ^",
+    ),
+    "two E": ("E*2 t*2 | t*2", "there is one E; write E alone\n    E*2 t*2 | t*2\n    ^"),
+    "two H": ("t*2 | t*2 H * 2", "there is one H; write H alone\n    t*2 | t*2 H * 2\n              ^"),
+    "E twice": (
+        "E E t*2 | t*2",
+        "E is what comes before all blocks; put it at the start of the first stage\n    E E t*2 | t*2\n      ^",
+    ),
+    "E on the second stage": (
+        "t*2 | E t*2",
+        "E is what comes before all blocks; put it at the start of the first stage\n    t*2 | E t*2\n          ^",
+    ),
+    "H before a block": (
+        "t*2 | H t*2",
+        "H is what comes after all blocks; put it at the end of the last stage\n    t*2 | H t*2\n          ^",
+    ),
+    "H on the first stage": (
+        "t*2 H | t*2",
+        "H is what comes after all blocks; put it at the end of the last stage\n    t*2 H | t*2\n        ^",
+    ),
+    "an empty stage": (
+        "t*2 || t*2",
+        "nothing is said of stage 1; write t*0 if it is to hold no block\n    t*2 || t*2\n         ^",
+    ),
+    "an empty first stage": (
+        "| t*4",
+        "nothing is said of stage 0; write t*0 if it is to hold no block\n    | t*4\n    ^",
+    ),
+    "an empty last stage": (
+        "t*4 |",
+        "nothing is said of stage 1; write t*0 if it is to hold no block\n    t*4 |\n         ^",
+    ),
+    "too few stages": (
+        "E t*4 H",
+        "'E t*4 H' lists 1 stage, and there are 2, virtual stages counted; list 2, or leave them out: as even as can "
+        "be",
+    ),
+    "too many stages": (
+        (2, 1, 1),
+        "(2, 1, 1) lists 3 stages, and there are 2, virtual stages counted; list 2, or leave them out: as even as can "
+        "be",
+    ),
+    "no stages": (
+        (),
+        "() lists 0 stages, and there are 2, virtual stages counted; list 2, or leave them out: as even as can be",
+    ),
+    "too few blocks": (
+        "E t*2 | t H",
+        "'E t*2 | t H' lists 3 blocks (2 + 1), and the model has 4; list 1 more",
+    ),
+    "too few blocks by far": ((0, 1), "(0, 1) lists 1 block (0 + 1), and the model has 4; list 3 more"),
+    "too many blocks": ("4,2", "'4,2' lists 6 blocks (4 + 2), and the model has 4; list 2 fewer"),
+    "a stage of less than nothing": ((-1, 5), "stage 0 of (-1, 5) holds -1 blocks; give 0 or more"),
+    **{
+        f"no list: {stages!r}": (
+            stages,
+            f"{stages!r} is no list of stages; give a text as 'E t*2 | t*2 H', whole numbers as (2, 2), 'balanced', or "
+            "LayerCosts",
+        )
+        for stages in (4, (2.0, 2.0), ("2", "2"), "2,,2", "2 2", "2,2,", " ")
+    },
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_declaration_that_cannot_be(case: str) -> None:
+    stages, message = IMPOSSIBLE[case]
+    with pytest.raises(ScheduleError) as error:
+        stage_layers(stages, 4, 2)
+    assert str(error.value) == f"stages: {message}"
+
+
+def test_one_stage_is_no_plural() -> None:
+    with pytest.raises(ScheduleError) as error:
+        stage_layers("t*2 | t*2", 4, 1)
+    assert str(error.value) == (
+        "stages: 't*2 | t*2' lists 2 stages, and there is 1, virtual stages counted; list 1, or leave them out: as "
+        "even as can be"
+    )

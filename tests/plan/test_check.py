@@ -249,6 +249,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "block: x h enters as [4, 12] and leaves as [4, 3]; every block keeps x's shapes",
     ),
+    "a block among others that changes x's shape": (
+        {
+            "model": Functions(
+                init=mlp.init,
+                before=MODEL.before,
+                block=[mlp.block, mlp.block, lambda layer, x: mlp.block(layer, x)[:, ::2], mlp.block],
+                after=mlp.after,
+            )
+        },
+        "block 2: x enters as [4, 16] and leaves as [4, 8]; every block keeps x's shapes",
+    ),
     "a block that changes x's structure": (
         {"model": Functions(init=mlp.init, before=MODEL.before, block=lambda layer, x: {"x": x}, after=mlp.after)},
         "block: returns PyTreeDef({'x': *}) for x of PyTreeDef(*); return x's structure",
@@ -343,6 +354,63 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "gather='layer': at ZeRO level 0 no block's parameter lies in shards of the batch axes; use zero=3 on batch "
         "axes of more than one device, with the blocks named by pipeline=; or gather='step'",
     ),
+    "a fault of each group": (
+        {
+            "rules": Rules((*mlp.mlp_rules().rules, ("extra/*", None))),
+            "remat": "full | none | none",
+            "stages": "t*3 | t*2",
+            "activation": P("dta"),
+            "head": "examples",
+            "microbatches": 4,
+        },
+        "5 faults in the declaration:\n"
+        '  1. rule 7, "extra/*": matches no parameter; mend the pattern, or remove the rule\n'
+        "  2. remat='full | none | none': names policies of 3 stages, and there are 2; name one for each, or one for "
+        "all\n"
+        "  3. stages: 't*3 | t*2' lists 5 blocks (3 + 2), and the model has 4; list 1 fewer\n"
+        f"  4. activation={P('dta')}: the mesh has no axis 'dta', it has data, stage, tensor; did you mean 'data'? "
+        "name one of them\n"
+        "  5. head='examples': a microbatch of 1 example a shard does not divide by 2 stages; use head='last_stage', "
+        "or fewer microbatches",
+    ),
+    "a fault of each group, where every parameter has its place": (
+        {
+            "rules": Rules(
+                (
+                    Rule("outputs/kernel", P(None, "tensor"), pad=True),
+                    Rule("blocks/2/up/kernel", P()),
+                    *mlp.mlp_rules().rules,
+                )
+            ),
+            "optimizer": optax.adafactor(0.1, min_dim_size_to_factor=4),
+            "mesh": {"data": 1, "tensor": 4},
+            "batch": rows(4),
+            "microbatches": 4,
+            "zero": 3,
+            "gather": "layer",
+            "accumulate": "sharded",
+            "head": "examples",
+            "remat": ("full", "none", "none"),
+            "stages": (1, 2, 1),
+            "activation": P("stage"),
+        },
+        "8 faults in the declaration:\n"
+        "  1. remat='full | none | none': names policies of 3 stages, and there are 2; name one for each, or one for "
+        "all\n"
+        "  2. stages: (1, 2, 1) lists 3 stages, and there are 2, virtual stages counted; list 2, or leave them out: as "
+        "even as can be\n"
+        '  3. blocks/2/up/kernel: spec P() (rule 2, "blocks/2/up/kernel") is not that of blocks/0/up/kernel, '
+        "P(None, 'tensor'); blocks are stacked; give every block the same spec\n"
+        "  4. gather='layer': at ZeRO level 3 no block's parameter lies in shards of the batch axes; use zero=3 on "
+        "batch axes of more than one device, with the blocks named by pipeline=; or gather='step'\n"
+        "  5. accumulate='sharded': at ZeRO level 3 no block's gradient lies in shards of the batch axes; use zero=2 "
+        "or 3 on batch axes of more than one device, with the blocks named by pipeline=; or accumulate='full'\n"
+        '  6. outputs/kernel (rule 1, "outputs/kernel"): pad=True may change the optimizer\'s state of outputs/kernel: '
+        "it looks at more than each number alone; shard another dim, or replicate it on purpose with None\n"
+        f"  7. activation={P('stage')}: 'stage' is the stage axis, and x is on one stage at a time; leave it out\n"
+        "  8. head='examples': a microbatch of 1 example a shard does not divide by 2 stages; use head='last_stage', "
+        "or fewer microbatches",
+    ),
     "many at once": (
         {
             "zero": 5,
@@ -382,6 +450,45 @@ def test_malformed(name: str) -> None:
 def test_an_error_of_the_model_alone_is_the_models() -> None:
     with pytest.raises(KeyError, match="the model's own"):
         declare(RAISING)
+
+
+def failing(error: Exception, part: str) -> Functions:
+    """The model with a part that raises when it is traced."""
+
+    def fail(*given: Any) -> Any:
+        raise error
+
+    if part == "before":
+        return Functions(init=mlp.init, before=lambda params, batch: fail(), block=mlp.block, after=mlp.after)
+    return Functions(init=mlp.init, before=MODEL.before, block=lambda layer, x: fail(), after=mlp.after)
+
+
+@pytest.mark.parametrize("part", ["before", "block"])
+@pytest.mark.parametrize("kind", [ValueError, TypeError, DeclarationError])
+def test_an_error_of_the_model_comes_after_what_is_wrong_with_the_declaration(kind: type[Exception], part: str) -> None:
+    """The fault may be its cause; where there is none, the model's own error stands as it was raised."""
+    own = kind("the model's own, no fault")
+    with pytest.raises(DeclarationError) as error:
+        declare(failing(own, part), stages=(1, 2))
+    assert str(error.value) == "stages: (1, 2) lists 3 blocks (1 + 2), and the model has 4; list 1 more"
+    assert error.value.__context__ is own
+    with pytest.raises(kind) as raised:
+        declare(failing(own, part))
+    assert raised.value is own
+
+
+def test_what_the_model_finds_wrong_joins_the_other_faults() -> None:
+    own = DeclarationError("routing: 3 experts on 2 devices; use 4")
+    with pytest.raises(DeclarationError) as error:
+        declare(failing(own, "block"), stages=(1, 2))
+    assert str(error.value) == (
+        "2 faults in the declaration:\n"
+        "  1. stages: (1, 2) lists 3 blocks (1 + 2), and the model has 4; list 1 more\n"
+        "  2. routing: 3 experts on 2 devices; use 4"
+    )
+    with pytest.raises(DeclarationError) as raised:
+        declare(failing(own, "block"))
+    assert raised.value is own
 
 
 @pytest.mark.parametrize(

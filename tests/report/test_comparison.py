@@ -55,7 +55,7 @@ def test_delayed_sends_beside_direct_ones() -> None:
     assert rows[0]["name"] == "automatic"
     for name in ("1f1b", "1f1b_split"):
         late, direct = (f"{100 * by_name[name, delayed]['bubble_fraction']:.1f} %" for delayed in (True, False))
-        assert re.search(rf"`{name}`[^`]* {late} instead of {direct}", README)
+        assert re.search(rf"`{name}`[^`]* {late} instead of {direct}", " ".join(README.split()))
     assert [line.split("  ")[0] for line in comparison_table(rows).splitlines()[2:4]] == [
         "automatic, delayed",
         "zb_h2, delayed",

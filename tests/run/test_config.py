@@ -214,6 +214,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "rules, number 2: is '**', neither a Rule nor a pair; give Rules, or pairs as [('**/kernel', "
         "P(None, 'tensor')), ('**', None)]",
     ),
+    "stages by number": (
+        {"stages": {0: 1, 1: 1}},
+        "stages: is {0: 1, 1: 1}, a dict; give a list as 'E t*2 | t*2 H' or (2, 2), 'balanced', LayerCosts, or '' for "
+        "even ones",
+    ),
     "several": (
         {"zero": "1", "head": 3},
         "2 faults in the declaration:\n  1. zero: is '1', a str; give a whole number, 0 to 3\n"
@@ -246,6 +251,28 @@ def test_a_plan_has_what_the_config_declares() -> None:
     assert plan.mesh.sizes == {"data": 2, "stage": 2, "tensor": 1}
     assert plan.pipeline == tiny.config().pipeline
     assert not tiny.tiny("data=2", batch_axes="automatic").plan().batch_axes_manual
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers"),
+    [
+        *(
+            ("E t | t H", (1, 1)),
+            ("0,2", (0, 2)),
+            ((2, 0), (2, 0)),
+            ([0, 2], (0, 2)),
+            ("balanced", (1, 1)),
+            ("", (1, 1)),
+        ),
+        (LayerCosts((3, 1)), (1, 1)),
+    ],
+)
+def test_stages_of_a_config(stages: Any, layers: tuple[int, ...]) -> None:
+    config = tiny.tiny("data=2,stage=2", stages=stages)
+    assert config.plan().layers == layers
+    (scalar,) = [one for one in scalars(config) if one.name == "stages"]
+    assert (scalar.kind, scalar.value) == (str, stages if isinstance(stages, str) else "")
+    assert override(config, {"stages": "t*2 | t*0"}).plan().layers == (2, 0)
 
 
 def test_a_file_is_loaded(tmp_path: Path) -> None:
