@@ -244,8 +244,7 @@ def make_plan(
         declared = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
         notes.append(f"{widened[0]}{more}: {declared}")
     reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
-    if reason is not None:
-        notes.append(f"the optimizer runs per layer: {reason}")
+    notes += _update_notes(reason)
     update = "stacked" if reason is None else "per-layer"
     return Plan(
         mesh=mesh,
@@ -282,12 +281,23 @@ def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformat
     """The plan with another optimizer.
 
     Raises:
-      DeclarationError: the optimizer needs what a step does not know.
+      DeclarationError: the optimizer needs what a step does not know, or its update is another where parameters are
+        padded.
     """
+    raise_faults(padding_faults(optimizer, model, plan.parameters))
     reason = why_per_layer(optimizer, model, optimizer_shapes(plan.parameters, plan.stacks, "per-layer"), plan.stacks)
     update = "stacked" if reason is None else "per-layer"
     rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, update, plan.mesh)
-    return dataclasses.replace(plan, optimizer_state=rows, update=update)
+    others = (note for note in plan.notes if not note.startswith(_PER_LAYER))
+    return dataclasses.replace(plan, optimizer_state=rows, update=update, notes=(*others, *_update_notes(reason)))
+
+
+_PER_LAYER = "the optimizer runs per layer"
+
+
+def _update_notes(reason: str | None) -> list[str]:
+    """What was decided about the tree that the optimizer runs on, and why."""
+    return [] if reason is None else [f"{_PER_LAYER}: {reason}"]
 
 
 def _parameters(

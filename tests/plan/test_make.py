@@ -18,9 +18,10 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
 from shardlab.module.functions import Functions
+from shardlab.module.model import read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import make_schedule
-from shardlab.plan.make import make_plan
+from shardlab.plan.make import for_optimizer, make_plan
 from shardlab.plan.plan import Buffer, Plan
 from shardlab.sharding.rules import Rule, Rules
 
@@ -126,6 +127,14 @@ def test_a_per_layer_optimizer_is_said() -> None:
     assert plan.notes == (
         "the optimizer runs per layer: on stacked layers its update of blocks/*/down/bias is not that of each layer",
     )
+
+
+def test_a_plan_for_another_optimizer_says_what_one_made_for_it_says() -> None:
+    per_layer = optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1))
+    model = read_model(MODEL, {"features": np.zeros((8, 12), np.float32)})
+    plain, other = planned(stages=(3, 1)), planned(stages=(3, 1), optimizer=per_layer)
+    assert for_optimizer(plain, model, per_layer) == other
+    assert for_optimizer(other, model, optax.sgd(0.1)) == plain
 
 
 class Normed(nnx.Module):
@@ -244,6 +253,11 @@ def test_padding_that_changes_the_update_is_refused() -> None:
         'outputs/kernel (rule 1, "outputs/kernel"): pad=True may change the optimizer\'s state of outputs/kernel: it '
         "looks at more than each number alone; shard another dim, or replicate it on purpose with None"
     )
+    plan = planned(mesh={"tensor": 4}, rules=rules, optimizer=optax.adamw(0.1))
+    model = read_model(MODEL, {"features": np.zeros((8, 12), np.float32)})
+    with pytest.raises(DeclarationError) as again:
+        for_optimizer(plan, model, optax.adafactor(0.1, min_dim_size_to_factor=4))
+    assert str(again.value) == str(error.value)
 
 
 def test_specs_come_before_the_rules() -> None:
