@@ -22,6 +22,7 @@ from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import residual_bytes
 from shardlab.module.written import written_by
+from shardlab.pipeline.cost import peak_waiting
 from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.stages import LayerCosts, Stages, stage_layers
@@ -221,7 +222,7 @@ def make_plan(
     layers: tuple[int, ...] = ()
     kinds: tuple[int, ...] = ()
     stacks: tuple[Stack, ...] = ()
-    activation_bytes = recomputed_bytes = 0
+    activation_bytes = recomputed_bytes = cut_bytes = 0
     if entering is not None:
         layers, remarks = _layers(stages, entering, table.num_stages, remat, head)
         kinds = engine_kinds(entering.parts.kinds, layers, remat)
@@ -232,9 +233,12 @@ def make_plan(
             for one in parameters
         ]
         policies = remats(kinds, layers, remat)
+        split = max(peak_waiting(table)) > 0
         for kind, policy in enumerate(policies):
             room = sum(run.count(kind) for run in stage_runs(kinds, layers)[0])
-            activation_bytes += room * kept[entering.parts.kinds[kinds.index(kind)], policy]
+            of = entering.parts.kinds[kinds.index(kind)]
+            activation_bytes += room * kept[of, policy]
+            cut_bytes += room * entering.cut_bytes(of, policy) if split else 0
         if remat == "stage":
             activation_bytes, recomputed_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))), activation_bytes
     notes += _storage_notes(parameters, inside, mesh, zero, head)
@@ -269,6 +273,7 @@ def make_plan(
         batch_axes_manual=manual,
         activation_bytes=activation_bytes,
         recomputed_bytes=recomputed_bytes,
+        cut_bytes=cut_bytes,
         gather=gather,
         accumulate=accumulate,
         sends="delayed" if delayed else "direct",
