@@ -43,6 +43,7 @@ def test_the_scalars_are_the_configs_own_and_those_of_its_dataclasses() -> None:
             "microbatches",
             "schedule",
             "virtual",
+            "stages",
             "zero",
             "remat",
             "dtype",
