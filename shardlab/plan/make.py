@@ -400,10 +400,13 @@ def _layers(
         costs = dataclasses.replace(costs, before=0, after=0)
     kinds = entering.parts.kinds
     layers = stage_layers(costs or stages, len(kinds), num_stages, alike=max(kinds) == 0)
-    return layers, _stage_notes(layers, costs, head, source)
+    alike = max(kinds) == 0 and isinstance(remat, str)
+    return layers, _stage_notes(layers, costs, head, source, alike=alike)
 
 
-def _stage_notes(layers: tuple[int, ...], costs: LayerCosts | None, head: str, source: str) -> list[str]:
+def _stage_notes(
+    layers: tuple[int, ...], costs: LayerCosts | None, head: str, source: str, *, alike: bool
+) -> list[str]:
     """What was decided about the stages, and what a list of them costs every stage."""
     notes, blocks = [], ", ".join(map(str, layers))
     even = math.ceil(sum(layers) / len(layers))
@@ -416,10 +419,10 @@ def _stage_notes(layers: tuple[int, ...], costs: LayerCosts | None, head: str, s
             f"slowest stage {max(times) * len(times) / sum(times):.2f} x the mean"
         )
     elif max(layers) > even:
-        notes.append(
-            f"stages of {blocks} blocks: in a tick every stage computes {max(layers)} slots, as many as the longest "
-            f"holds; even stages would compute {even}"
-        )
+        # Of blocks of one kind all stages compute as many slots; of several, `_kinds_note` tells the slots.
+        every = f"every stage computes {max(layers)} slots, as many as the longest holds; even stages would compute"
+        longest = f"the longest is waited for, which holds {max(layers)}; even stages would hold"
+        notes.append(f"stages of {blocks} blocks: in a tick {every if alike else longest} {even}")
     return notes
 
 

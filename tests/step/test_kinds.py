@@ -98,6 +98,15 @@ def test_a_plan_tells_kinds_and_what_they_take() -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_stages_of_several_kinds_compute_no_certain_number_of_slots() -> None:
+    """With an automatic axis they compute all that they have room for, 2 + 4, else those that they hold."""
+    plan = planned(case("dense-then-experts", stage=2, microbatches=2, stages=(2, 4)))
+    assert plan.notes == (
+        "stages of 2, 4 blocks: in a tick the longest is waited for, which holds 4; even stages would hold 3",
+        "blocks are of 2 kinds, the first of each 0, 2; a stage has room for 6 and holds 4 at most",
+    )
+
+
 def test_remat_by_stage_is_a_kind_for_each_policy() -> None:
     plan = planned(case("mlp-5-layers", stage=2, microbatches=2, remat="full | none"))
     assert (plan.layers, plan.kinds, plan.remat) == ((3, 2), (0, 0, 0, 1, 1), ("full", "none"))
