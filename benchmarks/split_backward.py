@@ -23,7 +23,7 @@ import jax.numpy as jnp  # noqa: E402
 from shardlab.models.decoder import DecoderConfig  # noqa: E402
 from shardlab.module.model import read_model  # noqa: E402
 from shardlab.module.residuals import BlockVjp  # noqa: E402
-from shardlab.step.split import Split  # noqa: E402
+from shardlab.module.split import Split  # noqa: E402
 
 BATCH, SEQ, ROUNDS = 4, 256, 15
 

@@ -238,13 +238,27 @@ def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
     >>> peak_in_flight(make_schedule("gpipe", stages=2, microbatches=3))
     (3, 3)
     """
+    return _most(schedule, "F", "BW")
+
+
+def peak_waiting(schedule: Schedule) -> tuple[int, ...]:
+    """Per device, the most (virtual stage, microbatch) pairs whose I has begun and whose W has not ended.
+
+    >>> peak_waiting(make_schedule("zb_h1", stages=2, microbatches=4))
+    (2, 1)
+    """
+    return _most(schedule, "I", "W")
+
+
+def _most(schedule: Schedule, begin: str, end: str) -> tuple[int, ...]:
+    """Per device, the most actions of the kinds `begin` that no action of the kinds `end` has followed."""
     peaks = []
     for device in range(schedule.num_devices):
         live = peak = 0
         for action in schedule.row(device):
-            live += action.kind == "F"
+            live += action.kind in begin
             peak = max(peak, live)
-            live -= action.kind in ("B", "W")
+            live -= action.kind in end
         peaks.append(peak)
     return tuple(peaks)
 

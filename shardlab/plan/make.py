@@ -22,6 +22,7 @@ from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.module.residuals import residual_bytes
 from shardlab.module.written import written_by
+from shardlab.pipeline.cost import peak_waiting
 from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.stages import LayerCosts, Stages, stage_layers
@@ -225,7 +226,7 @@ def make_plan(
     layers: tuple[int, ...] = ()
     kinds: tuple[int, ...] = ()
     stacks: tuple[Stack, ...] = ()
-    activation_bytes = recomputed_bytes = 0
+    activation_bytes = recomputed_bytes = cut_bytes = 0
     if entering is not None:
         layers, remarks = _layers(stages, entering, table.num_stages, remat, head)
         kinds = engine_kinds(entering.parts.kinds, layers, remat)
@@ -236,9 +237,12 @@ def make_plan(
             for one in parameters
         ]
         policies = remats(kinds, layers, remat)
+        split = max(peak_waiting(table)) > 0
         for kind, policy in enumerate(policies):
             room = sum(run.count(kind) for run in stage_runs(kinds, layers)[0])
-            activation_bytes += room * kept[entering.parts.kinds[kinds.index(kind)], policy]
+            of = entering.parts.kinds[kinds.index(kind)]
+            activation_bytes += room * kept[of, policy]
+            cut_bytes += room * entering.cut_bytes(of, policy) if split else 0
         if policy_within_stage(remat):
             activation_bytes, recomputed_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))), activation_bytes
     notes += _storage_notes(parameters, inside, mesh, zero, head)
@@ -248,8 +252,7 @@ def make_plan(
         declared = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
         notes.append(f"{widened[0]}{more}: {declared}")
     reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
-    if reason is not None:
-        notes.append(f"the optimizer runs per layer: {reason}")
+    notes += _update_notes(reason)
     update = "stacked" if reason is None else "per-layer"
     return Plan(
         mesh=mesh,
@@ -274,6 +277,7 @@ def make_plan(
         batch_axes_manual=manual,
         activation_bytes=activation_bytes,
         recomputed_bytes=recomputed_bytes,
+        cut_bytes=cut_bytes,
         gather=gather,
         accumulate=accumulate,
         sends="delayed" if delayed else "direct",
@@ -286,12 +290,23 @@ def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformat
     """The plan with another optimizer.
 
     Raises:
-      DeclarationError: the optimizer needs what a step does not know.
+      DeclarationError: the optimizer needs what a step does not know, or its update is another where parameters are
+        padded.
     """
+    raise_faults(padding_faults(optimizer, model, plan.parameters))
     reason = why_per_layer(optimizer, model, optimizer_shapes(plan.parameters, plan.stacks, "per-layer"), plan.stacks)
     update = "stacked" if reason is None else "per-layer"
     rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, update, plan.mesh)
-    return dataclasses.replace(plan, optimizer_state=rows, update=update)
+    others = (note for note in plan.notes if not note.startswith(_PER_LAYER))
+    return dataclasses.replace(plan, optimizer_state=rows, update=update, notes=(*others, *_update_notes(reason)))
+
+
+_PER_LAYER = "the optimizer runs per layer"
+
+
+def _update_notes(reason: str | None) -> list[str]:
+    """What was decided about the tree that the optimizer runs on, and why."""
+    return [] if reason is None else [f"{_PER_LAYER}: {reason}"]
 
 
 def _parameters(

@@ -16,6 +16,7 @@ from shardlab.mesh.spec import MeshSpec
 from shardlab.module.flops import trained_flops
 from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
 from shardlab.module.residuals import BlockVjp, rematerialised, residual_bytes, residual_shapes
+from shardlab.module.split import Split
 from shardlab.pipeline.stages import LayerCosts
 from shardlab.plan.check import check_flow
 from shardlab.plan.readers import read_by
@@ -88,8 +89,27 @@ class Microbatch:
           DeclarationError: it changes the structure or the shapes of x.
         """
         with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
-            block = BlockVjp(self._block(kind), remat, context=False)
+            block = BlockVjp(self._block(kind), remat, context=self._context_is_trained)
             return residual_bytes(residual_shapes(block, self._layer(kind), self.x, self.c, self.key))
+
+    def cut_bytes(self, kind: int, remat: str) -> int:
+        """What a block of the model's `kind` keeps from I to W, beside that, where its backward is split."""
+        arrays, paths = self._layer(kind), self.parts.layers[self.parts.kinds.index(kind)]
+        layer = {inner: value for inner, value in arrays.items() if paths[inner] in self.model.parameters}
+        extra = {inner: value for inner, value in arrays.items() if inner not in layer}, self.key
+        run = self._block(kind)
+        block = BlockVjp(lambda w, x, c, e: run({**w, **e[0]}, x, c, e[1]), remat, context=self._context_is_trained)
+
+        def backward(kept: Any, dy: Any) -> tuple[Any, Any]:
+            stored, layer, c, extra = kept
+            dlayer, dx, dc = block.backward(stored, layer, c, extra, dy)
+            return (dx, dc), dlayer
+
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            kept = residual_shapes(block, layer, self.x, self.c, extra), layer, self.c, extra
+            split = Split(backward, kept, self.x)
+            cut = jax.eval_shape(lambda *args: split.first(*args)[1], kept, self.x)
+        return residual_bytes(tuple(jax.tree.leaves(cut)))
 
     def costs(self, remat: str) -> LayerCosts:
         """Operations in each part of the model, forward and backward; those of the loss are not known here."""
@@ -113,6 +133,11 @@ class Microbatch:
                 lambda wx, v, b, k: parts.after({**v, **wx[0]}, wx[1], b, k, True), (outer, x), *others
             )
         return LayerCosts(tuple(blocks[kind] for kind in parts.kinds), before, after)
+
+    @property
+    def _context_is_trained(self) -> bool:
+        """Whether the context has a gradient."""
+        return any("context" in self.read_by[path] for path in self.model.parameters)
 
     def _examples(self, rows: int) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self._batch)

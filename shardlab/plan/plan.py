@@ -148,7 +148,9 @@ class Plan:
       batch_axes_manual: whether gradients accumulate per shard and are reduced once; False lets XLA place every
         reduction (needed where the model computes statistics over the batch).
       activation_bytes: what one stage keeps of one microbatch, per device; 0 without parts.
-      recomputed_bytes: of ``remat="stage"``, what a backward computes again of one microbatch before it begins.
+      recomputed_bytes: of ``remat="stage"``, what a backward computes again of one microbatch before it begins, and
+        where it is split keeps from I to W.
+      cut_bytes: where backwards are split, what one stage keeps of one microbatch from I to W beside all that.
       gather: when weights that lie in shards of the batch axes are gathered: ``"step"``, all once a step, or
         ``"layer"``, each layer's whenever it is used.
       accumulate: gradients over the microbatches: ``"full"``, reduced once a step, or ``"sharded"``, each layer's
@@ -181,6 +183,7 @@ class Plan:
     batch_axes_manual: bool
     activation_bytes: int
     recomputed_bytes: int
+    cut_bytes: int
     gather: str
     accumulate: str
     sends: str
@@ -255,27 +258,31 @@ class Plan:
 
         Parameters, buffers (arrays not trained), working_copy (of the parameters, as a step computes with them: cast,
         and gathered over the batch axes and, outside blocks, the stages), gradients, optimizer_state, activations (in
-        flight), padding.
+        flight, and of split backwards what waits for W), padding.
         """
-        from shardlab.pipeline.cost import Costs, cost
+        from shardlab.pipeline.cost import peak_in_flight, peak_waiting
 
         sizes = self.mesh.sizes
         stacked = {path: stack for stack in self.stacks for path in stack.members if path}
         totals = dict.fromkeys(_HELD, 0)
+        padding = [0] * self.num_stage_devices
         seen: set[str] = set()
         accumulate = "float64" if self.dtype == "float64" else "float32"
         for parameter in self.parameters:
             stack = stacked.get(parameter.path)
+            missing = [0] * self.num_stage_devices
             copies = 1
             if stack is not None:
                 if stack.name in seen:
                     continue
                 seen.add(stack.name)
                 copies = len(stack.members) // self.num_stage_devices
-                most = max(stack.members[at : at + copies].count(None) for at in range(0, len(stack.members), copies))
-                totals["padding"] += parameter.bytes_per_device * most
-            padded = 1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape)
-            totals["padding"] += round(parameter.bytes_per_device * padded) * copies
+                missing = [stack.members[at : at + copies].count(None) for at in range(0, len(stack.members), copies)]
+            padded = round(
+                parameter.bytes_per_device * (1 - math.prod(parameter.shape) / math.prod(parameter.stored_shape))
+            )
+            for device, none in enumerate(missing):
+                padding[device] += parameter.bytes_per_device * none + padded * (copies - none)
             totals["parameters"] += parameter.bytes_per_device * copies
             totals["working_copy"] += self._working_bytes(parameter, copies, in_block=stack is not None)
             kind = computed(parameter.dtype, accumulate)
@@ -287,9 +294,15 @@ class Plan:
                 copies = 1 if stack is None else len(stack.members) // self.num_stage_devices
                 totals["buffers"] += buffer.bytes_per_device * copies
             seen |= set() if stack is None else {stack.name}
+        # Of one device: with blocks of several kinds a device that lacks one has another.
+        totals["padding"] = max(padding)
         totals["optimizer_state"] = sum(leaf.bytes_per_device for leaf in self.optimizer_state)
-        peak = max(cost(self.table(), Costs()).peak_in_flight) if self.layers else 1
-        totals["activations"] = self.activation_bytes * peak + self.recomputed_bytes
+        if self.layers:
+            # Buffers that all devices have alike, as long as the fullest one's.
+            table = self.table()
+            kept, waiting = max(peak_in_flight(table)), max(peak_waiting(table))
+            between = self.recomputed_bytes + self.cut_bytes
+            totals["activations"] = self.activation_bytes * kept + self.recomputed_bytes + between * waiting
         return totals
 
     def _working_bytes(self, parameter: Parameter, copies: int, *, in_block: bool) -> int:

@@ -131,7 +131,7 @@ class Config:
       reduce_dtype: what gradients are summed over the batch axes in: auto (float32, or a wider dtype), bfloat16.
       head: how the parts before and after the blocks are spread: examples, last_stage, vocab, auto; see `make_plan`.
       gather: when weights in shards are gathered: step (all once a step) or layer (each when it is used).
-      accumulate: gradients of blocks over the microbatches: full (reduced once a step) or sharded (in every backward).
+      accumulate: gradients over the microbatches: full (reduced once a step) or sharded (in every backward).
       sends: when what a tick makes for another stage is sent: direct (at its end) or delayed (during the next tick,
         beside what that computes).
       batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).

@@ -24,12 +24,12 @@ from jax.sharding import PartitionSpec
 from shardlab.hlo.loops import taken_name
 from shardlab.module.model import computed
 from shardlab.module.residuals import BlockVjp, differentiable
+from shardlab.module.split import Split
 from shardlab.pipeline.buffers import Phase, Program, When, step_of
 from shardlab.plan.layout import policy_within_stage
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.region import Region, check_rows, rows_of, tree_where
-from shardlab.step.split import Split
 from shardlab.step.stage_arrays import StageArrays, leaves_out
 from shardlab.step.state import storage_specs
 

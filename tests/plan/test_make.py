@@ -18,10 +18,11 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
 from shardlab.module.functions import Functions
+from shardlab.module.model import read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.pipeline.schedules import make_schedule
 from shardlab.pipeline.stages import LayerCosts
-from shardlab.plan.make import make_plan
+from shardlab.plan.make import for_optimizer, make_plan
 from shardlab.plan.plan import Buffer, Plan
 from shardlab.sharding.rules import Rule, Rules
 
@@ -130,6 +131,14 @@ def test_a_per_layer_optimizer_is_said() -> None:
     assert plan.notes == (
         "the optimizer runs per layer: on stacked layers its update of blocks/*/down/bias is not that of each layer",
     )
+
+
+def test_a_plan_for_another_optimizer_says_what_one_made_for_it_says() -> None:
+    per_layer = optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1))
+    model = read_model(MODEL, {"features": np.zeros((8, 12), np.float32)})
+    plain, other = planned(stages=(3, 1)), planned(stages=(3, 1), optimizer=per_layer)
+    assert for_optimizer(plain, model, per_layer) == other
+    assert for_optimizer(other, model, optax.sgd(0.1)) == plain
 
 
 class Normed(nnx.Module):
@@ -248,6 +257,11 @@ def test_padding_that_changes_the_update_is_refused() -> None:
         'outputs/kernel (rule 1, "outputs/kernel"): pad=True may change the optimizer\'s state of outputs/kernel: it '
         "looks at more than each number alone; shard another dim, or replicate it on purpose with None"
     )
+    plan = planned(mesh={"tensor": 4}, rules=rules, optimizer=optax.adamw(0.1))
+    model = read_model(MODEL, {"features": np.zeros((8, 12), np.float32)})
+    with pytest.raises(DeclarationError) as again:
+        for_optimizer(plan, model, optax.adafactor(0.1, min_dim_size_to_factor=4))
+    assert str(again.value) == str(error.value)
 
 
 def test_specs_come_before_the_rules() -> None:
@@ -459,3 +473,25 @@ def test_one_stage_has_no_use_for_a_list() -> None:
     for model in (MODEL, mlp.MLPConfig()):
         plan = planned(model, mesh={"data": 2}, stages="E t | t*3 H")
         assert plan.notes == ("stages are ignored: one stage holds every block",)
+
+
+@pytest.mark.parametrize(("trained", "kept"), [(False, 1), (True, 2)])
+def test_what_a_context_with_a_gradient_makes_a_block_keep(trained: bool, kept: int) -> None:
+    """``x @ w * c`` keeps x, c as it is broadcast, and for the gradient of c the product.
+
+    float32, 4 rows of 16 in each of 2 blocks.
+    """
+
+    def init(key: Any) -> Any:
+        blocks = [{"w": jax.random.normal(key, (16, 16))} for _ in range(4)]
+        return {"scale": jax.numpy.ones(16), "blocks": blocks}
+
+    model = Functions(
+        init=init,
+        before=lambda params, batch: batch["features"] @ jax.numpy.ones((12, 16)),
+        context=lambda params, batch: params["scale"] if trained else jax.numpy.ones(16),
+        block=lambda layer, x, c: x @ layer["w"] * c,
+        after=lambda params, x, batch: x * params["scale"],
+    )
+    plan = planned(model, mesh={"stage": 2}, microbatches=2, rules=[("**", None)], pipeline=None)
+    assert plan.activation_bytes == 2 * 4 * 16 * (4 * kept + 1)

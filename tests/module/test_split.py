@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from shardlab.step.split import Split
+from shardlab.module.split import Split
 
 D, H, B = 6, 10, 4
 
