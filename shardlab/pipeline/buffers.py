@@ -39,12 +39,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from shardlab.pipeline.actions import KINDS, Action, Kind, ScheduleError, Tick
+from shardlab.pipeline.actions import Action, Kind, ScheduleError, Tick
 from shardlab.pipeline.cost import sends
+from shardlab.pipeline.iterations import Cell, Iteration, is_delayed, iterations_of
 from shardlab.pipeline.schedules import Schedule
 from shardlab.pipeline.zero_bubble import in_ticks
 
-Cell = tuple[Kind, ...]
 PerDevice = tuple[tuple[int, ...], ...]
 When = Literal["never", "sometimes", "always"]
 NOTHING = -1
@@ -142,27 +142,7 @@ class Program:
     @property
     def delayed(self) -> bool:
         """Whether sends are delayed; one device sends nothing."""
-        return _delayed(self.schedule)
-
-
-def _delayed(schedule: Schedule) -> bool:
-    return schedule.delayed and schedule.num_devices > 1
-
-
-@dataclass(frozen=True)
-class _Iteration:
-    f: Tick
-    b: Tick
-    w: Tick
-    ticks: tuple[tuple[int, Tick], ...]
-    """Of which it is made, and the place of each: 0 the F part, 1 the B or I part, 2 the W part."""
-    cell: Cell
-    parts: tuple[Kind | None, ...]
-    divergent: bool
-
-    @property
-    def actions(self) -> tuple[Action, ...]:
-        return tuple(action for tick in dict.fromkeys((self.f, self.b, self.w)) for action in tick if action)
+        return is_delayed(self.schedule)
 
 
 def program(schedule: Schedule) -> Program:
@@ -178,7 +158,7 @@ def program(schedule: Schedule) -> Program:
     >>> p.num_mail_slots, p.num_residual_slots, p.num_cut_slots
     (2, 7, 0)
     """
-    iterations = _iterations(schedule)
+    iterations = iterations_of(schedule)
     arrivals = _arrivals(schedule, iterations)
     slots = _allocate(schedule, iterations, arrivals)
     return Program(
@@ -223,7 +203,7 @@ def forward_program(schedule: Schedule) -> Program:
     ticks = in_ticks(rows, num_stages=schedule.num_stages)
     nothing: Tick = (None,) * schedule.num_devices
     divergent = schedule.placement == "v"
-    iterations = [_Iteration(tick, nothing, nothing, ((0, tick),), ("F",), ("F",), divergent) for tick in ticks]
+    iterations = [Iteration(tick, nothing, nothing, ((0, tick),), ("F",), ("F",), divergent) for tick in ticks]
     when = {action: index for index, iteration in enumerate(iterations) for action in iteration.actions}
     lives = {
         ("x", action.stage, action.microbatch): (
@@ -238,64 +218,7 @@ def forward_program(schedule: Schedule) -> Program:
     return Program(schedule, phases, max(_num_slots(slots.mail), 1), 0, 0)
 
 
-def is_uniform(schedule: Schedule) -> bool:
-    """Whether in every tick all devices that work do the same kind of action."""
-    return all(len({action.kind for action in tick if action}) <= 1 for tick in schedule.ticks)
-
-
-# --- from ticks to iterations -------------------------------------------------------------------------------
-
-
-def _iterations(schedule: Schedule) -> list[_Iteration]:
-    """The ticks as iterations: of a uniform schedule an F tick, a B or I tick and a W tick in this order are one.
-
-    A tick in which only delayed sends go on follows an F in its iteration, or else begins one.
-    """
-    ticks = [tick for tick in schedule.ticks if any(tick) or _delayed(schedule)]
-    if schedule.placement == "v" or not is_uniform(schedule):
-        kinds = {action.kind for tick in ticks for action in tick if action}
-        cell: Cell = tuple(kind for kind in KINDS if kind in kinds)
-        return [_Iteration(tick, tick, tick, ((0, tick),), cell, cell, divergent=True) for tick in ticks]
-    merged: list[_Parts] = []
-    for tick in ticks:
-        kind = next((action.kind for action in tick if action), None)
-        before = merged[-1][-1] if merged else None
-        place = _place(kind) if kind else 1 if before and before[1] == "F" else 0
-        if before and place > before[0]:
-            merged[-1].append((place, kind, tick))
-        else:
-            merged.append([(place, kind, tick)])
-    # Where all forwards precede all backwards, an F tick and a B tick meet at the turn: merged, they would be a scan
-    # of their own, compiled apart. They stay apart wherever that makes fewer scans.
-    for at in range(len(merged) - 1, -1, -1):
-        if len(merged[at]) > 1:
-            apart = [*merged[:at], *([part] for part in merged[at]), *merged[at + 1 :]]
-            if _num_groups(apart) < _num_groups(merged):
-                merged = apart
-    return [_uniform(parts, schedule.num_devices) for parts in merged]
-
-
-_Parts = list[tuple[int, Kind | None, Tick]]
-"""Ticks of an iteration: of each its place, its kind, its actions."""
-
-
-def _uniform(parts: _Parts, num_devices: int) -> _Iteration:
-    idle: Tick = (None,) * num_devices
-    by_place = {place: tick for place, _, tick in parts}
-    f, b, w = (by_place.get(place, idle) for place in range(3))
-    kinds = tuple(kind for _, kind, _ in parts)
-    return _Iteration(f, b, w, tuple(by_place.items()), tuple(filter(None, kinds)), kinds, divergent=False)
-
-
-def _place(kind: Kind) -> int:
-    return {"F": 0, "B": 1, "I": 1, "W": 2}[kind]
-
-
-def _num_groups(merged: Sequence[_Parts]) -> int:
-    return sum(1 for _ in itertools.groupby(merged, key=lambda parts: [kind for _, kind, _ in parts]))
-
-
-def _headless(schedule: Schedule, iterations: Sequence[_Iteration]) -> list[bool]:
+def _headless(schedule: Schedule, iterations: Sequence[Iteration]) -> list[bool]:
     """Whether an iteration comes before the head's first: a scan of its own, which need not hold the head."""
     last = schedule.num_stages - 1
     first = next(
@@ -305,7 +228,7 @@ def _headless(schedule: Schedule, iterations: Sequence[_Iteration]) -> list[bool
     return [at < first and not it.divergent for at, it in enumerate(iterations)]
 
 
-def _group(pair: tuple[_Iteration, bool]) -> tuple[tuple[Kind | None, ...], bool]:
+def _group(pair: tuple[Iteration, bool]) -> tuple[tuple[Kind | None, ...], bool]:
     return pair[0].parts, pair[1]
 
 
@@ -327,12 +250,12 @@ class _Arrivals:
     before: Sequence[Tick]
 
 
-def _arrivals(schedule: Schedule, iterations: Sequence[_Iteration]) -> _Arrivals:
+def _arrivals(schedule: Schedule, iterations: Sequence[Iteration]) -> _Arrivals:
     def sent(tick: Tick) -> Tick:
         return tuple(action if action and sends(schedule, action) else None for action in tick)
 
     before: list[Tick] = [()] * len(iterations)
-    if not _delayed(schedule):
+    if not is_delayed(schedule):
         during = [tuple(itertools.chain(*(_made(tick) for _, tick in iteration.ticks))) for iteration in iterations]
         return _Arrivals({}, during, before)
     groups = [_group(pair) for pair in zip(iterations, _headless(schedule, iterations), strict=True)]
@@ -372,7 +295,7 @@ class _Slots:
     cuts: Mapping[_Key, int]
 
 
-def _allocate(schedule: Schedule, iterations: Sequence[_Iteration], arrivals: _Arrivals) -> _Slots:
+def _allocate(schedule: Schedule, iterations: Sequence[Iteration], arrivals: _Arrivals) -> _Slots:
     when = {action: index for index, iteration in enumerate(iterations) for action in iteration.actions}
 
     def moment(action: Action, offset: int) -> int:
@@ -438,7 +361,7 @@ def _num_slots(slots: Mapping[_Key, int]) -> int:
 
 
 def _phases(
-    schedule: Schedule, iterations: Sequence[_Iteration], arrivals: _Arrivals, slots: _Slots
+    schedule: Schedule, iterations: Sequence[Iteration], arrivals: _Arrivals, slots: _Slots
 ) -> tuple[Phase, ...]:
     groups = itertools.groupby(zip(iterations, _headless(schedule, iterations), strict=True), key=_group)
     phases, start = [], 0
@@ -451,7 +374,7 @@ def _phases(
 
 
 def _phase(
-    schedule: Schedule, iterations: Sequence[_Iteration], during: Sequence[Tick], first: Tick, slots: _Slots
+    schedule: Schedule, iterations: Sequence[Iteration], during: Sequence[Tick], first: Tick, slots: _Slots
 ) -> Phase:
     last, count = schedule.num_stages - 1, schedule.num_devices
     cell, divergent = iterations[0].cell, iterations[0].divergent

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +43,6 @@ from shardlab.plan.check import (
     traced_in,
 )
 from shardlab.plan.layout import (
-    axes_in,
     engine_kinds,
     optimizer_shapes,
     optimizer_specs,
@@ -56,6 +54,7 @@ from shardlab.plan.layout import (
     storage_of,
 )
 from shardlab.plan.microbatch import Microbatch
+from shardlab.plan.notes import PER_LAYER, ignored_notes, kind_notes, stage_notes, storage_notes, update_notes
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
 from shardlab.plan.vocabulary import vocabulary_faults
@@ -198,7 +197,7 @@ def make_plan(
     faults += wrong_axes
     stages = stages or None if isinstance(stages, str) else stages
     if devices == 1:
-        notes += _ignored(schedule, sends, stages)
+        notes += ignored_notes(schedule, sends, stages)
         stages = None
     entering: Microbatch | None = None
     kept: dict[tuple[int, str], int] = {}
@@ -230,7 +229,7 @@ def make_plan(
     if entering is not None:
         layers, remarks = _layers(stages, entering, table.num_stages, remat, head)
         kinds = engine_kinds(entering.parts.kinds, layers, remat)
-        notes += [*remarks, *_kinds_note(kinds, layers)]
+        notes += [*remarks, *kind_notes(kinds, layers)]
         stacks = stacks_of(model, kinds, layers, table)
         parameters = [
             one if one.path in inside else dataclasses.replace(one, read_by=entering.read_by[one.path])
@@ -245,14 +244,14 @@ def make_plan(
             cut_bytes += room * entering.cut_bytes(of, policy) if split else 0
         if policy_within_stage(remat):
             activation_bytes, recomputed_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))), activation_bytes
-    notes += _storage_notes(parameters, inside, mesh, zero, head)
+    notes += storage_notes(parameters, inside, mesh, zero, head)
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
     if widened and dtype != "float64":
         more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
         declared = f"declared in {model.parameters[widened[0]].dtype}, stored and updated in float32"
         notes.append(f"{widened[0]}{more}: {declared}")
     reason = why_per_layer(optimizer, model, optimizer_shapes(parameters, stacks, "per-layer"), stacks)
-    notes += _update_notes(reason)
+    notes += update_notes(reason)
     update = "stacked" if reason is None else "per-layer"
     return Plan(
         mesh=mesh,
@@ -297,16 +296,8 @@ def for_optimizer(plan: Plan, model: Model, optimizer: optax.GradientTransformat
     reason = why_per_layer(optimizer, model, optimizer_shapes(plan.parameters, plan.stacks, "per-layer"), plan.stacks)
     update = "stacked" if reason is None else "per-layer"
     rows = optimizer_rows(optimizer, model, plan.parameters, plan.stacks, update, plan.mesh)
-    others = (note for note in plan.notes if not note.startswith(_PER_LAYER))
-    return dataclasses.replace(plan, optimizer_state=rows, update=update, notes=(*others, *_update_notes(reason)))
-
-
-_PER_LAYER = "the optimizer runs per layer"
-
-
-def _update_notes(reason: str | None) -> list[str]:
-    """What was decided about the tree that the optimizer runs on, and why."""
-    return [] if reason is None else [f"{_PER_LAYER}: {reason}"]
+    others = (note for note in plan.notes if not note.startswith(PER_LAYER))
+    return dataclasses.replace(plan, optimizer_state=rows, update=update, notes=(*others, *update_notes(reason)))
 
 
 def _parameters(
@@ -350,34 +341,6 @@ def _parameters(
     return parameters
 
 
-def _storage_notes(
-    parameters: Sequence[Parameter], inside: frozenset[str], mesh: MeshSpec, zero: int, head: str
-) -> list[str]:
-    """What is stored otherwise than its spec might be read."""
-    notes, several = [], mesh.stage is not None and mesh.sizes[mesh.stage] > 1
-    for one in parameters:
-        if zero == 3 and mesh.batch_size_divisor > 1 and not set(mesh.batch) & axes_in(one.storage):
-            dims = list(one.stored_shape)
-            notes.append(f"{one.path}: no dim of {dims} divides by the batch axes; replicated over them")
-        if several and one.path not in inside and mesh.stage in axes_in(one.spec) and head != "vocab":
-            notes.append(
-                f"{one.path}: its spec names the stage axis {mesh.stage!r}, which is storage: every stage gathers it "
-                "once a step; head='vocab' computes with the parts"
-            )
-    return notes
-
-
-def _ignored(schedule: str | Schedule, sends: str, stages: Stages) -> list[str]:
-    """What was said of stages where there is one."""
-    notes = []
-    if schedule != "1f1b":
-        name = schedule if isinstance(schedule, str) else schedule.name
-        notes.append(f"schedule {name} is ignored: one stage only accumulates its microbatches")
-    if sends == "delayed":
-        notes.append("sends delayed is ignored: one stage sends nothing")
-    return [*notes, "stages are ignored: one stage holds every block"] if stages is not None else notes
-
-
 @contextlib.contextmanager
 def _after(faults: list[Fault]) -> Iterator[None]:
     """Tracing of the model with faults known: what it finds joins them, and they come before an error of the model."""
@@ -405,29 +368,7 @@ def _layers(
     kinds = entering.parts.kinds
     layers = stage_layers(costs or stages, len(kinds), num_stages, alike=max(kinds) == 0)
     one_kind = max(engine_kinds(kinds, layers, remat)) == 0
-    return layers, _stage_notes(layers, costs, head, source, one_kind)
-
-
-def _stage_notes(
-    layers: tuple[int, ...], costs: LayerCosts | None, head: str, source: str, one_kind: bool
-) -> list[str]:
-    """What was decided about the stages, and what a list of them costs every stage; of several kinds, `_kinds_note`."""
-    notes, blocks = [], ", ".join(map(str, layers))
-    even = math.ceil(sum(layers) / len(layers))
-    if costs is not None:
-        times, mean = costs.of_stages(layers), sum(costs.blocks) / len(costs.blocks)
-        burden = f"before as {costs.before / mean:.2f} blocks, after as {costs.after / mean:.2f}"
-        notes.append(
-            f"stages balanced by {source} cost "
-            f"({'before and after are spread over all stages' if head != 'last_stage' else burden}): {blocks} blocks; "
-            f"slowest stage {max(times) * len(times) / sum(times):.2f} x the mean"
-        )
-    elif max(layers) > even and one_kind:
-        notes.append(
-            f"stages of {blocks} blocks: in a tick every stage computes {max(layers)} slots, as many as the longest "
-            f"holds; even stages would compute {even}"
-        )
-    return notes
+    return layers, stage_notes(layers, costs, head, source, one_kind)
 
 
 def _master_dtype(kind: Any, dtype: str) -> str:
@@ -443,17 +384,6 @@ def _policies(remat: str | Sequence[str]) -> str | tuple[str, ...]:
     """
     each = tuple(one.strip() for one in remat.split("|")) if isinstance(remat, str) else tuple(remat)
     return each[0] if len(set(each)) == 1 else each
-
-
-def _kinds_note(kinds: tuple[int, ...], layers: tuple[int, ...]) -> list[str]:
-    """What blocks of different kinds cost: a program for each, and slots that only some stages have a block for."""
-    count = max(kinds) + 1
-    if count == 1:
-        return []
-    firsts = [kinds.index(kind) for kind in range(count)]
-    slots = sum(run.count(kind) for run in stage_runs(kinds, layers)[0] for kind in range(count))
-    room = f"; a stage has room for {slots} and holds {max(layers)} at most" if slots > max(layers) else ""
-    return [f"blocks are of {count} kinds, the first of each {', '.join(map(str, firsts))}{room}"]
 
 
 def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:

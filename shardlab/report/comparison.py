@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardlab.pipeline.automatic import automatic
-from shardlab.pipeline.buffers import is_uniform
 from shardlab.pipeline.cost import EQUAL, Costs, cost
+from shardlab.pipeline.iterations import is_uniform
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, make_schedule
 from shardlab.plan.text import columns
 

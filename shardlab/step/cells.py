@@ -11,25 +11,24 @@ its pattern, K slots of a stage for blocks of one kind, b examples of a microbat
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
 from shardlab.hlo.loops import taken_name
 from shardlab.module.model import computed
 from shardlab.module.residuals import BlockVjp, differentiable
 from shardlab.module.split import Split
-from shardlab.pipeline.buffers import Phase, Program, When, step_of
+from shardlab.pipeline.buffers import Phase, Program, When
 from shardlab.plan.layout import policy_within_stage
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
-from shardlab.step.region import Region, check_rows, rows_of, tree_where
+from shardlab.step.region import Region, rows_of, tree_where, where_taken
+from shardlab.step.slots import add, put, read, take, write
 from shardlab.step.stage_arrays import StageArrays, leaves_out
 from shardlab.step.state import storage_specs
 
@@ -113,7 +112,7 @@ class Cells:
         self.dealt = self.shared and not self.vocabulary
         self.share_rows = self.rows // region.num_stages if self.shared else self.rows
         self.wide = jnp.float64 if plan.dtype == "float64" else jnp.float32
-        self.has_context_gradient = self._context_depends()
+        self.has_context_gradient = any("context" in p.read_by for p in plan.parameters)
         self.recomputes = policy_within_stage(plan.remat) is not None
         self.skips = leaves_out(plan, region)
         self.vjps = [
@@ -136,15 +135,6 @@ class Cells:
         examples, key, rows = self.microbatch(index, share=False)
         return self.calls.context({**rest, **self.fixed}, examples, key, rows)
 
-    def _context_depends(self) -> bool:
-        """Whether the context is a function of parameters, so that it has a gradient."""
-        closed = jax.make_jaxpr(lambda rest: differentiable(self.context(rest, jnp.int32(0))))(self.rest)
-        used: set[Any] = {var for var in closed.jaxpr.outvars if not isinstance(var, Literal)}
-        for equation in reversed(closed.jaxpr.eqns):
-            if used & set(equation.outvars):
-                used |= {var for var in equation.invars if not isinstance(var, Literal)}
-        return bool(used & set(closed.jaxpr.invars))
-
     def _block_of(self, kind: int) -> Callable[..., tuple[Any, Any]]:
         """A block of that kind: ``(layer, x, c, extra) -> (x, auxiliary)``."""
         own, _ = self.arrays.kinds[kind]
@@ -158,8 +148,7 @@ class Cells:
         for index, run in reversed(runs) if back else runs:
             places, everywhere = self.arrays.places[index], self.arrays.used[index].all(axis=(0, 1, 2))
             blocks, used = (
-                rows[0] if self.virtual == 1 else self.take(rows, virtual)
-                for rows in (self.blocks[index], self.used[index])
+                rows[0] if self.virtual == 1 else take(rows, virtual) for rows in (self.blocks[index], self.used[index])
             )
             room = jnp.asarray([self.arrays.room(kind) for kind in run.kinds], jnp.int32)
             stored = places if self.virtual == 1 else jnp.maximum(virtual, 0) * room + places
@@ -179,7 +168,7 @@ class Cells:
         if slot.always or not self.skips:
             return do()
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(do))
-        return _where_taken(slot.used, lambda _: do(), nothing)
+        return where_taken(slot.used, lambda _: do(), nothing)
 
     def layer_of(self, kind: int, slot: jax.Array) -> tuple[Arrays, Arrays]:
         """The arrays of a block, whole over the batch axes: trained, and the others."""
@@ -284,87 +273,7 @@ class Cells:
         dlayer, dx, dc = self.vjps[kind].backward(stored, layer, c, extra, dy)
         return (dx, dc), dlayer
 
-    # Phases.
-
-    def train(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> dict[str, Any]:
-        """One scan over the iterations of a phase."""
-        if phase.first_step:
-            slot = jnp.asarray(phase.first_slot, jnp.int32)[self.stage_index]
-            sent = self.sent(carry["outbox"], phase.first_step)
-            carry = carry | {"mail": self.put(carry["mail"], sent, slot, slot >= 0)}
-
-        def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], None]:
-            return self._iteration(phase, carry, _own(row)), None
-
-        return jax.lax.scan(body, carry, rows, length=phase.length)[0]
-
-    def _iteration(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
-        if phase.divergent:
-            return self._divergent(phase, carry, row)
-        if self.program.delayed:
-            return self._travelling(phase, carry, row)
-        if "F" in phase.cell:
-            carry, y = self.forward(carry, row, self.entering(phase, row))
-            carry = self.head(phase, carry, row, y)
-            carry = carry | {"mail": self.arrive(carry["mail"], y, row["onward_slot"], step=1)}
-        if "B" in phase.cell or "I" in phase.cell:
-            carry, dx = self.backward(carry, row, split="I" in phase.cell)
-            carry = self.finish(phase, carry, row, dx)
-            carry = carry | {"mail": self.arrive(carry["mail"], dx, row["back_slot"], step=-1)}
-        return self.weights(carry, row) if "W" in phase.cell else carry
-
-    def _travelling(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
-        """An iteration in which what a part has made travels during the next one; the last one's stays in the outbox.
-
-        What travels is put into its slot after the part beside it, which reads nothing of it, so that XLA may compute
-        between the start and the end of the send.
-        """
-        made, step = carry["outbox"], step_of(phase.parts[-1])
-        for part in phase.parts:
-            sent, slot = self.sent(made, step) if step else None, row["onward_slot" if step > 0 else "back_slot"]
-            if part == "F":
-                carry, made = self.forward(carry, row, self.entering(phase, row))
-                carry = self.head(phase, carry, row, made)
-            elif part == "W":
-                carry = self.weights(carry, row)
-            elif part is not None:
-                carry, made = self.backward(carry, row, split=part == "I")
-                carry = self.finish(phase, carry, row, made)
-            if sent is not None:
-                sent, made, carry = self.after(sent, made, carry)
-                carry = carry | {"mail": self.put(carry["mail"], sent, slot, slot >= 0)}
-            step = step_of(part)
-        return carry | {"outbox": made} if step else carry
-
-    def _divergent(self, phase: Phase, carry: dict[str, Any], row: dict[str, jax.Array]) -> dict[str, Any]:
-        """Each device its own cell, in a branch; what spans devices before and after it."""
-        sent = [self.sent(carry["outbox"], step) for step in (1, -1)] if self.program.delayed else None
-        x = self.entering(phase, row)
-        out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.x)
-        cells: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]]] = {
-            "F": (("residuals", "auxiliary"), lambda carry: self.forward(carry, row, x)),
-            "B": (("layer", "rest"), lambda carry: self.backward(carry, row, split=False)),
-            "I": (("cuts", "rest"), lambda carry: self.backward(carry, row, split=True)),
-            "W": (("layer",), lambda carry: (self.weights(carry, row), out)),
-        }
-        for index, kind in enumerate(phase.cell):
-            written, cell = cells[kind]
-
-            state = {name: carry[name] for name in written}, out
-            with _named_cell(kind, [column.count(index) for column in zip(*phase.kind, strict=True)], phase.length):
-                state = _where_taken(row["kind"] == index, _chosen(cell, written, carry), state)
-            carry, out = carry | state[0], state[1]
-        carry = self.head(phase, carry, row, out)
-        carry = self.finish(phase, carry, row, out)
-        if sent is None:
-            mail = self.arrive(carry["mail"], out, row["onward_slot"], step=1)
-            mail = self.arrive(mail, out, row["back_slot"], step=-1)
-        else:
-            sent, out, carry = self.after(sent, out, carry)
-            mail, carry = carry["mail"], carry | {"outbox": out}
-            for arrived, slot in zip(sent, (row["onward_slot"], row["back_slot"]), strict=True):
-                mail = self.put(mail, arrived, slot, slot >= 0)
-        return carry | {"mail": self.put(mail, out, row["local_slot"], row["local_slot"] >= 0)}
+    # When a microbatch is due.
 
     def where_due(
         self, phase: Phase, when: When, due: jax.Array, do: Callable[[], Any], skip: Callable[[], Any], name: str
@@ -380,64 +289,6 @@ class Cells:
         times = sum(microbatch >= 0 for microbatch in getattr(phase, f"{name}_microbatch"))
         with jax.named_scope(taken_name(name, times, phase.length)):
             return jax.lax.cond(due, do, skip)
-
-    def evaluate(self, carry: dict[str, Any], phase: Phase, rows: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
-        """The forwards of a phase; of a phase with a head, y of every iteration [length, r, ...] or its loss."""
-
-        def body(carry: dict[str, Any], row: dict[str, jax.Array]) -> tuple[dict[str, Any], Any]:
-            mine = _own(row)
-            carry, y = self.forward(carry, mine, self.entering(phase, mine))
-            out = None
-            if phase.head != "never":
-                examples, _, count = self.microbatch(mine["head_microbatch"], share=self.dealt)
-                out = self.calls.after({**self.rest, **self.fixed}, self.handed(y), examples, None, count)
-                if self.calls.has_loss:
-                    total, weight = self.calls.loss(out, examples)
-                    carry, out = self.count(carry, total, weight, mine["head_microbatch"] >= 0), None
-                else:
-                    check_rows(out, count)
-            mail = self.arrive(carry["mail"], y, mine["onward_slot"], step=1)
-            if phase.divergent:
-                mail = self.arrive(mail, y, mine["back_slot"], step=-1)
-                mail = self.put(mail, y, mine["local_slot"], mine["local_slot"] >= 0)
-            return carry | {"mail": mail}, out
-
-        return jax.lax.scan(body, carry, rows, length=phase.length)
-
-    # Between devices.
-
-    def arrive(self, buffer: Any, value: Any, slot: jax.Array, step: int) -> Any:
-        """Send `value` one stage on (or back), round the ring, and put what arrives into `slot`."""
-        if self.region.stage is None:
-            return buffer
-        return self.put(buffer, self.sent(value, step), slot, slot >= 0)
-
-    def sent(self, value: Any, step: int) -> Any:
-        """What the device `step` before this one on the ring holds as `value`."""
-        count = self.region.num_stages
-        ring = [(i, (i + step) % count) for i in range(count)]
-        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.region.stage, ring), value)
-
-    def after(self, sent: Any, made: Any, carry: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-        """The same, where what was sent is not used before what a part has made is there.
-
-        Else XLA may fuse its put into a slot with reads of other slots, on which the next part waits.
-        """
-        sent, made, mail = jax.lax.optimization_barrier((sent, made, carry["mail"]))
-        return sent, made, carry | {"mail": mail}
-
-    def put(self, buffer: Any, value: Any, slot: jax.Array, valid: jax.Array) -> Any:
-        """`buffer` with `value` in `slot`, where `valid`."""
-        index = jnp.maximum(slot, 0)
-
-        def one(held: jax.Array, new: jax.Array) -> jax.Array:
-            old = jax.lax.dynamic_index_in_dim(held, index, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(held, jnp.where(valid, new, old), index, 0)
-
-        return jax.tree.map(one, buffer, value)
-
-    def take(self, buffer: Any, slot: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(slot, 0), keepdims=False), buffer)
 
     # Cells.
 
@@ -462,13 +313,13 @@ class Cells:
     def forward(self, carry: dict[str, Any], row: dict[str, jax.Array], x: Any) -> tuple[dict[str, Any], Any]:
         """The F cell: y of a stage's blocks, residuals put into their slot; x is what enters stage 0."""
         if self.region.stage is not None:
-            x = tree_where(row["f_mail_slot"] < 0, x, self.take(carry["mail"], row["f_mail_slot"]))
+            x = tree_where(row["f_mail_slot"] < 0, x, take(carry["mail"], row["f_mail_slot"]))
         c = self.context(self.rest, row["f_microbatch"])
         _, key, _ = self.microbatch(row["f_microbatch"], share=False)
         valid, slot = row["f_microbatch"] >= 0, jnp.maximum(row["f_residual_slot"], 0)
         held = carry["residuals"]
         if self.key_data is None or self.recomputes:
-            held = held if self.key_data is None else self.put(held, x, slot, valid)
+            held = held if self.key_data is None else put(held, x, slot, valid)
             y, _, auxiliary = self.stage(x, c, key, row["f_virtual"], (), slot, valid, carry["auxiliary"])
         else:
             y, held, auxiliary = self.stage(x, c, key, row["f_virtual"], held, slot, valid, carry["auxiliary"])
@@ -496,7 +347,7 @@ class Cells:
             if not at.always:
                 y = tree_where(at.used, y, x)
             if held:
-                written = (_write(b, new, (slot, at.place), valid) for b, new in zip(held[kind], stored, strict=True))
+                written = (write(b, new, (slot, at.place), valid) for b, new in zip(held[kind], stored, strict=True))
                 held = [*held[:kind], tuple(written), *held[kind + 1 :]]
             return y, held, auxiliary
 
@@ -511,17 +362,17 @@ class Cells:
         _, key, _ = self.microbatch(row["b_microbatch"], share=False)
         valid, slot = row["b_microbatch"] >= 0, jnp.maximum(row["b_residual_slot"], 0)
         cut_slot = jnp.maximum(row["b_cut_slot"], 0)
-        dy = self.take(carry["mail"], row["b_mail_slot"])
+        dy = take(carry["mail"], row["b_mail_slot"])
         dc = [jnp.zeros_like(leaf) for leaf in differentiable(c)] if self.has_context_gradient else None
         residuals = carry["residuals"]
         if self.recomputes:
-            x, slot = self.take(residuals, slot), jnp.int32(0)
+            x, slot = take(residuals, slot), jnp.int32(0)
             once = self._of_blocks(self.residuals, 1)
             _, residuals, _ = self.stage(x, c, key, row["b_virtual"], once, slot, valid, carry["auxiliary"])
 
         def block(kind: int, state: Any, at: Slot) -> Any:
             dy, dc, total, cuts = state
-            stored = tuple(_read(buffer, (slot, at.place)) for buffer in residuals[kind])
+            stored = tuple(read(buffer, (slot, at.place)) for buffer in residuals[kind])
             keep = valid if at.always else valid & at.used
 
             def do() -> tuple[Any, Any]:
@@ -535,10 +386,10 @@ class Cells:
             (dx, more), new = self.where_used(at, do)
             if split:
                 cut = new, stored if self.recomputes else ()
-                held = jax.tree.map(lambda b, leaf: _write(b, leaf, (cut_slot, at.place), valid), cuts[kind], cut)
+                held = jax.tree.map(lambda b, leaf: write(b, leaf, (cut_slot, at.place), valid), cuts[kind], cut)
                 cuts = [*cuts[:kind], held, *cuts[kind + 1 :]]
             else:
-                added = {name: _add(held, new[name], at.stored, keep) for name, held in total[kind].items()}
+                added = {name: add(held, new[name], at.stored, keep) for name, held in total[kind].items()}
                 total = [*total[:kind], added, *total[kind + 1 :]]
             if not at.always:
                 dx = tree_where(at.used, dx, dy)
@@ -565,9 +416,9 @@ class Cells:
         cut_slot = jnp.maximum(row["w_cut_slot"], 0)
 
         def block(kind: int, total: Any, at: Slot) -> Any:
-            cut, stored = jax.tree.map(lambda buffer: _read(buffer, (cut_slot, at.place)), carry["cuts"][kind])
+            cut, stored = jax.tree.map(lambda buffer: read(buffer, (cut_slot, at.place)), carry["cuts"][kind])
             if not self.recomputes:
-                stored = tuple(_read(buffer, (slot, at.place)) for buffer in carry["residuals"][kind])
+                stored = tuple(read(buffer, (slot, at.place)) for buffer in carry["residuals"][kind])
             keep = valid if at.always else valid & at.used
 
             def do() -> Arrays:
@@ -576,7 +427,7 @@ class Cells:
                 return self.accumulated(kind, dlayer)
 
             new = self.where_used(at, do)
-            added = {name: _add(held, new[name], at.stored, keep) for name, held in total[kind].items()}
+            added = {name: add(held, new[name], at.stored, keep) for name, held in total[kind].items()}
             return [*total[:kind], added, *total[kind + 1 :]]
 
         return carry | {"layer": self.through(block, carry["layer"], row["w_virtual"], back=True)}
@@ -629,7 +480,7 @@ class Cells:
         if phase.head == "never":
             return carry
         new, dy = self.where_due(phase, phase.head, due, do, skip, "head")
-        return carry | new | {"mail": self.put(carry["mail"], dy, row["head_slot"], due & self.is_last)}
+        return carry | new | {"mail": put(carry["mail"], dy, row["head_slot"], due & self.is_last)}
 
     def count(self, carry: dict[str, Any], total: jax.Array, weight: jax.Array, due: jax.Array) -> dict[str, Any]:
         """`carry` with a microbatch's loss, from the stages that computed it on true examples."""
@@ -709,52 +560,3 @@ class Cells:
         axes |= {name: () if name in self.pieces else self.summed_over(name) for name in carry["rest"]}
         out = region.reduced({**layer, **carry["rest"]}, axes, self.specs, specs)
         return out, self.sums(carry)
-
-
-def _where_taken(taken: jax.Array, do: Callable[[Any], Any], state: Any) -> Any:
-    """``do(state)`` on the devices where `taken`, else the state.
-
-    A loop of one trip or none, whose state XLA:TPU updates in place: through a conditional it would copy every buffer
-    and accumulator in each tick, taken or not. It marks what diverges for `shardlab.hlo.hang`.
-    """
-    return jax.lax.while_loop(lambda now: now[0], lambda now: (jnp.bool_(False), do(now[1])), (taken, state))[1]
-
-
-def _named_cell(kind: str, times: list[int], of: int) -> contextlib.AbstractContextManager[None]:
-    """Names a branch that each device takes so many times of `of`, as collectives are counted: if all take it alike."""
-    same = len(set(times)) == 1
-    return jax.named_scope(taken_name(kind, times[0], of)) if same else contextlib.nullcontext()
-
-
-def _chosen(
-    cell: Callable[[dict[str, Any]], tuple[dict[str, Any], Any]], written: tuple[str, ...], carry: dict[str, Any]
-) -> Callable[[Any], Any]:
-    """What runs a cell: of (what it writes, what it sends)."""
-
-    def do(state: tuple[dict[str, Any], Any]) -> tuple[dict[str, Any], Any]:
-        new, made = cell(carry | state[0])
-        return {name: new[name] for name in written}, made
-
-    return do
-
-
-def _own(row: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """This device's part of a row of a phase's tables."""
-    return {name: value[0] if value.ndim else value for name, value in row.items()}
-
-
-def _write(buffer: jax.Array, value: jax.Array, at: tuple[jax.Array, jax.Array], valid: jax.Array) -> jax.Array:
-    held = _read(buffer, at)
-    starts = (*at, *(jnp.int32(0),) * value.ndim)
-    return jax.lax.dynamic_update_slice(buffer, jnp.where(valid, value, held)[None, None], starts)
-
-
-def _read(buffer: jax.Array, at: tuple[jax.Array, jax.Array]) -> jax.Array:
-    starts = (*at, *(jnp.int32(0),) * (buffer.ndim - 2))
-    return jax.lax.dynamic_slice(buffer, starts, (1, 1, *buffer.shape[2:])).reshape(buffer.shape[2:])
-
-
-def _add(total: jax.Array, new: jax.Array, place: jax.Array, keep: jax.Array) -> jax.Array:
-    held = jax.lax.dynamic_index_in_dim(total, place, keepdims=False)
-    added = jnp.where(keep, held + new.astype(total.dtype), held)
-    return jax.lax.dynamic_update_index_in_dim(total, added, place, 0)

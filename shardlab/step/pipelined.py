@@ -27,6 +27,7 @@ from shardlab.pipeline.buffers import Phase, forward_program, program
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls
 from shardlab.step.cells import Cells
+from shardlab.step.phases import evaluate, train
 from shardlab.step.region import Region
 from shardlab.step.stage_arrays import StageArrays
 from shardlab.step.state import storage_specs
@@ -51,7 +52,7 @@ def pipelined_gradients(
         cells = Cells(plan, region, calls, arrays, table, values, buffers, batch, key_data, where, fill)
         carry = cells.allocate()
         for phase, phase_rows in zip(table.phases, rows, strict=True):
-            carry = cells.train(carry, phase, phase_rows)
+            carry = train(cells, carry, phase, phase_rows)
         return cells.reduced(carry, specs)
 
     none = PartitionSpec()
@@ -73,7 +74,7 @@ def pipelined_forward(model: Model, plan: Plan, region: Region, calls: Calls) ->
         carry = cells.allocate()
         found = []
         for phase, phase_rows in zip(table.phases, rows, strict=True):
-            carry, out = cells.evaluate(carry, phase, phase_rows)
+            carry, out = evaluate(cells, carry, phase, phase_rows)
             found += [out] if phase.head != "never" else []
         if calls.has_loss:
             total, weight, *_ = cells.sums(carry)

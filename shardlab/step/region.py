@@ -179,6 +179,15 @@ def tree_where(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
+def where_taken(taken: jax.Array, do: Callable[[Any], Any], state: Any) -> Any:
+    """``do(state)`` on the devices where `taken`, else the state.
+
+    A loop of one trip or none, whose state XLA:TPU updates in place: through a conditional it would copy every buffer
+    and accumulator in each tick, taken or not. It marks what diverges for `shardlab.hlo.hang`.
+    """
+    return jax.lax.while_loop(lambda now: now[0], lambda now: (jnp.bool_(False), do(now[1])), (taken, state))[1]
+
+
 def rows_of(tree: Any, first: jax.Array | int, rows: int) -> Any:
     """Rows ``[first, first + rows)`` of every array."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, rows, axis=0), tree)

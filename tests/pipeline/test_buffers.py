@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlab.pipeline.actions import Action, Kind, ScheduleError
-from shardlab.pipeline.buffers import Program, forward_program, is_uniform, program
+from shardlab.pipeline.buffers import Program, forward_program, program
 from shardlab.pipeline.check import check
 from shardlab.pipeline.cost import peak_in_flight
+from shardlab.pipeline.iterations import is_uniform
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table, make_schedule
 from shardlab.pipeline.simulate import simulate
 

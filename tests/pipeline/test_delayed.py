@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.automatic import automatic
-from shardlab.pipeline.buffers import breadth_first, forward_program, is_uniform, program
+from shardlab.pipeline.buffers import breadth_first, forward_program, program
 from shardlab.pipeline.check import check, find_faults
 from shardlab.pipeline.cost import Costs, cost, peak_in_flight
 from shardlab.pipeline.draw import draw
+from shardlab.pipeline.iterations import is_uniform
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table, make_schedule
 from shardlab.pipeline.simulate import simulate
 from shardlab.pipeline.table_csv import from_csv, to_csv

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shardlab.pipeline.actions import Action, ScheduleError
-from shardlab.pipeline.buffers import is_uniform
+from shardlab.pipeline.iterations import is_uniform
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table, make_schedule
 from shardlab.pipeline.uniform import rounds
 

@@ -3,9 +3,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardlab.pipeline.buffers import forward_program, is_uniform, program
+from shardlab.pipeline.buffers import forward_program, program
 from shardlab.pipeline.check import find_faults
 from shardlab.pipeline.cost import Costs, cost, peak_in_flight
+from shardlab.pipeline.iterations import is_uniform
 from shardlab.pipeline.schedules import Schedule
 from shardlab.pipeline.simulate import simulate
 from shardlab.pipeline.table_csv import from_csv, to_csv

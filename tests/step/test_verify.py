@@ -103,8 +103,8 @@ def changed(patch: pytest.MonkeyPatch) -> None:
 
 def leaking(patch: pytest.MonkeyPatch) -> None:
     """What a bubble computes is added to the gradients."""
-    real = cells._add
-    patch.setattr(cells, "_add", lambda total, new, place, keep: real(total, new, place, jnp.bool_(True)))
+    real = cells.add
+    patch.setattr(cells, "add", lambda total, new, place, keep: real(total, new, place, jnp.bool_(True)))
 
 
 WRONG: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], str]] = {

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -16,7 +12,6 @@ from shardlab.models import mlp
 from shardlab.module.functions import Functions
 from shardlab.module.model import read_model
 from shardlab.plan.make import make_plan
-from shardlab.step.cells import _add, _read, _write
 from shardlab.step.stage_arrays import StageArrays
 from tests.equivalence.cases import features
 
@@ -44,24 +39,3 @@ def test_slots_of_stages(layers: int, stages: int, blocks: list[list[int]], used
     assert [run.reshape(stages, -1).tolist() for run in arrays.used] == [used]
     names = ("down/bias", "down/kernel", "up/bias", "up/kernel")
     assert arrays.inner == {f"blocks/*/{path}": (0, path) for path in names}
-
-
-NAN = jnp.full(2, jnp.nan)
-
-
-def test_accumulators_add_where_it_is_kept() -> None:
-    total = jnp.arange(6.0).reshape(3, 2)
-    added = _add(total, jnp.ones(2, jnp.bfloat16), jnp.int32(1), jnp.bool_(True))
-    assert added.dtype == jnp.float32
-    np.testing.assert_array_equal(added, [[0, 1], [3, 4], [4, 5]])
-    np.testing.assert_array_equal(_add(total, NAN, jnp.int32(1), jnp.bool_(False)), total)
-
-
-def test_buffers_are_written_where_it_is_valid() -> None:
-    buffer: Any = jnp.zeros((2, 3, 2))
-    at = jnp.int32(1), jnp.int32(2)
-    written = _write(buffer, jnp.array([5.0, 6.0]), at, jnp.bool_(True))
-    assert written.sum() == 11
-    np.testing.assert_array_equal(_read(written, at), [5, 6])
-    np.testing.assert_array_equal(_write(written, NAN, at, jnp.bool_(False)), written)
-    np.testing.assert_array_equal(jax.jit(_read)(written, (jnp.int32(0), jnp.int32(2))), [0, 0])
