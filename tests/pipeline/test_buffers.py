@@ -200,18 +200,19 @@ SLOT_FIELDS = {
 }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     name=st.sampled_from(sorted(SCHEDULES)),
     stages=st.integers(2, 5),
     microbatches=st.integers(2, 6),
+    delayed=st.booleans(),
     data=st.data(),
 )
 def test_another_slot_is_garbage_or_a_neighbours(
-    name: str, stages: int, microbatches: int, data: st.DataObject
+    name: str, stages: int, microbatches: int, delayed: bool, data: st.DataObject
 ) -> None:
     """A slot moved, or an arrival not stored: some action reads what is not its own."""
-    p = program(make_schedule(name, stages=stages, microbatches=microbatches))
+    p = program(make_schedule(name, stages=stages, microbatches=microbatches, delayed=delayed))
     cells = [
         (index, field, row, device, slot)
         for index, phase in enumerate(p.phases)

@@ -19,7 +19,6 @@ from shardlab.pipeline.iterations import is_uniform
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table, make_schedule
 from shardlab.pipeline.simulate import simulate
 from shardlab.pipeline.table_csv import from_csv, to_csv
-from tests.pipeline.test_buffers import SLOT_FIELDS, replace_cell
 from tests.pipeline.test_check import MUTATIONS, Table, busy, runs
 from tests.pipeline.test_schedules import picture
 
@@ -319,33 +318,6 @@ def test_forwards_alone_are_sent_direct() -> None:
         assert forward_program(late).phases == forward_program(direct).phases
         assert not forward_program(late).delayed
         assert breadth_first(late, microbatches=4) == breadth_first(direct, microbatches=4)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    name=st.sampled_from(sorted(SCHEDULES)), stages=st.integers(2, 5), microbatches=st.integers(2, 6), data=st.data()
-)
-def test_another_slot_is_garbage_or_a_neighbours(
-    name: str, stages: int, microbatches: int, data: st.DataObject
-) -> None:
-    """A slot moved, or an arrival not stored: some action reads what is not its own."""
-    p = program(made(name, stages, microbatches))
-    cells = [
-        (index, field, row, device, slot)
-        for index, phase in enumerate(p.phases)
-        for field in SLOT_FIELDS
-        for row, slots in enumerate(getattr(phase, field))
-        for device, slot in enumerate(slots)
-        if slot >= 0
-    ]
-    index, field, row, device, slot = data.draw(st.sampled_from(cells))
-    wider = dataclasses.replace(p, **{(count := SLOT_FIELDS[field]): getattr(p, count) + 1})
-    others = [other for other in range(getattr(wider, count)) if other != slot]
-    if field.endswith(("onward_slot", "back_slot", "local_slot", "f_mail_slot")):
-        others.append(-1)
-    broken = replace_cell(wider, index, field, row, device, data.draw(st.sampled_from(others)))
-    with pytest.raises(ScheduleError, match=r"reads (garbage|x|residuals|cotangent|cut)"):
-        simulate(broken)
 
 
 def test_what_is_sent_before_a_scan_is_read() -> None:
