@@ -244,8 +244,9 @@ def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
 def peak_waiting(schedule: Schedule) -> tuple[int, ...]:
     """Per device, the most (virtual stage, microbatch) pairs whose I has begun and whose W has not ended.
 
+    >>> from shardlab.pipeline.schedules import make_schedule
     >>> peak_waiting(make_schedule("zb_h1", stages=2, microbatches=4))
-    (2, 1)
+    (1, 2)
     """
     return _most(schedule, "I", "W")
 
