@@ -1,13 +1,14 @@
 """Llama-3-70B, all 80 layers, compiled for 256 v5p chips on a machine that has none: its memory and what it sends.
 
-    pip install 'shardlab[tpu]' && python benchmarks/llama_70b.py [--plan zero3|tensor] [--head vocab] [--remat full]
+    pip install 'shardlab[tpu]' && python benchmarks/llama_70b.py [--plan zero3|tensor] [--head auto] [--remat full]
 
 2.1 M tokens a step (512 x 4096) in 8 microbatches, bfloat16 compute, float32 masters and AdamW, every block
-rematerialised. Two plans: stages 4 x data 64 with ZeRO 3, and stages 4 x tensor 2 x data 32 with ZeRO 1. Of each: HBM
-as the compiler reports it (arguments + temporaries + outputs that alias nothing + code), and the most that is live at
-once, arguments included; ring wire bytes a device and step with loops counted; seconds to plan, trace and compile.
-
-`--head vocab` computes the logits in parts of the vocabulary, with a loss made of `shardlab.cross_entropy`.
+rematerialised from what a stage keeps, its input; logits in parts of the vocabulary, with a loss made of
+`shardlab.cross_entropy`. Two plans: stages 4 x data 64 with ZeRO 3, gradients reduce-scattered per layer and tick; and
+stages 4 x tensor 2 x data 32 with ZeRO 1, whole float32 accumulators, two stages a device and their inputs kept in
+halves. Of each: HBM as the compiler reports it (arguments + temporaries + outputs that alias nothing + code), and the
+most that is live at once, arguments included; ring wire bytes a device and step with loops counted; seconds to plan,
+trace and compile.
 """
 
 from __future__ import annotations
@@ -46,7 +47,16 @@ PLANS: dict[str, dict[str, Any]] = {
         "tensor": None,
         "options": {"zero": 3, "gather": "step", "accumulate": "sharded"},
     },
-    "tensor": {"axes": {"data": 32, "stage": 4, "tensor": 2}, "tensor": "tensor", "options": {"zero": 1}},
+    "tensor": {
+        "axes": {"data": 32, "stage": 4, "tensor": 2},
+        "tensor": "tensor",
+        "options": {
+            "zero": 1,
+            "schedule": "interleaved_1f1b",
+            "virtual": 2,
+            "saved_activation": P("data", "tensor"),
+        },
+    },
 }
 
 
@@ -54,8 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=(*PLANS, "both"), default="both")
     parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--head", default="auto", help="how embedding and head are spread over the stages")
-    parser.add_argument("--remat", default="full", help="what a stage keeps of a microbatch")
+    parser.add_argument("--head", default="vocab", help="how embedding and head are spread over the stages")
+    parser.add_argument("--remat", default="stage/full", help="what a stage keeps of a microbatch")
     parser.add_argument("--hlo", type=Path, help="a folder for the compiled programs")
     given = parser.parse_args()
     devices = topologies.get_topology_desc(
@@ -86,7 +96,7 @@ def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, rem
         head_dim=128,
         mlp_dim=28672,
         vocab_size=128256,
-        query_chunk=512,
+        query_chunk=256,
     )
     shape = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
     batch, optimizer = {"tokens": shape, "targets": shape}, optax.adamw(3e-4)

@@ -60,12 +60,16 @@ class BlockVjp:
 
     A residual that is an input which the backward is given again (a parameter, the context, a key) is not stored.
     `forward` must be traced before `backward`.
+
+    Attributes:
+      stores_x: of each stored array, whether it is an array of x; known once `forward` has been traced.
     """
 
     def __init__(self, run: Run, remat: str, *, context: bool) -> None:
         self._run, self._remat, self._context = run, remat, context
         self._recipe: tuple[Any, tuple[tuple[bool, int], ...]] | None = None
         self._cotangent: tuple[Any, Any] | None = None  # dtypes of the auxiliary loss
+        self.stores_x: tuple[bool, ...] = ()
 
     def forward(self, layer: Any, x: Any, c: Any, extra: Any) -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
         """The block's output, and the arrays its backward needs beside layer, c and extra."""
@@ -92,6 +96,8 @@ class BlockVjp:
                 stored.setdefault(id(leaf), leaf)
                 places.append((True, list(stored).index(id(leaf))))
         self._recipe = treedef, tuple(places)
+        entered = {id(leaf) for leaf in jax.tree.leaves(x)}
+        self.stores_x = tuple(name in entered for name in stored)
         return y, tuple(stored.values())
 
     def backward(self, stored: tuple[jax.Array, ...], layer: Any, c: Any, extra: Any, dy: Any) -> tuple[Any, Any, Any]:

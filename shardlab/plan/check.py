@@ -348,21 +348,21 @@ def traced_in(dtype: str) -> Iterator[None]:
         ) from error
 
 
-def activation_faults(activation: PartitionSpec | None, model: Model, mesh: MeshSpec) -> list[Fault]:
-    """What is wrong with the spec of what flows between blocks, whatever flows."""
-    if activation is None:
+def activation_faults(option: str, spec: PartitionSpec | None, model: Model, mesh: MeshSpec) -> list[Fault]:
+    """What is wrong with a spec of what flows between blocks, whatever flows; `option` is what declares it."""
+    if spec is None:
         return []
-    name = f"activation={activation}"
+    name = f"{option}={spec}"
     if model.parts is None:
         return [
             Fault(
                 name,
                 "the model's parts are not named, so that nothing flows between blocks",
-                "pass pipeline=Pipeline(before=..., blocks=..., after=...), or leave activation out",
+                "pass pipeline=Pipeline(before=..., blocks=..., after=...), or leave it out",
             )
         ]
     faults = []
-    for axis in sorted(axes_in(activation)):
+    for axis in sorted(axes_in(spec)):
         if axis not in mesh.sizes:
             hint = suggestion(axis, mesh.names)
             there = ", ".join(mesh.names)
@@ -372,20 +372,20 @@ def activation_faults(activation: PartitionSpec | None, model: Model, mesh: Mesh
     return faults
 
 
-def flow_faults(activation: PartitionSpec, x: Any, mesh: MeshSpec) -> list[Fault]:
+def flow_faults(option: str, spec: PartitionSpec, x: Any, mesh: MeshSpec) -> list[Fault]:
     """Where the spec, whose axes are right, does not fit what flows between blocks.
 
     Args:
       x: shapes of a microbatch on one shard.
     """
-    name, faults = f"activation={activation}", []
+    name, faults = f"{option}={spec}", []
     for keys, leaf in jax.tree_util.tree_flatten_with_path(x)[0]:
         path = f"x {path_of(keys)}".rstrip()
-        if len(activation) > leaf.ndim:
-            problem = f"has {len(activation)} entries, and {path} {leaf.ndim} dims, {list(leaf.shape)}"
+        if len(spec) > leaf.ndim:
+            problem = f"has {len(spec)} entries, and {path} {leaf.ndim} dims, {list(leaf.shape)}"
             faults.append(Fault(name, problem, "give one entry for each dim, or fewer"))
             continue
-        for dim, entry in enumerate(activation):
+        for dim, entry in enumerate(spec):
             axes = [axis for axis in axes_of(entry) if axis not in mesh.batch]
             size = math.prod(mesh.sizes[axis] for axis in axes)
             if leaf.shape[dim] % size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ from shardlab.plan.check import (
     traced_in,
 )
 from shardlab.plan.layout import (
+    axes_in,
     engine_kinds,
     optimizer_shapes,
     optimizer_specs,
@@ -86,6 +88,7 @@ def make_plan(
     sends: str = "auto",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
+    saved_activation: PartitionSpec | None = None,
 ) -> Plan:
     """Where every array lives and what the step will do; no device is needed.
 
@@ -132,6 +135,10 @@ def make_plan(
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
         ``"automatic"``: XLA places every reduction, which models that compute across examples need.
       activation: spec of what flows between blocks, for sequence parallelism: ``P("data", "tensor", None)``.
+      saved_activation: spec of the same where it is kept for the backward, as a stage's or a block's input: blocks
+        compute with x as it flows, and it is spread over an axis inside a stage when it is put away and gathered when
+        it is needed again (Megatron-LM's distributed saved activations, DeepSpeed's partitioned ones). None: as it
+        flows.
 
     Raises:
       DeclarationError: with every fault of the declaration.
@@ -193,7 +200,8 @@ def make_plan(
         parameters = _parameters(model, resolution.placements, mesh, zero, dtype, head)
         faults += sharding_faults([one for one in parameters if one.path in inside], mesh, zero, gather, accumulate)
         faults += padding_faults(optimizer, model, parameters)
-    wrong_axes = activation_faults(activation, model, mesh)
+    flows = {"activation": activation, "saved_activation": saved_activation}
+    wrong_axes = [fault for option, spec in flows.items() for fault in activation_faults(option, spec, model, mesh)]
     faults += wrong_axes
     stages = stages or None if isinstance(stages, str) else stages
     if devices == 1:
@@ -201,6 +209,10 @@ def make_plan(
         stages = None
     entering: Microbatch | None = None
     kept: dict[tuple[int, str], int] = {}
+    saved = activation if saved_activation is None else saved_activation
+    x_parts = 1
+    if saved is not None and not wrong_axes:
+        x_parts = math.prod(sizes[axis] for axis in axes_in(saved) - {*mesh.batch})
     if model.parts is not None and not (untrained or choices or examples):
         rows = leaves[0][1].shape[0] // (mesh.batch_size_divisor if manual else 1) // microbatches
         entering = Microbatch(model, shapes, mesh, rows, dtype)
@@ -212,9 +224,10 @@ def make_plan(
             if devices > 1:
                 head = _head(head, entering, devices, notes, faults)
             for kind, policy in itertools.product(range(len(model.parts.blocks)), policies_of_blocks(remat)):
-                kept[kind, policy] = entering.kept_bytes(kind, policy)
-            if activation is not None and not wrong_axes:
-                faults += flow_faults(activation, entering.x, mesh)
+                kept[kind, policy] = entering.kept_bytes(kind, policy, x_parts)
+            for option, spec in flows.items():
+                if spec is not None and not wrong_axes:
+                    faults += flow_faults(option, spec, entering.x, mesh)
     raise_faults(faults)
 
     if devices == 1:
@@ -243,7 +256,8 @@ def make_plan(
             activation_bytes += room * kept[of, policy]
             cut_bytes += room * entering.cut_bytes(of, policy) if split else 0
         if policy_within_stage(remat):
-            activation_bytes, recomputed_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))), activation_bytes
+            recomputed_bytes = activation_bytes
+            activation_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))) // x_parts
     notes += storage_notes(parameters, inside, mesh, zero, head)
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
     if widened and dtype != "float64":
@@ -281,6 +295,7 @@ def make_plan(
         accumulate=accumulate,
         sends="delayed" if delayed else "direct",
         activation_spec=activation,
+        saved_activation_spec=saved_activation,
         notes=tuple(notes),
     )
 

@@ -82,15 +82,17 @@ class Microbatch:
         share = self.rows // stages
         return shared_by_example(self._entering(share), self.x, share, self.rows)
 
-    def kept_bytes(self, kind: int, remat: str) -> int:
-        """What a block of the model's `kind` keeps for its backward.
+    def kept_bytes(self, kind: int, remat: str, x_parts: int = 1) -> int:
+        """What a block of the model's `kind` keeps for its backward, of x one of `x_parts` parts.
 
         Raises:
           DeclarationError: it changes the structure or the shapes of x.
         """
         with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
             block = BlockVjp(self._block(kind), remat, context=self._context_is_trained)
-            return residual_bytes(residual_shapes(block, self._layer(kind), self.x, self.c, self.key))
+            kept = residual_shapes(block, self._layer(kind), self.x, self.c, self.key)
+        of_x = tuple(leaf for leaf, is_x in zip(kept, block.stores_x, strict=True) if is_x)
+        return residual_bytes(kept) - residual_bytes(of_x) + residual_bytes(of_x) // x_parts
 
     def cut_bytes(self, kind: int, remat: str) -> int:
         """What a block of the model's `kind` keeps from I to W, beside that, where its backward is split."""

@@ -158,6 +158,7 @@ class Plan:
       sends: when what a tick makes for another stage is sent: ``"direct"``, at its end, or ``"delayed"``, during the
         next tick, beside what that computes.
       activation_spec: the spec of what flows between blocks, or None.
+      saved_activation_spec: the spec of the same where it is kept for the backward; None: as it flows.
       notes: what was decided and not declared.
     """
 
@@ -188,6 +189,7 @@ class Plan:
     accumulate: str
     sends: str
     activation_spec: PartitionSpec | None
+    saved_activation_spec: PartitionSpec | None
     notes: tuple[str, ...]
 
     @property

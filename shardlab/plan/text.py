@@ -93,6 +93,9 @@ def describe(plan: Plan) -> str:
         f"ZeRO {plan.zero}; remat {plan.remat if isinstance(plan.remat, str) else ' | '.join(plan.remat)}",
         f"batch of {plan.batch_size}, {microbatches} of {plan.microbatch_rows} a shard",
     ]
+    flows = {"x between blocks": plan.activation_spec, "kept for the backward": plan.saved_activation_spec}
+    if any(flows.values()):
+        lines.append(", ".join(f"{what} {spec_text(spec)}" for what, spec in flows.items() if spec is not None))
     if plan.num_stages > 1:
         each = f", {plan.virtual} on each device" if plan.virtual > 1 else ""
         alike = len(set(plan.layers)) == 1

@@ -115,6 +115,7 @@ class Config:
       pipeline: names of the model's parts; None takes it whole.
       specs: specs by path, before the rules.
       activation: spec of what flows between blocks.
+      saved_activation: spec of the same where it is kept for the backward; None: as it flows.
       batch_size: global examples a step.
       microbatches: microbatches a step; with one stage, gradient accumulation.
       schedule: pipeline schedule, or a CSV file with a table of your own; shardlab schedule --compare lists them.
@@ -151,6 +152,7 @@ class Config:
     pipeline: Pipeline | None = None
     specs: Mapping[str, PartitionSpec] | None = None
     activation: PartitionSpec | None = None
+    saved_activation: PartitionSpec | None = None
     batch_size: int = 8
     microbatches: int = 1
     schedule: str = "1f1b"
@@ -182,18 +184,21 @@ class Config:
             for name, low in least.items()
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low
         ]
-        faults += self._type_faults() + spec_faults("activation", self.activation)
+        flows = ("activation", "saved_activation")
+        faults += self._type_faults() + [fault for name in flows for fault in spec_faults(name, getattr(self, name))]
         raise_faults(faults)
         object.__setattr__(self, "rules", read_rules(self.rules))
-        if self.activation is not None:
-            object.__setattr__(self, "activation", PartitionSpec(*self.activation))
+        for name in flows:
+            if (spec := getattr(self, name)) is None:
+                continue
+            object.__setattr__(self, name, PartitionSpec(*spec))
             raise_faults(
                 Fault(
-                    "activation",
+                    name,
                     f"axis {axis!r} is not in the mesh ({', '.join(self.mesh.names)})",
                     f"{suggestion(axis, self.mesh.names)}name a mesh axis, or None",
                 )
-                for axes in self.activation
+                for axes in spec
                 for axis in axes_of(axes)
                 if axis not in self.mesh.names
             )
@@ -270,6 +275,7 @@ class Config:
             sends=self.sends,
             batch_axes=self.batch_axes,
             activation=self.activation,
+            saved_activation=self.saved_activation,
         )
 
 

@@ -66,6 +66,8 @@ class Calls:
         # Not left to XLA: it would carry x as the embedding left it, split over its features, and gather it in every
         # layer that normalises.
         self.flow_spec = region.automatic_part(plan.activation_spec or PartitionSpec())
+        saved = plan.saved_activation_spec
+        self.saved_spec = self.flow_spec if saved is None else region.automatic_part(saved)
         self.shared = region.stage is not None and (plan.head == "examples" or self._may_share())
         self._auxiliary = self._with_auxiliary()
         if self._vocabulary:
@@ -86,7 +88,7 @@ class Calls:
 
     def before(self, values: Any, batch: Any, key: Any, rows: int) -> Any:
         """x of the examples of `batch`."""
-        return self._constrain(self._call("before", (values, batch), key, BEFORE, rows))
+        return self.as_flow(self._call("before", (values, batch), key, BEFORE, rows))
 
     def context(self, values: Any, batch: Any, key: Any, rows: int) -> Any:
         """c of the examples of `batch`; None where the model has no context."""
@@ -101,9 +103,8 @@ class Calls:
         """
         frozen, index, data, first = extra
         key = None if data is None else (data, first)
-        args = {**layer, **frozen}, self._constrain(x), c
-        x, auxiliary = self._call(self._block_names[kind], args, key, 1 + index, rows)
-        return self._constrain(x), auxiliary
+        x, auxiliary = self._call(self._block_names[kind], ({**layer, **frozen}, x, c), key, 1 + index, rows)
+        return self.as_flow(x), auxiliary
 
     def after(self, values: Any, x: Any, batch: Any, key: Any, rows: int) -> Any:
         """y of the examples of `batch`."""
@@ -194,7 +195,8 @@ class Calls:
         y = jax.eval_shape(functions["after"], *after)
         return {"before": outer, "context": outer, **blocks, "after": after, "loss": (y, examples)}
 
-    def _constrain(self, x: Any) -> Any:
+    def as_flow(self, x: Any) -> Any:
+        """x laid out as it flows between blocks."""
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self.flow_spec), x)
 
     def _check(self, rows: int) -> None:

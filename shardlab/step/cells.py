@@ -163,6 +163,11 @@ class Cells:
             state, _ = jax.lax.scan(body, state, (places, stored, blocks, used), reverse=back)
         return state
 
+    def as_flow(self, kind: int, stored: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """A block's residuals, x among them laid out as it flows and no longer as it was kept."""
+        pairs = zip(stored, self.vjps[kind].stores_x, strict=True)
+        return tuple(self.calls.as_flow(leaf) if is_x else leaf for leaf, is_x in pairs)
+
     def where_used(self, slot: Slot, do: Callable[[], Any]) -> Any:
         """What `do` gives; in a slot without a block zeros or garbage of these shapes."""
         if slot.always or not self.skips:
@@ -193,21 +198,17 @@ class Cells:
         table, zero = self.program, jnp.int32(0)
         self.x = jax.eval_shape(lambda: self._before(self.rest, zero, share=False))
 
-        def laid(value: jax.Array, spec: PartitionSpec) -> jax.Array:
-            # What a scan carries keeps the layout it starts with.
-            return jax.lax.with_sharding_constraint(value, spec)
-
-        flow = PartitionSpec(None, *self.calls.flow_spec)
+        # What a scan carries keeps the layout it starts with.
+        laid = jax.lax.with_sharding_constraint
         carry: dict[str, Any] = {
-            "mail": jax.tree.map(lambda leaf: laid(self._empty(leaf, table.num_mail_slots), flow), self.x),
+            "mail": self._empty_x(self.calls.flow_spec, table.num_mail_slots),
             "sum": jnp.zeros((), self.wide),
             "weight": jnp.zeros((), self.wide),
             "auxiliary": (jnp.zeros((), self.wide), jnp.zeros((), self.wide)),
             "residuals": (),
         }
         if table.delayed:
-            one = PartitionSpec(*self.calls.flow_spec)
-            carry["outbox"] = jax.tree.map(lambda leaf: laid(self._empty(leaf), one), self.x)
+            carry["outbox"] = self._empty_x(self.calls.flow_spec)
         if self.key_data is None:
             return carry
 
@@ -225,16 +226,17 @@ class Cells:
                 split = Split(functools.partial(self._block_backward, kind), (kept, layer, c, extra), self.x)
                 self.splits.append(split)
                 cut = jax.eval_shape(lambda *args, split=split: split.first(*args)[1], (kept, layer, c, extra), self.x)
-                # What was computed again for I is kept for W.
-                cuts.append((cut, kept if self.recomputes else ()))
+                cuts.append(cut)
             pieces.append(jax.eval_shape(functools.partial(self.accumulated, kind), layer))
         whole = {name: self.rest[name] for name in self.pieces}
         rest_pieces = jax.eval_shape(lambda: self.reduced_now(whole, jnp.bool_(True)))
-        if self.recomputes:
-            entered = jax.tree.map(lambda leaf: laid(self._empty(leaf, table.num_residual_slots), flow), self.x)
+        # What is computed again for I is kept for W.
+        again = self._residuals(table.num_cut_slots) if self.recomputes else [()] * len(cuts)
         return carry | {
-            "residuals": entered if self.recomputes else self._of_blocks(self.residuals, table.num_residual_slots),
-            "cuts": self._of_blocks(cuts, table.num_cut_slots),
+            "residuals": self._empty_x(self.calls.saved_spec, table.num_residual_slots)
+            if self.recomputes
+            else self._residuals(table.num_residual_slots),
+            "cuts": [(self._of_blocks(kind, cut, table.num_cut_slots), again[kind]) for kind, cut in enumerate(cuts)],
             "layer": [
                 {
                     inner: laid(self._accumulator(piece, self.virtual * self.arrays.room(kind)), specs[inner])
@@ -249,13 +251,27 @@ class Cells:
             },
         }
 
-    def _of_blocks(self, leaves: list[Any], slots: int) -> list[Any]:
-        """By kind, buffers for what is kept of every block in a slot."""
+    def _residuals(self, slots: int) -> list[tuple[jax.Array, ...]]:
+        """By kind, buffers for the residuals of every block in a slot."""
 
-        def of(kind: int, mine: Any) -> Any:
-            return jax.tree.map(lambda leaf: self._empty(leaf, slots, self.arrays.room(kind)), mine)
+        def of(kind: int, leaf: Any, is_x: bool) -> jax.Array:
+            held = self._of_blocks(kind, leaf, slots)
+            spec = PartitionSpec(None, None, *self.calls.saved_spec)
+            return jax.lax.with_sharding_constraint(held, spec) if is_x else held
 
-        return [of(kind, mine) for kind, mine in enumerate(leaves)]
+        return [
+            tuple(of(kind, leaf, is_x) for leaf, is_x in zip(mine, self.vjps[kind].stores_x, strict=True))
+            for kind, mine in enumerate(self.residuals)
+        ]
+
+    def _of_blocks(self, kind: int, leaves: Any, slots: int) -> Any:
+        """Buffers for what every block of a kind keeps in a slot."""
+        return jax.tree.map(lambda leaf: self._empty(leaf, slots, self.arrays.room(kind)), leaves)
+
+    def _empty_x(self, spec: PartitionSpec, *slots: int) -> Any:
+        """A buffer for x, laid out as `spec`."""
+        spec = PartitionSpec(*(None for _ in slots), *spec)
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(self._empty(leaf, *slots), spec), self.x)
 
     def _accumulator(self, value: Any, *leading: int) -> jax.Array:
         return jnp.zeros((*leading, *value.shape), self._wide_of(value))
@@ -271,7 +287,7 @@ class Cells:
         """What the stage before waits for, then the gradients of the weights."""
         stored, layer, c, extra = kept
         dlayer, dx, dc = self.vjps[kind].backward(stored, layer, c, extra, dy)
-        return (dx, dc), dlayer
+        return (self.calls.as_flow(dx), dc), dlayer
 
     # When a microbatch is due.
 
@@ -335,10 +351,10 @@ class Cells:
 
             def do() -> tuple[tuple[Any, Any], tuple[jax.Array, ...]]:
                 layer, frozen = self.layer_of(kind, at.stored)
-                extra = frozen, at.block, *(key or (None, None))
+                entering, extra = self.calls.as_flow(x), (frozen, at.block, *(key or (None, None)))
                 if not held:
-                    return self._block_of(kind)(layer, x, c, extra), ()
-                return self.vjps[kind].forward(layer, x, c, extra)
+                    return self._block_of(kind)(layer, entering, c, extra), ()
+                return self.vjps[kind].forward(layer, entering, c, extra)
 
             (y, pair), stored = self.where_used(at, do)
             if pair is not None:
@@ -366,8 +382,8 @@ class Cells:
         dc = [jnp.zeros_like(leaf) for leaf in differentiable(c)] if self.has_context_gradient else None
         residuals = carry["residuals"]
         if self.recomputes:
-            x, slot = take(residuals, slot), jnp.int32(0)
-            once = self._of_blocks(self.residuals, 1)
+            x, slot = self.calls.as_flow(take(residuals, slot)), jnp.int32(0)
+            once = self._residuals(1)
             _, residuals, _ = self.stage(x, c, key, row["b_virtual"], once, slot, valid, carry["auxiliary"])
 
         def block(kind: int, state: Any, at: Slot) -> Any:
@@ -377,7 +393,7 @@ class Cells:
 
             def do() -> tuple[Any, Any]:
                 layer, frozen = self.layer_of(kind, at.stored)
-                kept = stored, layer, c, (frozen, at.block, *key)
+                kept = self.as_flow(kind, stored), layer, c, (frozen, at.block, *key)
                 if split:
                     return self.splits[kind].first(kept, dy)
                 back, dlayer = self._block_backward(kind, kept, dy)
@@ -423,8 +439,8 @@ class Cells:
 
             def do() -> Arrays:
                 layer, frozen = self.layer_of(kind, at.stored)
-                dlayer = self.splits[kind].second((stored, layer, c, (frozen, at.block, *key)), cut)
-                return self.accumulated(kind, dlayer)
+                kept = self.as_flow(kind, stored), layer, c, (frozen, at.block, *key)
+                return self.accumulated(kind, self.splits[kind].second(kept, cut))
 
             new = self.where_used(at, do)
             added = {name: add(held, new[name], at.stored, keep) for name, held in total[kind].items()}
@@ -518,7 +534,9 @@ class Cells:
     def add(self, total: Arrays, new: Arrays, keep: jax.Array) -> Arrays:
         """Gradients outside blocks, with `new` ones where `keep`; those in pieces are summed over the devices first."""
         pieces = {name: value for name, value in new.items() if name in self.pieces}
-        mine = {name: total[name] + value for name, value in self.reduced_now(pieces, keep).items()}
+        # Behind a barrier, or XLA:TPU adds up whole gradients in the loop and reduces their sum after it.
+        reduced = jax.lax.optimization_barrier(self.reduced_now(pieces, keep))
+        mine = {name: total[name] + value for name, value in reduced.items()}
         whole = {name: value for name, value in new.items() if name not in mine}
         return {
             **total,

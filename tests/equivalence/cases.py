@@ -19,7 +19,11 @@ from shardlab.mesh.spec import MeshSpec
 from shardlab.models import decoder, linen_decoder, mixer, mlp
 from shardlab.module.functions import Functions
 from shardlab.module.pipeline import Pipeline
+from shardlab.plan.make import make_plan
+from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import Rule, Rules
+from shardlab.step.compile import CompiledStep, compile_train_step
+from shardlab.step.verify import STEADY
 from tests.equivalence import kinds
 
 AXES = ("replica", "data", "stage", "tensor")
@@ -315,6 +319,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     # into steps of 1e-8.
     "adamw-eps": lambda: optax.adamw(1e-2, eps=1e-5),
     "sgd": lambda: optax.sgd(0.1),
+    # For many layers and few examples: gradients of 1e-12 beside others of 1, whose rounding Adam's first step would
+    # make visible, and losses of 1e-6 after a few of its steps.
+    "steady": lambda: STEADY,
     "lion": lambda: optax.lion(1e-3),
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
     "muon": lambda: optax.contrib.muon(1e-2),
@@ -533,6 +540,38 @@ CASES: dict[str, Case] = {
     "remat-by-stage": case("decoder-10-layers", stage=4, microbatches=4, remat="full | dots_saveable | none | none"),
     "remat-full": case("decoder", stage=2, data=2, microbatches=2, remat="full"),
     "remat-dots": case("linen", stage=2, tensor=2, microbatches=2, remat="dots_saveable"),
+    # x kept in parts over tensor: of every block that keeps it, of stages, from I to W, beside x that flows in parts.
+    "saved-activation-by-stage": case(
+        "decoder",
+        stage=2,
+        data=2,
+        tensor=2,
+        microbatches=4,
+        remat="full | none",
+        saved_activation=P("data", "tensor"),
+    ),
+    "saved-activation-zb-v": case(
+        "decoder",
+        stage=2,
+        tensor=2,
+        microbatches=4,
+        schedule="zb_v",
+        remat="stage/full",
+        saved_activation=P("data", None, "tensor"),
+    ),
+    "saved-activation-sequence-parallel": case(
+        "linen",
+        stage=2,
+        data=2,
+        tensor=2,
+        microbatches=2,
+        remat="stage",
+        activation=P("data", "tensor"),
+        saved_activation=P("data", None, "tensor"),
+    ),
+    "saved-activation-skips": case(
+        "mlp-unet", stage=2, data=2, tensor=2, microbatches=2, remat="full", saved_activation=P("data", "tensor")
+    ),
     "remat-whole": case("decoder-whole", data=2, remat="full"),
     "remat-dropout": case("decoder-dropout", stage=2, data=2, microbatches=2, remat="full"),
     # Several of these at once.
@@ -680,3 +719,24 @@ def subject_of(this: Case) -> Subject:
     if this.replicate:
         subject = Subject(subject.model, subject.loss, replicated(subject.rules), subject.pipeline, subject.batch)
     return subject
+
+
+def planned(this: Case) -> Plan:
+    """Its plan, in float32 unless it says otherwise."""
+    found = subject_of(this)
+    return make_plan(
+        found.model,
+        mesh=this.spec,
+        rules=found.rules,
+        optimizer=OPTIMIZERS[this.optimizer](),
+        batch=found.batch(this.batch_size),
+        pipeline=found.pipeline,
+        **this.options,
+    )
+
+
+def compiled(this: Case) -> CompiledStep:
+    """Its train step."""
+    found = subject_of(this)
+    optimizer, batch = OPTIMIZERS[this.optimizer](), found.batch(this.batch_size)
+    return compile_train_step(found.model, found.loss, optimizer, planned(this), batch)

@@ -28,6 +28,7 @@ def drawn(seed: int, most: int) -> Case:
     rows = stages if head == "examples" else rng.randint(1, 2)
     return case(
         rng.choice([name for name, layers in LAYERS.items() if layers >= table.num_stages]),
+        optimizer="steady",
         data=data,
         stage=stages,
         tensor=tensor,

@@ -228,6 +228,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"activation": P("data", "tensor"), "mesh": {"data": 1, "tensor": 3}, "rules": mlp.mlp_rules(None)},
         f"activation={P('data', 'tensor')}: dim 1 of x has size 16, not divisible by tensor=3; shard another dim",
     ),
+    "saved activation that does not divide": (
+        {"saved_activation": P("data", "tensor"), "mesh": {"data": 1, "tensor": 3}, "rules": mlp.mlp_rules(None)},
+        f"saved_activation={P('data', 'tensor')}: dim 1 of x has size 16, not divisible by tensor=3; shard another dim",
+    ),
+    "saved activation that names the stage axis": (
+        {"saved_activation": P("data", "stage")},
+        f"saved_activation={P('data', 'stage')}: 'stage' is the stage axis, and x is on one stage at a time; leave it "
+        "out",
+    ),
     "activation without parts": (
         {
             "activation": P("data"),
@@ -236,7 +245,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "rules": Rules((("**", None),)),
         },
         f"activation={P('data')}: the model's parts are not named, so that nothing flows between blocks; pass "
-        "pipeline=Pipeline(before=..., blocks=..., after=...), or leave activation out",
+        "pipeline=Pipeline(before=..., blocks=..., after=...), or leave it out",
     ),
     "a block that changes x's shape": (
         {

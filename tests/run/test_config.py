@@ -158,6 +158,10 @@ def test_an_optax_optimizer_pairs_for_rules_and_a_tuple_for_a_spec_are_taken_as_
     assert plan.activation_spec == P("data")
     assert {parameter.source for parameter in plan.parameters} == {'rule 1, "**/kernel"', 'rule 2, "**"'}
     assert dataclasses.replace(config, steps=5).rules == config.rules
+    saved = tiny.tiny("data=2,tensor=2", saved_activation=("data", "tensor"))
+    assert saved.saved_activation == saved.plan().saved_activation_spec == P("data", "tensor")
+    with pytest.raises(DeclarationError, match="saved_activation: axis 'tensr' is not in the mesh"):
+        tiny.tiny("data=2,tensor=2", saved_activation=("data", "tensr"))
     assert tiny.tiny(optimizer=lambda: made).make_optimizer() is made
     with pytest.raises(DeclarationError, match="no rule matches it"):
         tiny.tiny(rules=[]).plan()

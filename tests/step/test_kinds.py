@@ -11,32 +11,11 @@ import pytest
 
 from shardlab.hlo.loops import is_branch
 from shardlab.hlo.parse import parse
-from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Plan
-from shardlab.step.compile import CompiledStep, compile_train_step
 from shardlab.step.forward import compile_forward
-from tests.equivalence.cases import OPTIMIZERS, Case, case, subject_of
+from tests.equivalence.cases import Case, case, compiled, planned, subject_of
 
 THEN: dict[str, Any] = {"stage": 2, "microbatches": 2}
-
-
-def planned(this: Case) -> Plan:
-    found = subject_of(this)
-    return make_plan(
-        found.model,
-        mesh=this.spec,
-        rules=found.rules,
-        optimizer=OPTIMIZERS[this.optimizer](),
-        batch=found.batch(this.batch_size),
-        pipeline=found.pipeline,
-        **this.options,
-    )
-
-
-def compiled(this: Case) -> CompiledStep:
-    found = subject_of(this)
-    optimizer, batch = OPTIMIZERS[this.optimizer](), found.batch(this.batch_size)
-    return compile_train_step(found.model, found.loss, optimizer, planned(this), batch)
 
 
 def branches(step: Any) -> int:
