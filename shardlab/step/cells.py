@@ -534,9 +534,7 @@ class Cells:
     def add(self, total: Arrays, new: Arrays, keep: jax.Array) -> Arrays:
         """Gradients outside blocks, with `new` ones where `keep`; those in pieces are summed over the devices first."""
         pieces = {name: value for name, value in new.items() if name in self.pieces}
-        # Behind a barrier, or XLA:TPU adds up whole gradients in the loop and reduces their sum after it.
-        reduced = jax.lax.optimization_barrier(self.reduced_now(pieces, keep))
-        mine = {name: total[name] + value for name, value in reduced.items()}
+        mine = {name: total[name] + value for name, value in self.reduced_now(pieces, keep).items()}
         whole = {name: value for name, value in new.items() if name not in mine}
         return {
             **total,
@@ -553,7 +551,8 @@ class Cells:
             return {}
         kept = {name: jnp.where(keep, value, 0).astype(self._wide_of(value)) for name, value in new.items()}
         axes = {name: self.summed_over(name) for name in kept}
-        return self.region.reduced(kept, axes, self.specs, self.state_specs)
+        # Behind a barrier, or XLA:TPU adds up whole gradients in the loop and reduces their sum after it.
+        return jax.lax.optimization_barrier(self.region.reduced(kept, axes, self.specs, self.state_specs))
 
     def summed_over(self, name: str) -> tuple[str, ...]:
         """The axes to sum a gradient outside blocks over; of a vocabulary each stage has a part to itself."""
