@@ -56,7 +56,15 @@ from shardlab.plan.layout import (
     storage_of,
 )
 from shardlab.plan.microbatch import Microbatch
-from shardlab.plan.notes import PER_LAYER, ignored_notes, kind_notes, stage_notes, storage_notes, update_notes
+from shardlab.plan.notes import (
+    PER_LAYER,
+    ignored_notes,
+    kind_notes,
+    saved_notes,
+    stage_notes,
+    storage_notes,
+    update_notes,
+)
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
 from shardlab.plan.vocabulary import vocabulary_faults
@@ -225,6 +233,10 @@ def make_plan(
                 head = _head(head, entering, devices, notes, faults)
             for kind, policy in itertools.product(range(len(model.parts.blocks)), policies_of_blocks(remat)):
                 kept[kind, policy] = entering.kept_bytes(kind, policy, x_parts)
+            if saved_activation is not None:
+                of_stage = policy_within_stage(remat) is not None
+                in_parts = x_parts > 1 and (of_stage or kept != {of: entering.kept_bytes(*of) for of in kept})
+                notes += saved_notes(saved_activation, in_parts=in_parts)
             for option, spec in flows.items():
                 if spec is not None and not wrong_axes:
                     faults += flow_faults(option, spec, entering.x, mesh)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from jax.sharding import PartitionSpec
+
 from shardlab.mesh.spec import MeshSpec
 from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import Schedule
 from shardlab.pipeline.stages import LayerCosts, Stages
 from shardlab.plan.layout import axes_in
 from shardlab.plan.plan import Parameter
+from shardlab.sharding.rules import spec_text
 
 
 def storage_notes(
@@ -28,6 +31,16 @@ def storage_notes(
                 "once a step; head='vocab' computes with the parts"
             )
     return notes
+
+
+def saved_notes(spec: PartitionSpec, *, in_parts: bool) -> list[str]:
+    """Of `saved_activation`, where no block keeps anything that it speaks of in parts."""
+    if in_parts:
+        return []
+    return [
+        f"saved_activation={spec_text(spec)} saves nothing: no block keeps x as it enters, or the spec names batch "
+        "axes alone; remat='full' keeps it, remat='stage' a stage's"
+    ]
 
 
 def ignored_notes(schedule: str | Schedule, sends: str, stages: Stages) -> list[str]:

@@ -59,6 +59,21 @@ def test_a_plan_says_so_and_is_read_again() -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_a_plan_says_where_it_saves_nothing() -> None:
+    def notes(subject: str, **given: Any) -> list[str]:
+        return [note for note in planned(case(subject, **{**IN_PARTS, **given})).notes if "saves nothing" in note]
+
+    assert notes("decoder", remat="none") == [
+        "saved_activation=P('data', 'tensor') saves nothing: no block keeps x as it enters, or the spec names batch "
+        "axes alone; remat='full' keeps it, remat='stage' a stage's"
+    ]
+    assert len(notes("decoder", remat="full", saved_activation=P("data"))) == 1
+    assert len(notes("decoder", remat="stage", saved_activation=P("data"))) == 1
+    assert not notes("decoder", remat="full")
+    assert not notes("decoder", remat="stage")
+    assert not notes("pure", remat="none")
+
+
 def test_x_is_gathered_once_a_block_and_backward() -> None:
     """And the blocks compute as they would: 2 blocks and 5 backwards make 10 more gathers over tensor, and no sum."""
 
