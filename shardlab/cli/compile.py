@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -60,7 +61,10 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     start(config, restart=restart)
     quiet_compiler()
     from shardlab.mesh.offline import compile_devices, compile_options
+    from shardlab.module.model import read_model
     from shardlab.report.audit import audit_refused, audit_step
+    from shardlab.report.estimate import model_flops
+    from shardlab.run.remedies import remedies
     from shardlab.step.compile import compile_train_step
     from shardlab.step.out_of_memory import OutOfMemory
 

@@ -257,7 +257,7 @@ def _row(beside: Overlap, why: Cause, *, timed: bool) -> dict[str, Any]:
         "async": beside.asynchronous,
         "cause": why.what,
         "path": why.path,
-        "source": one.source or why.source,
+        "source": why.source,
         "loop": one.loop,
         "in_loop": one.loop is not None,
         "exact": one.exact,
