@@ -88,7 +88,7 @@ def kept_whole(rules: Rules, pairs: Any) -> Rules:
     """The rules, those with the patterns no longer naming the axes beside them.
 
     >>> kept_whole(Rules((("head/kernel", PartitionSpec(None, "tensor")),)), [("head/kernel", "tensor")]).rules[0].spec
-    PartitionSpec(None, None)
+    P(None, None)
     """
     dropped: dict[str, tuple[str, ...]] = {}
     for pattern, axis in pairs:
