@@ -118,11 +118,13 @@ class Total:
     in_branch: bool = False
 
 
-def collectives(text: str, axes: Mapping[str, int], *, every_branch: bool = False) -> tuple[Collective, ...]:
+def collectives(
+    text: str | HloModule, axes: Mapping[str, int], *, every_branch: bool = False
+) -> tuple[Collective, ...]:
     """The collectives of a compiled step, in the order of the text.
 
     Args:
-      text: `compiled.as_text()`.
+      text: `compiled.as_text()`, or what `parse` made of it.
       axes: sizes of the mesh axes in mesh order; a partition's id is its row-major position in the mesh.
       every_branch: list also those in branches that are not the costliest, with count and bytes 0.
 
@@ -139,7 +141,7 @@ def collectives(text: str, axes: Mapping[str, int], *, every_branch: bool = Fals
     >>> [(c.kind, c.axes, c.count, c.payload_bytes, c.wire_bytes) for c in found]
     [('all-reduce', ('data',), 1, 24, 24)]
     """
-    module = parse(text)
+    module = parse(text) if isinstance(text, str) else text
     found = each_once(module, axes)
     step = visits(module, lambda name, i: _wire(found[name, i.name]) if (name, i.name) in found else 0.0)
     listed = []

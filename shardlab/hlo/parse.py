@@ -185,6 +185,9 @@ class HloModule:
     num_partitions: int | None
     replica_count: int
     tables: Mapping[str, Mapping[int, str]] = field(repr=False)
+    aliases: str = field(
+        default="", repr=False
+    )  # outputs that take an argument's place: `{0}: (1, {}, may-alias), ...`
 
     @cached_property
     def callers(self) -> Mapping[str, tuple[tuple[Computation, Instruction], ...]]:
@@ -196,6 +199,38 @@ class HloModule:
                     for callee in instruction.callees(attribute):
                         found.setdefault(callee, []).append((computation, instruction))
         return {name: tuple(callers) for name, callers in found.items()}
+
+    @cached_property
+    def donated(self) -> Mapping[tuple[int, ...], int]:
+        """Index of an output, number of the argument whose place it takes."""
+        return {
+            tuple(int(n) for n in out.split(",") if n.strip()): int(parameter)
+            for out, parameter in re.findall(r"\{([\d,\s]*)\}:\s*\((\d+),\s*\{[\d,\s]*\}", self.aliases)
+        }
+
+    @cached_property
+    def home(self) -> Mapping[str, Computation]:
+        """The computation each instruction stands in, by its name, which is given once in a module."""
+        return {name: computation for computation in self.computations.values() for name in computation.instructions}
+
+    def stack(self, instruction: Instruction) -> tuple[tuple[str, str], ...]:
+        """`file:line` and the function of each Python frame an instruction came from, innermost first.
+
+        Only where XLA prints a table of stack frames; a frame names its caller by number, one more than it is.
+        """
+        frame = re.search(r"\bstack_frame_id=(\d+)", instruction.attributes.get("metadata", ""))
+        number, found = int(frame[1]) if frame else 0, []
+        while number and (row := self.tables.get("StackFrames", {}).get(number)):
+            location = self._row("FileLocations", row, "file_location_id")
+            line = re.search(r"\bline=(\d+)", location)
+            file, function = (
+                self._row(table, location, key).strip('"')
+                for table, key in (("FileNames", "file_name_id"), ("FunctionNames", "function_name_id"))
+            )
+            found.append((f"{file}:{line[1]}" if line else file, function))
+            parent = re.search(r"\bparent_frame_id=(\d+)", row)
+            number = int(parent[1]) - 1 if parent else 0
+        return tuple(found)
 
     def source(self, instruction: Instruction) -> str:
         """`file:line` of the user's code an instruction came from, "" when XLA kept none.
@@ -235,7 +270,7 @@ def parse(text: str) -> HloModule:
     >>> root.opcode, root.operands, root.bytes, root.op_name
     ('add', ('x', 'x'), 16, 'jit(double)/add')
     """
-    name, num_partitions, replica_count, entry = "", None, 1, ""
+    name, num_partitions, replica_count, entry, aliases = "", None, 1, "", ""
     computations: dict[str, Computation] = {}
     tables: dict[str, dict[int, str]] = {}
     table: dict[int, str] | None = None
@@ -250,6 +285,7 @@ def parse(text: str) -> HloModule:
             replicas = re.search(r"\breplica_count=(\d+)", stripped)
             num_partitions = int(partitions[1]) if partitions else None
             replica_count = int(replicas[1]) if replicas else 1
+            aliases = _aliases(stripped)
         elif stripped in _TABLES:
             table = tables.setdefault(stripped, {})
         elif table is not None and stripped[0].isdigit():
@@ -263,7 +299,18 @@ def parse(text: str) -> HloModule:
             raise ValueError(f"not HLO text: {stripped[:80]!r}")
     if not entry:
         raise ValueError("no ENTRY computation: give the text of a compiled program, compiled.as_text()")
-    return HloModule(name, computations, entry, num_partitions, replica_count, tables)
+    return HloModule(name, computations, entry, num_partitions, replica_count, tables, aliases)
+
+
+def _aliases(header: str) -> str:
+    """What braces hold after `input_output_alias=` in the first line of a module."""
+    _, _, rest = header.partition("input_output_alias={")
+    depth = 1
+    for position, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:position]
+    return ""
 
 
 def _body(lines: Iterator[str]) -> Iterator[Instruction]:

@@ -3,6 +3,7 @@
 =====================  ==========================================================================
 ``cpu:8``              8 emulated CPU devices (`shardlab.emulate`)
 ``tpu:v5p:4x8x8``      a TPU slice by its generation and the shape of its torus, in chips
+``2*tpu:v5e:16x16``    two such slices, joined by the data-centre network (DCN)
 ``gpu:h200:8x8``       hosts x GPUs of a host
 ``local``              whatever JAX finds here; reading it starts JAX
 =====================  ==========================================================================
@@ -16,26 +17,10 @@ import re
 
 from shardlab.mesh.faults import Fault, nearest, raise_faults, suggestion
 
-# Dims of the torus. One JAX device is one chip on all of these (v4 and v5p join their two cores: "megacore").
-TPU_KINDS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-GPU_KINDS = (
-    *(
-        "v100",
-        "a100",
-        "a6000",
-        "l4",
-        "l40s",
-        "h100",
-        "h200",
-        "gh200",
-        "b100",
-        "b200",
-        "b300",
-        "gb200",
-        "gb300",
-    ),
-    *("mi200", "mi250", "mi300x", "mi325x", "mi355x"),
-)
+# Dims of the torus, in chips. A chip is one JAX device (v4 and v5p join their two cores: "megacore"), but on v7x two.
+TPU_KINDS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "v7x": 3}
+DEVICES_PER_CHIP = {"v7x": 2}
+GPU_KINDS = ("a100", "h100", "h200", "b200", "gb200", "a6000")  # Those of which `shardlab.mesh.chips` has a record.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +30,10 @@ class Target:
     Attributes:
       platform: ``"cpu"``, ``"tpu"``, ``"gpu"``; of a local target, what JAX found.
       kind: the chip, ``"v5p"``; ``""`` on CPU.
-      num_devices: how many JAX devices it has.
+      num_devices: how many JAX devices it has, of all slices.
       text: as declared.
-      shape: the torus in chips, or (hosts, GPUs of a host), or (devices,).
+      shape: the torus of a slice in chips, or (hosts, GPUs of a host), or (devices,).
+      slices: how many TPU slices, joined by DCN.
     """
 
     platform: str
@@ -55,6 +41,7 @@ class Target:
     num_devices: int
     text: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     def __str__(self) -> str:
         return self.text
@@ -64,12 +51,14 @@ def parse_target(text: str) -> Target:
     """The target that `text` names.
 
     Raises:
-      DeclarationError: the text is none of the four forms, or names a chip that is not known.
+      DeclarationError: the text is none of the forms, or names a chip that is not known.
 
     >>> parse_target("tpu:v5p:4x8x8").num_devices
     256
     >>> parse_target("gpu:h200:8x8").shape
     (8, 8)
+    >>> parse_target("2*tpu:v5e:16x16").num_devices
+    512
     """
     target, faults = read_target(text)
     raise_faults(faults)
@@ -83,12 +72,17 @@ def read_target(text: str) -> tuple[Target | None, list[Fault]]:
     forms = "write cpu:8, tpu:v5p:4x8x8, gpu:h200:8x8 or local"
     if not isinstance(text, str):
         return None, [Fault(where, "is not text", forms)]
-    platform, *rest = text.split(":")
+    many = re.fullmatch(r"([1-9]\d*)\*(tpu:.*)", text)
+    slices = int(many[1]) if many else 1
+    platform, *rest = (many[2] if many else text).split(":")
     if text == "local":
         import jax  # Only this form needs devices.
 
         return Target(jax.default_backend(), "", jax.device_count(), text, (jax.device_count(),)), []
     if platform not in ("cpu", "tpu", "gpu"):
+        if "*" in platform:
+            problem = f"{text.partition('*')[0]!r} slices of {text.partition('*')[2]!r} are not known"
+            return None, [Fault(where, problem, "several slices are written 2*tpu:v5e:16x16; " + forms)]
         near = nearest(platform, ("cpu", "tpu", "gpu", "local"))
         hint = f"did you mean {near!r}? " if near else ""
         return None, [Fault(where, f"{platform!r} is no platform", hint + forms)]
@@ -105,7 +99,8 @@ def read_target(text: str) -> tuple[Target | None, list[Fault]]:
         sizes = "1 size" if dims == 1 else f"{dims} sizes"
         return None, [Fault(where, f"{rest[-1]!r} is not {sizes} of 1 or more", f"write it like {example}")]
     shape = tuple(int(size) for size in rest[-1].split("x"))
-    return Target(platform, kind, math.prod(shape), text, shape), []
+    devices = slices * math.prod(shape) * DEVICES_PER_CHIP.get(kind, 1)
+    return Target(platform, kind, devices, text, shape, slices), []
 
 
 def _unknown(where: str, kind: str, kinds: tuple[str, ...]) -> Fault:

@@ -50,7 +50,7 @@ def describe(plan: Plan) -> str:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for p in plan.parameters:
         key = (
-            _pattern(p.path),
+            sibling_pattern(p.path),
             p.shape,
             p.dtype,
             p.spec,
@@ -78,7 +78,7 @@ def describe(plan: Plan) -> str:
         )
     held: dict[Any, list[str]] = {}
     for buffer in plan.buffers:
-        same = dataclasses.replace(buffer, path=_pattern(buffer.path), source=_same_source(buffer.source))
+        same = dataclasses.replace(buffer, path=sibling_pattern(buffer.path), source=_same_source(buffer.source))
         held.setdefault(same, []).append(buffer.path)
     for one, paths in held.items():
         path = paths[0] if len(paths) == 1 else f"{one.path} x{len(paths)}"
@@ -159,7 +159,7 @@ def _of(count: int, noun: str, plural: str = "s") -> str:
     return f"{count} {noun}{plural if count > 1 else ''}"
 
 
-def _pattern(path: str) -> str:
+def sibling_pattern(path: str) -> str:
     """The path of an array of a layer with ``*`` for the layer's number."""
     return re.sub(r"(?<![^/_])\d+(?=/)", "*", path, count=1)
 

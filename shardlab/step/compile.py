@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from shardlab.plan.layout import optimizer_shapes, optimizer_tree
 from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
+from shardlab.step.out_of_memory import refused_for_memory
 from shardlab.step.pipelined import pipelined_gradients
 from shardlab.step.region import Region, make_region
 from shardlab.step.spmd import whole_gradients
@@ -53,6 +55,7 @@ class CompiledStep:
 
     Attributes:
       jitted, lowered, compiled: the step as `jax.jit`, its lowering and its executable give it.
+      trace_seconds, compile_seconds: what JAX took to trace and lower the step, and XLA to compile it.
     """
 
     plan: Plan
@@ -65,6 +68,8 @@ class CompiledStep:
     jitted: Any
     lowered: Any
     compiled: Any
+    trace_seconds: float
+    compile_seconds: float
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         leaves, treedef = jax.tree.flatten(batch)
@@ -72,6 +77,11 @@ class CompiledStep:
         if treedef != structure or [_kind(leaf) for leaf in leaves] != planned:
             check_batch(batch, self.plan.batch, "give every batch the shapes that were planned, or make the plan anew")
         return self.compiled(state, jax.tree.unflatten(treedef, map(_placed, leaves, shardings)))
+
+    @cached_property
+    def text(self) -> str:
+        """The optimized HLO of the executable."""
+        return self.compiled.as_text()
 
     @cached_property
     def _planned(self) -> tuple[list[tuple[tuple[int, ...], Any]], Any, list[NamedSharding]]:
@@ -142,6 +152,7 @@ def compile_train_step(
 
     Raises:
       DeclarationError: model, batch or optimizer are not those of the plan, or XLA changed a declared sharding.
+      OutOfMemory: the compiler has found that the step does not fit in a device's memory.
     """
     raise_faults(random_faults())
     shapes = abstract(batch)
@@ -178,12 +189,29 @@ def compile_train_step(
         donate_argnums=0,
     )
     with jax.set_mesh(mesh), traced_in(plan.dtype):
+        start = time.perf_counter()
         lowered = jitted.lower(abstract_state, shapes)
-        compiled = lowered.compile(compiler_options=options_for(plan, mesh, compiler_options))
+        traced = time.perf_counter()
+        with refused_for_memory(plan):
+            compiled = lowered.compile(compiler_options=options_for(plan, mesh, compiler_options))
+        done = time.perf_counter()
     _same_as_declared(compiled, (state_shardings, batch_shardings))
     if diverges(plan) or leaves_out(plan, region):
         cannot_hang(compiled, plan)
-    return CompiledStep(plan, mesh, model, loss, optimizer, state_shardings, batch_shardings, jitted, lowered, compiled)
+    return CompiledStep(
+        plan=plan,
+        mesh=mesh,
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        state_shardings=state_shardings,
+        batch_shardings=batch_shardings,
+        jitted=jitted,
+        lowered=lowered,
+        compiled=compiled,
+        trace_seconds=traced - start,
+        compile_seconds=done - traced,
+    )
 
 
 def working_copy(plan: Plan, mesh: Mesh) -> Callable[[Arrays], Arrays]:

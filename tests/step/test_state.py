@@ -48,7 +48,7 @@ def begun(model: Any, optimizer: str = "adamw", *, mesh: dict[str, int], **more:
     devices = build_mesh(plan.mesh)
     wanted = shardings(devices, state_spec_tree(read, plan, transformation))
     loss: Any = mlp.label_loss
-    step = CompiledStep(plan, devices, read, loss, transformation, wanted, None, None, None, None)
+    step = CompiledStep(plan, devices, read, loss, transformation, wanted, None, None, None, None, 0.0, 0.0)
     state = step.init(5)
     for value, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert value.sharding.is_equivalent_to(sharding, value.ndim)

@@ -1,0 +1,187 @@
+"""The links of a target as dims: what joins the devices, how fast, and the part of a dim that a mesh axis covers.
+
+A TPU slice is a torus: chips joined to their neighbours along dims x, y (and z); a dim is a ring where the slice has
+wrap-around links, else a line. Slices are joined by DCN. GPUs are islands, inside which NVLink joins every pair,
+joined by a network.
+
+    target           dims, fastest first                                tier
+    tpu:v5p:4x8x8    x 4, y 8, z 8, all rings                           ici
+    2*tpu:v5e:8x16   x 8, a line; y 16, a ring; slice 2                 ici; dcn
+    tpu:v7x:4x4x4    core 2, the two devices of a chip; x 4, y 4, z 4   ici
+    gpu:h200:8x8     gpu 8; island 8                                    nvlink; network
+    cpu:8            device 8                                           host, without a speed
+
+Wrap-around: slices of v4, v5p and v7x made of whole 4x4x4 cubes have it on every dim, others on none (the optical
+switches are on the cubes' faces); those of v5e and v6e have it on a dim of 16, the length of their pod. Twisted tori
+are not modelled. Sources: https://cloud.google.com/tpu/docs/v5p ("all 4x4x4 and larger slices have full 3D torus
+connectivity"); https://jax-ml.github.io/scaling-book/tpus ("smaller topologies can be requested without wraps on dims
+< 16", "a TPU v5e 8x16 will have a wraparound on the longer axis").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+from shardlab.mesh.chips import Chip, chip_of
+from shardlab.mesh.faults import Fault, raise_faults
+from shardlab.mesh.targets import Target
+
+_CUBE, _POD = 4, 16
+# Seconds a hop adds to a collective. ICI: the scaling book, "typically around 1us". The others: NCCL's own model
+# (github.com/NVIDIA/nccl, src/graph/tuning.cc), ring, LL protocol; DCN is taken to be like its network.
+_HOP = {"ici": 1e-6, "nvlink": 0.47e-6, "host": 1.0e-6, "network": 2.7e-6, "dcn": 2.7e-6}
+GPU_LAUNCH = 3.6e-6  # Seconds a collective takes to start on GPUs, from the same table.
+
+
+@dataclasses.dataclass(frozen=True)
+class Dim:
+    """One physical dim of a target.
+
+    Attributes:
+      name: "x", "y", "z", "core", "slice"; "gpu", "island"; "device".
+      size: devices (or slices, islands) along it.
+      tier: "ici", "dcn", "nvlink", "network" or "host".
+      level: 0 for the fastest links; a collective over dims of one level drives all of them at once.
+      link: bytes a second that one device sends over one link in one direction; 0 where nothing is known.
+      torus: whether only neighbours are joined; else every pair is, through a switch.
+      wrap: whether the last is the first's neighbour.
+    """
+
+    name: str
+    size: int
+    tier: str
+    level: int
+    link: float
+    torus: bool = False
+    wrap: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a dim a mesh axis covers: `size` places, `stride` apart.
+
+    A part with a stride shares its links with the axis inside it: `stride` groups run over the same links at once.
+    """
+
+    dim: Dim
+    size: int
+    stride: int = 1
+
+    @property
+    def name(self) -> str:
+        """The dim's name."""
+        return self.dim.name
+
+    @property
+    def wrap(self) -> bool:
+        """Whether its places close to a ring."""
+        return self.dim.wrap and self.stride * self.size == self.dim.size
+
+    @property
+    def one_way(self) -> float:
+        """Bytes a second that a device sends to the next place."""
+        return self.dim.link / self.stride if self.dim.torus else self.dim.link
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that a device sends in a ring collective: both ways round a ring; a line costs twice."""
+        return self.one_way * (2 if self.wrap else 1)
+
+    @property
+    def seconds_of_latency(self) -> float:
+        """Of the hops of a gather: half way round a ring, along a line, or one a peer through a switch."""
+        hops = self.size // 2 if self.wrap else self.size - 1
+        return hops * (self.stride if self.dim.torus else 1) * _HOP[self.dim.tier]
+
+
+def dims_of(target: Target) -> tuple[Dim, ...]:
+    """The physical dims of a target, fastest first; their sizes multiply to its devices.
+
+    Raises:
+      DeclarationError: GPU hosts that no NVLink domain has, or that do not come in equal domains.
+
+    >>> from shardlab.mesh.targets import parse_target
+    >>> [(dim.name, dim.size, dim.wrap) for dim in dims_of(parse_target("2*tpu:v5e:8x16"))]
+    [('x', 8, False), ('y', 16, True), ('slice', 2, False)]
+    """
+    if target.platform == "cpu" or target.text == "local":
+        return (Dim("device", target.num_devices, "host", 0, 0.0),)
+    chip = chip_of(target)
+    if target.platform == "gpu":
+        return _islands(target, chip)
+    wraps = wraps_of(target)
+    share = chip.ici_bandwidth / chip.devices_per_chip  # The devices of a chip share its links.
+    dims = [
+        Dim(name, size, "ici", 1, share, torus=True, wrap=wrap)
+        for name, size, wrap in zip("xyz", target.shape, wraps, strict=False)
+    ]
+    if chip.devices_per_chip > 1:
+        dims.insert(0, Dim("core", chip.devices_per_chip, "ici", 0, chip.core_bandwidth))
+    if target.slices > 1:
+        dims.append(Dim("slice", target.slices, "dcn", 2, chip.dcn_bandwidth))
+    return tuple(dims)
+
+
+def wraps_of(target: Target) -> tuple[bool, ...]:
+    """For each dim of a TPU slice, whether it has wrap-around links; the rule is in the module's docstring."""
+    if len(target.shape) == 2:
+        return tuple(size == _POD for size in target.shape)
+    cubes = all(size % _CUBE == 0 for size in target.shape)
+    return (cubes,) * len(target.shape)
+
+
+def _islands(target: Target, chip: Chip) -> tuple[Dim, ...]:
+    hosts, gpus = target.shape
+    if gpus > chip.host:
+        problem = f"has {gpus} GPUs a host, a host of {chip.kind} has at most {chip.host}"
+        raise_faults(
+            [Fault(f"target {target}", problem, f"write gpu:{chip.kind}:{hosts * gpus // chip.host}x{chip.host}")]
+        )
+    together = max(1, chip.island // chip.host)  # Hosts that one NVLink domain may join.
+    count = next(count for count in range(math.ceil(hosts / together), hosts + 1) if hosts % count == 0)
+    size = hosts // count * gpus
+    dims = [Dim("gpu", size, chip.island_tier, 0, chip.nvlink_bandwidth)]
+    if count > 1:
+        dims.append(Dim("island", count, "network", 1, chip.network_bandwidth))
+    return tuple(dims)
+
+
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """The parts with those that lie inside one another on one dim joined: together they may close a ring."""
+    out: list[Part] = []
+    for part in sorted(parts, key=lambda part: (part.dim.level, part.name, part.stride)):
+        if out and out[-1].dim == part.dim and out[-1].stride * out[-1].size == part.stride:
+            out[-1] = Part(part.dim, out[-1].size * part.size, out[-1].stride)
+        else:
+            out.append(part)
+    return out
+
+
+def ring_share(parts: Sequence[Part]) -> float:
+    """Seconds a byte of the gathered result takes: the slowest level, each sending only what it must.
+
+    With n_i places on level i and W_i bytes a second of its dims together, level i sends (n_i - 1) / (n_i N_i) of the
+    result per device, where N_i is the product of the faster levels' places: those hold the pieces already.
+    """
+    inside, slowest = 1, 0.0
+    for level in sorted({part.dim.level for part in parts}):
+        here = [part for part in parts if part.dim.level == level]
+        places, speed = math.prod(part.size for part in here), sum(part.bandwidth for part in here)
+        slowest = max(slowest, (places - 1) / (places * inside * speed)) if speed else math.inf
+        inside *= places
+    return slowest
+
+
+def ring_bandwidth(parts: Sequence[Part]) -> float:
+    """Bytes a second that one device can send in a ring collective over these parts; 0 where nothing is known.
+
+    >>> ring = Part(Dim("x", 16, "ici", 1, 45e9, torus=True, wrap=True), 16)
+    >>> ring_bandwidth([ring]) / 1e9
+    90.0
+    """
+    joined = merged(parts)
+    places = math.prod(part.size for part in joined)
+    share = ring_share(joined)
+    return 0.0 if places == 1 or math.isinf(share) else (places - 1) / places / share

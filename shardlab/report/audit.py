@@ -1,0 +1,241 @@
+"""A compiled step, audited: what it holds, what it sends and why, how long it takes, and what is odd about it.
+
+Everything is read from what the compiler made; what the plan predicted stands beside it. The facts are plain data, the
+same on a terminal, as JSON and as a page.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from shardlab.hlo.buffers import live
+from shardlab.hlo.collectives import Collective, collectives
+from shardlab.hlo.origin import Cause, Origins
+from shardlab.hlo.overlap import Overlap
+from shardlab.hlo.parse import HloModule, parse
+from shardlab.mesh.chips import chip_of
+from shardlab.mesh.topology import Layout, lay_out
+from shardlab.plan.plan import Plan
+from shardlab.plan.text import sibling_pattern
+from shardlab.report.audit_text import audit_text
+from shardlab.report.estimate import estimate_facts, model_flops, step_overlaps, wire_by_axes
+from shardlab.report.lint import lint
+from shardlab.report.memory import memory
+from shardlab.report.summary import plan_facts
+from shardlab.sharding.rules import canonical, spec_text
+from shardlab.step.compile import CompiledStep
+from shardlab.step.out_of_memory import OutOfMemory
+
+_LARGEST = 40  # buffers that are listed
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found, as plain data fit for JSON; bytes and seconds are of one device and step.
+
+    Attributes:
+      facts: by name; ``hbm_bytes``, ``hbm_capacity_bytes``, ``fits``, ``memory``, ``categories``, ``largest``,
+        ``collectives``, ``wire_bytes``, ``estimate_seconds``, ``mfu``, ``bound_by``, ``estimate``, ``lints``,
+        ``compile_seconds``, and what was compiled for what: ``target``, ``mesh``, ``plan``, ``layout``, ``versions``.
+    """
+
+    facts: Mapping[str, Any]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device of the target has the memory."""
+        return self.facts["fits"]
+
+    def __str__(self) -> str:
+        return audit_text(self.facts)
+
+
+def audit_step(step: CompiledStep, *, log: str = "", about: Mapping[str, Any] | None = None) -> Audit:
+    """The audit of a compiled step.
+
+    Args:
+      step: compiled for the devices here, or for a target that is not here.
+      log: what the compiler wrote while it worked, which may name what it could not do well.
+      about: further facts, as the config and what was given anew.
+    """
+    start = time.perf_counter()
+    found = memory(step.compiled)
+    flops = model_flops(step.model, step.plan, step.batch_shapes)
+    facts = {
+        **_declared(step.plan),
+        **(about or {}),
+        "memory": found.to_json(),
+        **_held(step.plan, found.total_bytes),
+        **_read(step.plan, step.text, found.total_bytes, found.code_bytes, flops, log),
+        "remedies": [],
+        "trace_seconds": step.trace_seconds,
+        "compile_seconds": step.compile_seconds,
+    }
+    return Audit({**facts, "audit_seconds": time.perf_counter() - start})
+
+
+def audit_refused(
+    plan: Plan,
+    refusal: OutOfMemory,
+    *,
+    text: str | None,
+    flops: int,
+    seconds: float,
+    log: str = "",
+    remedies: Sequence[Remedy] = (),
+    about: Mapping[str, Any] | None = None,
+) -> Audit:
+    """The audit of a step that the compiler found too large.
+
+    Args:
+      plan: of the step.
+      refusal: what the compiler said.
+      text: the optimized program, where the compiler has left it.
+      flops: `shardlab.report.estimate.model_flops`.
+      seconds: that it took to trace and compile.
+      remedies: what to change.
+    """
+    start = time.perf_counter()
+    counted = sum(size for name, size in plan.bytes_per_device().items() if name != "padding")
+    needed = refusal.needed_bytes or counted
+    facts = {
+        **_declared(plan),
+        **(about or {}),
+        "memory": None,
+        **_held(plan, needed),
+        "fits": False,
+        **(_read(plan, text, needed, 0, flops, log) if text else _UNREAD),
+        "remedies": [dataclasses.asdict(remedy) for remedy in remedies],
+        "trace_seconds": None,
+        "compile_seconds": seconds,
+    }
+    return Audit({**facts, "audit_seconds": time.perf_counter() - start})
+
+
+def _declared(plan: Plan) -> dict[str, Any]:
+    """What was compiled, for what, by what."""
+    return {
+        "config": None,
+        "overrides": {},
+        "target": plan.mesh.target,
+        "num_devices": plan.mesh.num_devices,
+        "mesh": plan.mesh.sizes,
+        "versions": {"jax": jax.__version__} | _compiler(plan),
+        "plan": plan_facts(plan),
+        "parameters": _parameters(plan),
+        "layout": _layout_facts(plan),
+    }
+
+
+def _compiler(plan: Plan) -> dict[str, str]:
+    """The compiler's own version; XLA:CPU and XLA:GPU come with jaxlib."""
+    name = {"tpu": "libtpu"}.get(plan.mesh.machine.platform, "jaxlib")
+    try:
+        return {"compiler": f"{name} {importlib.metadata.version(name)}"}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+
+
+def _parameters(plan: Plan) -> list[dict[str, Any]]:
+    """The plan's parameters, siblings of several layers together."""
+    groups: dict[Any, list[Parameter]] = {}
+    for one in plan.parameters:
+        key = sibling_pattern(one.path), one.shape, one.dtype, one.spec, one.storage, one.bytes_per_device
+        groups.setdefault(key, []).append(one)
+    return [
+        {
+            "path": group[0].path if len(group) == 1 else pattern,
+            "count": len(group),
+            "shape": list(shape),
+            "dtype": dtype,
+            "spec": spec_text(canonical(spec)),
+            "storage": spec_text(canonical(storage)),
+            "source": sibling_pattern(group[0].source),
+            "bytes_per_device": size,
+        }
+        for (pattern, shape, dtype, spec, storage, size), group in groups.items()
+    ]
+
+
+def _layout_facts(plan: Plan) -> dict[str, Any] | None:
+    layout = layout_of(plan)
+    if layout is None:
+        return None
+    return {
+        "words": layout.explanation,
+        "drawing": layout.draw(),
+        "axes": [
+            {
+                "axis": axis.axis,
+                "size": axis.size,
+                "tier": axis.tier,
+                "bandwidth": axis.bandwidth,
+                "words": axis.words,
+            }
+            for axis in layout.axes
+        ],
+    }
+
+
+def layout_of(plan: Plan) -> Layout | None:
+    """How the axes lie on the target's links; None for CPU and for the devices here, of which these are not known."""
+    return None if _chip(plan) is None else lay_out(plan.mesh)
+
+
+def _chip(plan: Plan) -> Chip | None:
+    machine = plan.mesh.machine
+    return None if machine.platform == "cpu" or machine.text == "local" else chip_of(machine)
+
+
+def _held(plan: Plan, needed: int) -> dict[str, Any]:
+    chip = _chip(plan)
+    capacity = None if chip is None else chip.usable_hbm_bytes
+    return {
+        "hbm_bytes": needed,
+        "hbm_capacity_bytes": capacity,
+        "fits": capacity is None or needed <= capacity,
+    }
+
+
+_UNREAD: dict[str, Any] = {
+    "categories": {},
+    "largest": [],
+    "collectives": [],
+    "wire_bytes": None,
+    "wire_bytes_by_axis": {},
+    "estimate_seconds": None,
+    "mfu": None,
+    "bound_by": None,
+    "estimate": None,
+    "lints": [],
+}
+
+
+def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -> dict[str, Any]:
+    """What the optimized program says."""
+    module = parse(text)
+    origins = Origins(module)
+    found = collectives(module, plan.mesh.sizes)
+    buffers = live(module).buffers
+    chip, layout = _chip(plan), layout_of(plan)
+    timed: dict[str, Any] = {name: None for name in ("estimate_seconds", "mfu", "bound_by", "estimate")}
+    beside: Sequence[Overlap | None] = [None] * len(found)
+    if chip is not None and layout is not None:
+        compute, overlap = step_overlaps(module, found, layout, chip)
+        beside = overlap.each
+        timed = estimate_facts(plan, compute, overlap, layout, chip, flops)
+    rows = _merged([_row(one, origins.of(one), other) for one, other in zip(found, beside, strict=True)])
+    return {
+        **_categories(plan, module, needed, code),
+        "collectives": rows,
+        "wire_bytes": sum(row["wire_bytes"] for row in rows),
+        "wire_bytes_by_axis": wire_by_axes(rows),
+        **timed,
+        "lints": [dataclasses.asdict(finding) for finding in lint(plan, module, found, log)],
+    }

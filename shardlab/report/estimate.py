@@ -1,0 +1,135 @@
+"""How long a compiled step takes on its target: compute, what of communication it waits for, the pipeline's bubble.
+
+    seconds = compute + exposed communication
+
+Compute is the compiler's own estimate where it prints one (XLA:TPU), else a roofline for each operation; a pipeline's
+idle ticks run masked, so they are in it. Communication takes its bytes over the links that its axes lie on, and is
+exposed as far as the program's schedule puts no compute beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from shardlab.hlo.collectives import UNKNOWN, Collective
+from shardlab.hlo.overlap import Overlaps, overlaps
+from shardlab.hlo.parse import HloModule
+from shardlab.hlo.time import Rates, Times, seconds_once, times
+from shardlab.mesh.build import abstract_mesh
+from shardlab.mesh.chips import Chip
+from shardlab.mesh.topology import Layout, collective_seconds
+from shardlab.module.flops import trained_flops
+from shardlab.module.model import Model
+from shardlab.pipeline.cost import idle_fraction
+from shardlab.plan.microbatch import Microbatch
+from shardlab.plan.plan import Plan
+
+_TIERS = {"ici": "ICI", "dcn": "DCN", "nvlink": "NVLink", "network": "the network", "host": "the host"}
+
+
+def step_overlaps(
+    module: HloModule, found: Sequence[Collective], layout: Layout, chip: Chip
+) -> tuple[Times, Overlaps]:
+    """The compute of a step, and its collectives beside it."""
+    rates = Rates(chip.flops, chip.hbm_bandwidth, chip.clock_hz)
+    once = {place: one.seconds for place, one in seconds_once(module, rates).items()}
+
+    def seconds(one: Collective) -> float:
+        if not one.count:
+            return 0.0
+        axes = tuple(axis.axis for axis in layout.axes) if one.axes == UNKNOWN else one.axes
+        return one.count * collective_seconds(layout, one.kind, axes, one.wire_bytes / one.count)
+
+    def links(one: Collective) -> Hashable:
+        # Axes of a torus have links of their own; whatever leaves an island or a slice shares what leads out of it.
+        tiers = {axis.tier for axis in layout.axes if axis.axis in one.axes} - {"ici"}
+        return frozenset(tiers) or one.axes
+
+    return times(module, rates), overlaps(module, found, seconds, once, links=links)
+
+
+def estimate_facts(
+    plan: Plan, compute: Times, beside: Overlaps, layout: Layout, chip: Chip, flops: int
+) -> dict[str, Any]:
+    """The estimate as plain data: ``estimate_seconds``, ``mfu``, ``bound_by``, and ``estimate`` with its parts.
+
+    Args:
+      flops: `model_flops`.
+    """
+    idle = idle_fraction(plan.table(), (1,) * plan.num_stages) if plan.num_stage_devices > 1 else 0.0
+    products = sum(piece.seconds for piece in compute.pieces if piece.flops)
+    others = compute.seconds - products
+    parts = [
+        ("matrix products", "compute", products * (1 - idle)),
+        ("other operations", "HBM", others * (1 - idle)),
+        ("pipeline bubble", "the pipeline's bubble", (products + others) * idle),
+    ]
+    waited: dict[tuple[str, tuple[str, ...]], float] = {}
+    for one in beside.each:
+        key = one.collective.kind, one.collective.axes
+        waited[key] = waited.get(key, 0.0) + one.exposed_seconds
+    tiers = {axis.axis: _TIERS[axis.tier] for axis in layout.axes}
+    for (kind, axes), exposed in sorted(waited.items(), key=lambda item: -item[1]):
+        over = " x ".join(axes)
+        slowest = [tiers[axis] for axis in axes if axis in tiers]
+        parts.append((f"{kind} over {over}, exposed", f"{slowest[-1] if slowest else 'links'} over {over}", exposed))
+    seconds = sum(part for *_, part in parts)
+    bound: dict[str, float] = {}
+    for _, by, part in parts:
+        bound[by] = bound.get(by, 0.0) + part
+    peak = chip.flops["bfloat16" if plan.dtype == "bfloat16" else "float32"] * plan.mesh.num_devices
+    left_out = sorted({f"{one.reason} ({one.name})" for one in compute.left_out if one.reason.startswith("a kernel")})
+    estimated = any(piece.estimated for piece in compute.pieces)
+    return {
+        "estimate_seconds": seconds,
+        "mfu": flops / peak / seconds if seconds else None,
+        "bound_by": max(bound, key=lambda by: bound[by]),
+        "estimate": {
+            "seconds": seconds,
+            "parts": [{"name": name, "seconds": part} for name, _, part in parts if part > 0],
+            "model_flops": flops,
+            "compute_seconds": compute.seconds,
+            "exposed_seconds": beside.exposed_seconds,
+            "overlapped_seconds": beside.hidden_seconds,
+            "basis": "the compiler's cycle estimates" if estimated else "a roofline for each operation",
+            "left_out": [*left_out, "input data, host work between steps"],
+        },
+    }
+
+
+def model_flops(model: Model, plan: Plan, batch: Any) -> int:
+    """Floating point operations of a step on all devices: each matrix product once forward, twice backward.
+
+    What is rematerialised, what pads and what runs in a pipeline's idle ticks does not count; attention counts whole,
+    its masked half too. Those of the loss itself are not known in a model with parts.
+
+    Args:
+      batch: shapes of the global batch.
+    """
+    if model.parts is None:
+        values = {**model.parameters, **model.buffers}
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        with jax.sharding.use_abstract_mesh(abstract_mesh(plan.mesh)):
+            return trained_flops(
+                lambda trained, v, b, k: model.forward({**v, **trained}, b, k, True)[0],
+                dict(model.parameters),
+                values,
+                batch,
+                key,
+            )
+    rows = plan.microbatch_rows
+    costs = Microbatch(model, batch, plan.mesh, rows, plan.dtype).costs("none")
+    return round((sum(costs.blocks) + costs.before + costs.after) * plan.batch_size / rows)
+
+
+def wire_by_axes(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Wire bytes of collective rows by the axes they cross, most first."""
+    found: dict[str, int] = {}
+    for row in rows:
+        name = " x ".join(row["axes"])
+        found[name] = found.get(name, 0) + row["wire_bytes"]
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+

@@ -1,0 +1,81 @@
+"""What the compiler says of a step that does not fit, as an error for who declared the plan."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import jax
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.plan.plan import Plan
+from shardlab.plan.text import bytes_label, human_bytes
+
+_SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?"
+# XLA:TPU counts temporaries alone in the one text, everything in the other; XLA:GPU, one allocation.
+_TEMPORARIES = re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+_ALL = re.compile(rf"Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE)
+
+
+class OutOfMemory(DeclarationError):
+    """A step that does not fit.
+
+    Attributes:
+      needed_bytes: of a device, as far as the compiler says it; None where it gives no number.
+      capacity_bytes: what the compiler lets a program have; None where it gives no number.
+    """
+
+    def __init__(self, message: str, needed_bytes: int | None, capacity_bytes: int | None) -> None:
+        super().__init__(message)
+        self.needed_bytes, self.capacity_bytes = needed_bytes, capacity_bytes
+
+
+@contextlib.contextmanager
+def refused_for_memory(plan: Plan) -> Iterator[None]:
+    """Around a compilation: its refusal for memory names both sizes, what the plan counts, and the ways out.
+
+    Raises:
+      OutOfMemory: in place of JAX's own error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        held = {name: size for name, size in plan.bytes_per_device().items() if size and name != "padding"}
+        arguments = sum(held.get(name, 0) for name in ("parameters", "buffers", "optimizer_state"))
+        needed, capacity = read_sizes(str(error), arguments)
+        counted = ", ".join(f"{bytes_label(name)} {human_bytes(size)}" for name, size in held.items())
+        lacks = "" if needed is None or capacity is None else _lacks(needed, capacity)
+        raise OutOfMemory(
+            f"plan on {plan.mesh}: does not fit in a device's memory{lacks}; of it the plan counts {counted}; "
+            "lower what is largest: state by a higher ZeRO level or more devices on an axis that cuts parameters, "
+            "activations by remat='full', more microbatches or more devices on a batch axis",
+            needed,
+            capacity,
+        ) from error
+
+
+def read_sizes(text: str, argument_bytes: int) -> tuple[int | None, int | None]:
+    """Bytes needed and bytes there are, from what the compiler says; None for what it does not.
+
+    Args:
+      text: of its error.
+      argument_bytes: what a device is handed: some texts leave it out.
+
+    >>> read_sizes("the total memory required for HLO temporaries (32.50G) exceeds available HBM (15.75G).", 2**30)
+    (35970351104, 16911433728)
+    >>> read_sizes("Used 17.00G of 15.75G hbm. Exceeded hbm capacity by 1.25G.", 2**30)
+    (18253611008, 16911433728)
+    """
+    for pattern, beside in ((_TEMPORARIES, argument_bytes), (_ALL, 0)):
+        if found := pattern.search(text):
+            size, unit, limit, limit_unit = found.groups()
+            return round(float(size) * _SIZES[unit]) + beside, round(float(limit) * _SIZES[limit_unit])
+    return None, None
+
+
+def _lacks(needed: int, capacity: int) -> str:
+    return f": it needs {human_bytes(needed)}, {human_bytes(needed - capacity)} more than the {human_bytes(capacity)}"
