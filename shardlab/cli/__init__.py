@@ -23,6 +23,7 @@ from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
+from shardlab.cli.search import search, why
 from shardlab.mesh.faults import DeclarationError, suggestion
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.run.output import write
@@ -33,6 +34,7 @@ usage: shardlab VERB ... [options]
 Declare a mesh and a PartitionSpec for every parameter of your own Flax model in a config file; then
 
   shardlab plan CONFIG       where every array lives, bytes per device, the schedule; needs no device
+                             --search --target T: the best plans for a target; --why A B: two plans compared
   shardlab compile CONFIG    compile it for --target, which need not be here, and audit what was compiled
   shardlab verify CONFIG     prove it: the plan against the same step on one device, in float64
   shardlab train CONFIG      train; writes metrics.jsonl, report.json, plan.json, parameters.npz, loss.png
@@ -56,6 +58,14 @@ Ctrl-C ends a training run after the steps under way, with everything written; a
 
 Exit status: 0; 1 where verify fails; 2 for a faulty declaration; 130 for what Ctrl-C left unfinished.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan(Configured):
+    search: bool = option(False, "rank the plans of this config on the target")
+    top: int = option(10, "how many of them to show")
+    confirm: int = option(0, "how many of the first to compile for the target")
+    out: str = option("", "write the first as a plan file", "FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +138,11 @@ def _users_line(error: Exception) -> str | None:
 def plan(arguments: list[str], *, restart: bool) -> int:
     """The verb `plan`: no device is needed."""
     about = "Where every array lives, bytes per device, the schedule. No device is needed."
-    call = configured(Configured, arguments, "plan", about)
+    if "--why" in arguments:
+        return why(arguments)
+    call = configured(_Plan, arguments, "plan", about)
+    if call.options.search:
+        return search(call)
     from shardlab.report.summary import plan_facts
     from shardlab.report.text import schedule_text
 

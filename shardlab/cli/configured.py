@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from shardlab.mesh.targets import parse_target
 if TYPE_CHECKING:
     from shardlab.run.config import Config
     from shardlab.run.view import View
+    from shardlab.search.plan_file import PlanFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Configured(Common):
 
     mesh: str = option("", "sizes of the declared axes; one not named becomes 1", "AXIS=N,...")
     target: str = option("", "another machine, as cpu:4 or tpu:v5p:4x8x8", "MACHINE")
+    plan: str = option("", "a plan file, as plan --search --out writes one", "FILE")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def configured(kind: type, arguments: list[str], verb: str, about: str, **defaul
     from shardlab.run.config import load_config, override, scalars, scalars_of_every_config
 
     prog = f"shardlab {verb} CONFIG"
-    place = next((k for k, text in enumerate(arguments) if _is_config(k, text)), None)
+    place = next((k for k, text in enumerate(arguments) if is_config(k, text)), None)
     if place is None:
         if "-h" in arguments or "--help" in arguments:
             about += " What a config declares is the default: for its values, give it before --help."
@@ -67,6 +69,9 @@ def configured(kind: type, arguments: list[str], verb: str, about: str, **defaul
     with _interrupted_afterwards():
         config = load_config(path)
     config = dataclasses.replace(config, **defaults)
+    held = _plan_file(rest)
+    if held is not None:
+        config = held.apply(config)
     known = scalars(config)
     options = read(kind, rest, prog=prog, about=about, scalars=known)
     given = {}
@@ -80,14 +85,28 @@ def configured(kind: type, arguments: list[str], verb: str, about: str, **defaul
     for name in ("mesh", "target"):
         if getattr(options, name):
             given[name] = getattr(options, name)
-    if options.mesh or options.target:
+    # A search finds the sizes of the mesh, and the config's need not be those of its target.
+    if (options.mesh or options.target) and not getattr(options, "search", False):
         mesh = config.mesh.override(options.mesh or config.mesh.sizes, target=options.target or None)
         config = dataclasses.replace(config, mesh=mesh)
     if config.dtype == "float64":
         import jax
 
         jax.config.update("jax_enable_x64", True)
+    if held is not None:
+        held.check(config.plan(), options.plan)
     return Call(options, path, config, given, _remarks(config, rest))
+
+
+def _plan_file(arguments: Sequence[str]) -> PlanFile | None:
+    """The plan file among the options: the others start from the config as it changes it."""
+    for place, text in enumerate(arguments):
+        name, equals, value = text.partition("=")
+        if name == "--plan":
+            from shardlab.search.plan_file import read_plan
+
+            return read_plan(value if equals else "".join(arguments[place + 1 : place + 2]))
+    return None
 
 
 @contextlib.contextmanager
@@ -114,7 +133,7 @@ def _interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _is_config(place: int, text: str) -> bool:
+def is_config(place: int, text: str) -> bool:
     """CONFIG comes first; after options only a Python file can be told from an option's value."""
     return text.endswith(".py") or (place == 0 and not text.startswith("-"))
 

@@ -1,0 +1,1 @@
+"""The best plan: candidates, ranked by an analytic cost model, confirmed by compiling."""

@@ -1,0 +1,388 @@
+"""What a plan takes on a target, before anything is compiled: memory, what crosses the links, seconds.
+
+    memory     what the plan stores; working copies, accumulators, and slots of the schedule's buffers; the most that a
+               part makes and holds at once
+    wire       weights and gradients by where they lie; sums and gathers inside blocks by how the automatic axes split
+               them; what stages hand on
+    seconds    products at the chip's rate, other traffic at its memory's, collectives over the links that the axes lie
+               on; ticks in lock-step, each as long as its longest cell
+
+Gathers of a layer's weights and reductions of its gradients run beside its computation, and count as far as they are
+longer; everything else waits for its collectives.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from shardlab.mesh.spec import MeshSpec
+from shardlab.pipeline.runs import stage_runs
+from shardlab.pipeline.schedules import SCHEDULES
+from shardlab.pipeline.stages import assign_layers
+from shardlab.plan.layout import axes_in, policies_of_blocks, policy_within_stage
+from shardlab.search.choice import Choice
+from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
+from shardlab.search.links import collective_seconds, lay_out
+from shardlab.search.storage import Axes, Group, Storage, storage, wire
+from shardlab.search.subject import Subject
+from shardlab.search.ticks import Ticks, ticks
+from shardlab.sharding.zero import without
+
+EFFICIENCY = 0.75
+"""Of the chip's peak, what large products reach."""
+BANDWIDTH = 0.8
+"""Of the memory's bandwidth, what other work reaches."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan is estimated to take.
+
+    Attributes:
+      memory: bytes of a device by what they hold.
+      wire: bytes by cause and axes, per device and step.
+      seconds: of a step, by what it waits for; their sum is the estimate.
+      flops: products that a device does.
+      mfu: of the chip's peak, the part that the model's own products are.
+    """
+
+    choice: Choice
+    memory: Mapping[str, float]
+    wire: Mapping[tuple[str, Axes], float]
+    seconds: Mapping[str, float]
+    flops: float
+    mfu: float
+
+    @property
+    def hbm_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(self.wire.values())
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Estimator:
+    """Estimates plans of one subject; what several plans share is found once."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.chip = subject, subject.chip
+        self.mesh = functools.cache(self._mesh)
+        self.storage = functools.cache(self._storage)
+        self.pace = functools.cache(self._pace)
+        self.split = functools.cache(self._split)
+        self.cells = functools.cache(self._cells)
+        self.ends = functools.cache(self._ends)
+        self.rooms = functools.cache(self._rooms)
+        self._peak = {
+            dtype: self.chip.flops.get(dtype, self.chip.flops["float32"]) * EFFICIENCY
+            for dtype in ("bfloat16", "float32", "float64", "float16", "int8")
+        }
+        self.memory_pace = 1 / (self.chip.hbm_bandwidth * BANDWIDTH)
+
+    # What plans share.
+
+    def _mesh(self, axes: tuple[tuple[str, int], ...]) -> MeshSpec:
+        mesh = self.subject.config.mesh
+        return MeshSpec(axes, batch=mesh.batch, stage=mesh.stage, target=self.subject.target.text)
+
+    def _storage(self, axes: Any, zero: int, whole: Any, head: str) -> Storage:
+        return storage(self.subject, self.mesh(axes), zero, whole, head)
+
+    def _pace(self, mesh: tuple[tuple[str, int], ...], kind: str, axes: Axes) -> float:
+        """Seconds that a byte on the wire takes."""
+        layout = self._layout(mesh)
+        return collective_seconds(layout, kind, axes, 1e9) / 1e9
+
+    def _layout(self, mesh: tuple[tuple[str, int], ...]) -> Any:
+        return lay_out(self.mesh(mesh))
+
+    def _split(self, mesh: Any, activation: Any, saved: Any, whole: Any, vocabulary: bool) -> Split:
+        subject, spec = self.subject, self.mesh(mesh)
+        sizes = {axis: spec.sizes[axis] for axis in subject.automatic if spec.sizes[axis] > 1}
+        if vocabulary and spec.stage:
+            sizes[spec.stage] = spec.sizes[spec.stage]
+        keep = lambda one: _only(one or PartitionSpec(), sizes)  # noqa: E731
+        compute = tuple((path, keep(one)) for path, one in subject.specs(whole).items())
+        flow = _only(activation or PartitionSpec(), {a: n for a, n in sizes.items() if a != spec.stage})
+        kept = flow if saved is None else _only(saved, {a: n for a, n in sizes.items() if a != spec.stage})
+        return Split(tuple(sizes.items()), compute, flow, kept)
+
+    def _rooms(self, stages: int) -> tuple[int, ...]:
+        """By kind of block, how many slots every stage goes through."""
+        kinds = self.subject.kinds
+        if not kinds:
+            return ()
+        runs = stage_runs(kinds, assign_layers(len(kinds), stages))[0]
+        return tuple(sum(run.count(kind) for run in runs) for kind in range(max(kinds) + 1))
+
+    def _cells(self, split: Split, remat: str) -> tuple[BlockCost, ...]:
+        return tuple(self.subject.costs.block(kind, remat, split) for kind in range(max(self.subject.kinds) + 1))
+
+    def _ends(self, split: Split, name: str) -> tuple[Cost, Cost]:
+        return self.subject.costs.ends(name, split)
+
+    # Seconds.
+
+    def busy(self, cost: Cost, rows: float) -> float:
+        """Seconds of computation."""
+        products = sum(
+            flops.at(rows) / self._peak.get(dtype, self._peak["float32"]) for dtype, flops in cost.flops.items()
+        )
+        return max(products, cost.fed.at(rows) * self.memory_pace) + cost.moved.at(rows) * self.memory_pace
+
+    def sent(self, cost: Cost, rows: float, choice: Choice) -> dict[tuple[str, Axes], float]:
+        """Bytes on the wire, by kind and axes."""
+        sizes = choice.sizes
+        return {
+            (kind, axes): wire(kind, payload.at(rows), axes, sizes) for (kind, axes), (_, payload) in cost.sends.items()
+        }
+
+    def lasting(self, sent: Mapping[tuple[str, Axes], float], choice: Choice) -> float:
+        """Seconds of collectives."""
+        return sum(self.pace(choice.mesh, kind, axes) * size for (kind, axes), size in sent.items())
+
+    # A plan.
+
+    def estimate(self, choice: Choice) -> Estimate:
+        """What a plan takes."""
+        return _Plan(self, choice).estimate()
+
+
+def _only(spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
+    return without(spec, tuple(axes_in(spec) - set(sizes)))
+
+
+class _Plan:
+    """One plan while it is estimated."""
+
+    def __init__(self, estimator: Estimator, choice: Choice) -> None:
+        self.of, self.choice = estimator, choice
+        subject = estimator.subject
+        self.subject, self.sizes = subject, choice.sizes
+        mesh = subject.config.mesh
+        self.stage = mesh.stage if mesh.stage and self.sizes[mesh.stage] > 1 else None
+        self.stages = self.sizes[self.stage] if self.stage else 1
+        self.shards = math.prod(self.sizes[axis] for axis in mesh.batch)
+        self.rows = subject.rows / self.shards / choice.microbatches
+        self.batch = tuple(axis for axis in mesh.batch if self.sizes[axis] > 1)
+        self.table: Ticks = ticks(
+            choice.schedule if self.stage else "1f1b",
+            self.stages,
+            choice.microbatches,
+            (choice.virtual if self.stage else 1),
+        )
+        self.vocabulary = self.stage is not None and choice.head == "vocab"
+        self.shared = self.stage is not None and choice.head in ("auto", "examples") and self.rows % self.stages == 0
+        self.head = "vocab" if self.vocabulary else "examples" if self.shared else "last_stage"
+        self.held = estimator.storage(choice.mesh, choice.zero, choice.whole, self.head)
+        self.split = estimator.split(choice.mesh, choice.activation, choice.saved_activation, choice.whole, False)
+        self.wires: dict[tuple[str, Axes], float] = {}
+        self.seconds = dict.fromkeys(
+            ("compute", "collectives", "weights", "gradients", "bubble", "stages", "optimizer"), 0.0
+        )
+        self.flops = 0.0
+        self.transient = {"none": 0.0}
+        self.virtual = _virtual(choice) if self.stage else 1
+        self.rooms = estimator.rooms(self.stages * self.virtual)
+
+    def add(self, cause: str, sent: Mapping[tuple[str, Axes], float], times: float = 1.0) -> float:
+        """Counts what is sent; the seconds that it takes once."""
+        for (_, axes), size in sent.items():
+            self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
+        return self.of.lasting(sent, self.choice)
+
+    def estimate(self) -> Estimate:
+        subject = self.subject
+        self.memory = self.stored()
+        if subject.model.parts is None:
+            self.whole_model()
+        else:
+            self.blocks()
+            self.around()
+        self.outer()
+        self.memory["temporaries"] = max(self.transient.values())
+        peak = self.of.chip.flops.get(subject.config.dtype, self.of.chip.flops["float32"])
+        total = sum(self.seconds.values())
+        devices = math.prod(self.sizes.values())
+        mfu = subject.model_flops / devices / peak / total if total else 0.0
+        return Estimate(self.choice, self.memory, self.wires, self.seconds, self.flops, mfu)
+
+    # Blocks and what is around them.
+
+    def blocks(self) -> None:
+        of, choice, table, rows = self.of, self.choice, self.table, self.rows
+        (policy,) = policies_of_blocks(choice.remat)
+        again = policy_within_stage(choice.remat) is not None
+        costs = of.cells(self.split, policy)
+        flow, saved = (one.at(rows) for one in self.subject.costs.flow_bytes(self.split))
+        times: dict[str, float] = {"F": 0.0, "B": 0.0, "I": 0.0, "W": 0.0}
+        kept = crossing = 0.0
+        for kind, room in enumerate(self.rooms):
+            cost, group = costs[kind], self.held.blocks[kind]
+            gathers = group.gathers if choice.gather == "layer" else {}
+            reduces = group.reduces if choice.accumulate == "sharded" else {}
+            for cell, half in (("F", cost.forward), ("B", cost.backward), ("I", cost.first), ("W", _rest(cost))):
+                runs = table.cells.get(cell, 0)
+                if not runs:
+                    continue
+                count = runs * room
+                # A stage that kept its input alone runs its forward again before its backward.
+                forwards = 1 if again and cell in ("B", "I") else 0
+                busy = of.busy(half, rows) + forwards * of.busy(cost.forward, rows)
+                inside = self.add("activations", of.sent(half, rows, choice), count)
+                if forwards:
+                    inside += self.add("activations", of.sent(cost.forward, rows, choice), count)
+                beside = 0.0
+                if cell != "W" and gathers:
+                    beside += self.add("weights", gathers, count * (1 + forwards)) * (1 + forwards)
+                if cell in ("B", "W") and reduces:
+                    beside += self.add("gradients", reduces, count)
+                late = max(0.0, beside - busy)
+                self.seconds["compute"] += busy * count
+                self.seconds["collectives"] += inside * count
+                self.seconds["weights" if cell in ("F", "I") else "gradients"] += late * count
+                times[cell] += (busy + inside + late) * room
+                self.flops += count * sum(flops.at(rows) for flops in half.flops.values())
+                self.flops += count * forwards * sum(flops.at(rows) for flops in cost.forward.flops.values())
+                whole = group.whole if gathers else 0.0
+                summed = group.accumulated if cell in ("B", "W") and reduces else 0.0
+                self.holds(cell, half.live.at(rows) + whole + summed)
+            kept += room * (cost.kept.at(rows) + cost.kept_x.at(rows))
+            crossing += room * cost.crossing.at(rows)
+        self.pipeline(times, flow)
+        once = kept if again else 0.0
+        if again:
+            self.memory["activations"] = saved * table.residuals + once + table.cuts * (once + crossing)
+        else:
+            self.memory["activations"] = kept * table.residuals + table.cuts * crossing
+        self.memory["mail"] = table.mail * flow
+
+    def holds(self, where: str, size: float) -> None:
+        """Notes what a part of the step makes and holds at once."""
+        self.transient[where] = max(self.transient.get(where, 0.0), size)
+
+    def pipeline(self, times: Mapping[str, float], flow: float) -> None:
+        """Sends between stages, and the bubble: what cells take that no microbatch is in."""
+        if not self.stage:
+            return
+        table, stage = self.table, (self.stage,)
+        lasting = sum(max(times[kind] for kind in kinds) * count for kinds, count in table.lasts if kinds)
+        work = sum(times[kind] * count for kind, count in table.work.items())
+        run = sum(times[kind] * count for kind, count in table.cells.items())
+        # What was counted is every run of a cell, masked or not; a part of them is bubble.
+        bubble = lasting - work
+        share = work / run if run else 1.0
+        for name in ("compute", "collectives", "weights", "gradients"):
+            self.seconds[name] *= share
+        self.seconds["bubble"] += bubble
+        self.seconds["stages"] += self.add("stages", {("collective-permute", stage): flow}, table.sends) * table.sends
+
+    def around(self) -> None:
+        """What comes before and after the blocks."""
+        of, choice, table, stages = self.of, self.choice, self.table, self.stages
+        rows = self.rows / stages if self.shared else self.rows
+        flow = self.subject.costs.flow_bytes(self.split)[0].at(self.rows)
+        vocabulary = of.split(choice.mesh, choice.activation, choice.saved_activation, choice.whole, True)
+        before, back = of.ends(self.split, "before")
+        after = of.ends(vocabulary if self.vocabulary else self.split, "after")[1]
+        for name, cost, count, each in (
+            ("before", before, table.before, rows),
+            ("after", after, table.after, self.rows if self.vocabulary else rows),
+            ("finish", back, table.finish, rows),
+        ):
+            if not count:
+                continue
+            busy = of.busy(cost, each)
+            self.seconds["compute"] += busy * count
+            self.flops += count * sum(flops.at(each) for flops in cost.flops.values())
+            self.seconds["collectives"] += self.add("activations", of.sent(cost, each, choice), count) * count
+            self.holds(name, cost.live.at(each))
+        if self.stage:
+            stage = (self.stage,)
+            moved = flow * (stages - 1) / stages
+            if self.shared:
+                gathers = table.before + table.after
+                self.seconds["stages"] += self.add("stages", {("all-gather", stage): moved}, gathers) * gathers
+                deals = table.after + table.finish
+                self.seconds["stages"] += self.add("stages", {("all-to-all", stage): moved}, deals) * deals
+            if self.vocabulary:
+                sums = 2 * table.after
+                self.seconds["stages"] += self.add("stages", {("all-reduce", stage): 2 * moved}, sums) * sums
+
+    def whole_model(self) -> None:
+        of, choice, rows = self.of, self.choice, self.rows
+        remat = "full" if policy_within_stage(choice.remat) else choice.remat
+        _, cost = self.subject.costs.ends("whole", self.split, remat)
+        count = choice.microbatches
+        self.seconds["compute"] += of.busy(cost, rows) * count
+        self.seconds["collectives"] += self.add("activations", of.sent(cost, rows, choice), count) * count
+        self.flops += count * sum(flops.at(rows) for flops in cost.flops.values())
+        self.holds("model", cost.live.at(rows))
+
+    # Parameters.
+
+    def groups(self) -> Iterator[tuple[Group, int, bool]]:
+        """Groups of parameters, how many of each a device holds, and whether they are of blocks."""
+        for group, room in zip(self.held.blocks, self.rooms, strict=True):
+            yield group, room * self.virtual, True
+        for group in self.held.outside.values():
+            yield group, 1, False
+
+    def outer(self) -> None:
+        """What a step sends of weights and gradients once, and the optimizer."""
+        choice = self.choice
+        by_layer, pieces = choice.gather == "layer", choice.accumulate == "sharded"
+        numbers = 0.0
+        for group, count, inside in self.groups():
+            if not (inside and by_layer):
+                self.seconds["weights"] += self.add("weights", group.gathers, count) * count
+            if not (inside and pieces):
+                # Pieces of what is outside blocks are summed whenever a microbatch has passed it.
+                times = self.table.after if pieces else count
+                self.seconds["gradients"] += self.add("gradients", group.reduces, times) * times
+            self.seconds["weights"] += self.add("weights", group.updates, count) * count
+            numbers += group.numbers * count
+        # Gradient, parameter and two moments are read, three of them written.
+        self.seconds["optimizer"] += numbers * 4 * 7 * self.of.memory_pace
+
+    def stored(self) -> dict[str, float]:
+        """What is held throughout the step."""
+        choice = self.choice
+        found = dict.fromkeys(_HELD, 0.0)
+        for group, count, inside in self.groups():
+            found["parameters"] += group.stored * count
+            found["optimizer_state"] += group.state * count
+            if inside and choice.gather == "layer" and group.cut:
+                found["working_copy"] += group.shard * count if group.cast else 0.0
+            elif group.cast or group.cut:
+                found["working_copy"] += group.whole * count
+            found["gradients"] += (group.pieces if choice.accumulate == "sharded" else group.accumulated) * count
+        found["batch"] = self.subject.batch_bytes * self.subject.rows / self.shards
+        return found
+
+
+_HELD = (
+    *("parameters", "optimizer_state", "batch", "working_copy", "gradients", "activations", "mail", "temporaries"),
+)
+
+
+def _rest(cost: BlockCost) -> Cost:
+    """The gradients of a split backward's weights."""
+    whole, first = cost.backward, cost.first
+    flops = {dtype: one - first.flops.get(dtype, NOTHING.moved) for dtype, one in whole.flops.items()}
+    return Cost(flops, whole.moved - first.moved, whole.fed - first.fed, {}, whole.live)
+
+
+def _virtual(choice: Choice) -> int:
+    return choice.virtual or SCHEDULES[choice.schedule].virtual
