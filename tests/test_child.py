@@ -27,9 +27,7 @@ def compile_with(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_compiler_that_ends_its_process_is_one_message_with_its_last_words(tmp_path: Path) -> None:
-    fatal = (
-        "F1125 12:00:00.000000 77 hlo.cc:42] Check failed: opcode is a copy; %sum = bf16[4]{0} all-reduce(%x)\\n"
-    )
+    fatal = "F1125 12:00:00.000000 77 hlo.cc:42] Check failed: opcode is a copy; %sum = bf16[4]{0} all-reduce(%x)\\n"
     log = "pathlib.Path(os.environ['SHARDLAB_COMPILING'], 'compiler.log')"
     done = compile_with(tmp_path, f"import pathlib; {log}.write_text({fatal!r}); os.abort()".replace("\\\\n", "\\n"))
     assert done.returncode == 2

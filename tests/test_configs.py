@@ -15,6 +15,7 @@ from shardlab.step.verify import verify
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
+LARGE = ("llama3_8b", "llama3_70b")
 SHAPES = [(d, s, 8 // d // s) for d in (1, 2, 4, 8) for s in (1, 2, 4, 8) if d * s <= 8]
 
 
@@ -44,6 +45,16 @@ def stored_in_eighths(plan: Plan) -> bool:
     return plan.zero == 3 and plan.mesh.sizes == {"fsdp": 8} and cut and not plan.notes
 
 
+def is_fsdp_over(shards: int, plan: Plan) -> bool:
+    held = plan.bytes_per_device()
+    # Every number of the model and of its optimizer lies on one device alone, but for the scales of the norms.
+    return (
+        plan.zero == 3
+        and plan.mesh.sizes["data"] == shards
+        and held["parameters"] < 4.01 * plan.num_parameters / shards
+    )
+
+
 SHOWN = {
     "data_parallel": lambda plan: plan.mesh.sizes == {"data": 8} and plan.mesh.batch == ("data",) and plan.zero == 0,
     "fsdp": stored_in_eighths,
@@ -54,6 +65,8 @@ SHOWN = {
         and plan.remat != "none"
         and plan.activation_spec == P("data", "tensor", None)
     ),
+    "llama3_8b": lambda plan: plan.num_parameters == 8_030_261_248 and is_fsdp_over(128, plan),
+    "llama3_70b": lambda plan: plan.num_parameters == 70_553_706_496 and is_fsdp_over(256, plan),
     "pipeline_1f1b": lambda plan: (plan.schedule, plan.layers, plan.num_microbatches) == ("1f1b", (1, 1, 1, 1), 8),
     "quickstart": lambda plan: plan.mesh.sizes == {"data": 2, "stage": 2, "tensor": 2},
     "tensor_parallel": lambda plan: plan.mesh.sizes == {"tensor": 8},
@@ -67,7 +80,7 @@ def test_a_config_plans_what_it_shows(name: str) -> None:
     assert config.eval_every
     plan = config.plan()
     assert SHOWN.get(name, bool)(plan)
-    assert plan.mesh.target.startswith("cpu:")
+    assert plan.mesh.target.startswith("tpu:v5p:" if name in LARGE else "cpu:")
 
 
 @pytest.mark.parametrize(("data", "stage", "tensor"), SHAPES)

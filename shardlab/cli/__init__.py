@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
@@ -34,6 +35,7 @@ Declare a mesh and a PartitionSpec for every parameter of your own Flax model in
 
   shardlab plan CONFIG       where every array lives, bytes per device, the schedule; needs no device
                              --search --target T: the best plans for a target; --why A B: two plans compared
+  shardlab compile CONFIG    compile it for --target, which need not be here, and audit what was compiled
   shardlab verify CONFIG     prove it: the plan against the same step on one device, in float64
   shardlab train CONFIG      train; writes metrics.jsonl, report.json, plan.json, parameters.npz, loss.png
   shardlab eval CONFIG       held-out loss, of a run's parameters with --run DIR
@@ -230,6 +232,7 @@ def report(arguments: list[str], *, restart: bool) -> int:
 
 VERBS: Mapping[str, Callable[..., int]] = {
     "plan": plan,
+    "compile": compile_,
     "verify": verify,
     "train": train,
     "eval": evaluate,

@@ -57,7 +57,7 @@ def in_child(arguments: Sequence[str]) -> int:
 
 
 def quiet_compiler() -> None:
-    """From now on what anything but Python writes to standard error goes to the log of `in_child`, if this is a child."""
+    """From now on what anything but Python writes to standard error goes to the log of `in_child`, in its child."""
     place = folder()
     if place is not None:
         sys.stderr.flush()

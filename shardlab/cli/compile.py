@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shardlab.cli.child import compiler_log, folder, in_child, quiet_compiler
 from shardlab.cli.configured import Call, Configured, configured, start
@@ -17,6 +19,9 @@ from shardlab.run.output import write
 
 if TYPE_CHECKING:
     from shardlab.report.audit import Audit
+
+
+_DUMP = "dump"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +40,18 @@ def compile_(arguments: list[str], *, restart: bool) -> int:
     call = configured(_Compile, arguments, "compile", about)
     audit, text = _compiled(call, restart=restart)
     options = call.options
-    for name, written in (("hlo", text), ("save", json.dumps(audit.to_json(), indent=1))):
+    for name, written in (("hlo", text), ("save", json.dumps(audit.facts, indent=1))):
         if path := getattr(options, name):
             _write(path, written)
     if options.html:
         from shardlab.report.html import page
 
-        _write(options.html, page(audit))
-    show(options, audit.to_json(), str(audit))
+        _write(options.html, page(audit.facts))
+    show(options, audit.facts, str(audit))
     codes = {code.strip() for code in options.fail_on.split(",") if code.strip()}
-    fired = [lint for lint in audit.lints if "any" in codes or lint.code in codes]
-    for lint in fired:
-        write(f"shardlab: {lint.code} fired, and --fail-on names it", sys.stderr)
+    fired = sorted({lint["code"] for lint in audit.facts["lints"] if "any" in codes or lint["code"] in codes})
+    for code in fired:
+        write(f"shardlab: {code} fired, and --fail-on names it", sys.stderr)
     return 0 if audit.fits and not fired else 1
 
 
@@ -55,12 +60,19 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     config, view = call.config, call.view()
     start(config, restart=restart)
     quiet_compiler()
-    from shardlab.mesh.offline import compile_devices, compiler_options
+    from shardlab.mesh.offline import compile_devices, compile_options
+    from shardlab.module.model import read_model
     from shardlab.report.audit import audit_refused, audit_step
+    from shardlab.report.estimate import model_flops
+    from shardlab.run.remedies import remedies
     from shardlab.step.compile import compile_train_step
     from shardlab.step.out_of_memory import OutOfMemory
 
     machine = config.mesh.machine
+    if machine.platform == "tpu" and (place := folder()) is not None:
+        # What does not fit is compiled to the end and then refused: the program is here, and nowhere else.
+        dump = f"--xla_dump_to={place / _DUMP} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
     devices = None if machine.platform == "cpu" or machine.text == "local" else compile_devices(machine)
     began = time.perf_counter()
     with view.phase("planning"):
@@ -68,7 +80,7 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     planned = time.perf_counter()
     for note in (*plan.notes, *call.remarks):
         view.say(f"note: {note}")
-    facts = {"config": call.path, "overrides": call.given, "plan_seconds": planned - began}
+    about = {"config": call.path, "overrides": call.given, "plan_seconds": planned - began}
     try:
         with view.phase(f"compiling for {machine}"):
             step = compile_train_step(
@@ -78,13 +90,35 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
                 plan,
                 config.abstract_batch(),
                 devices=devices,
-                compiler_options=compiler_options(machine),
+                compiler_options=compile_options(machine),
             )
     except OutOfMemory as refusal:
+        seconds, text = time.perf_counter() - planned, _left_behind()
+        needed, capacity = refusal.needed_bytes, refusal.capacity_bytes
+        with view.phase("it does not fit: looking for what would help"):
+            helps = () if needed is None or capacity is None else remedies(config, plan, needed, capacity)
         with view.phase("reading what the compiler left"):
-            return audit_refused(plan, refusal, _dumped(), seconds=time.perf_counter() - planned, facts=facts)
+            shapes = config.abstract_batch()
+            audit = audit_refused(
+                plan,
+                refusal,
+                text=text,
+                flops=model_flops(read_model(config.model, shapes, plan.pipeline), plan, shapes),
+                seconds=seconds,
+                log=compiler_log(),
+                remedies=[dataclasses.asdict(remedy) for remedy in helps],
+                about=about,
+            )
+        return audit, text or ""
     with view.phase("reading the compiled program"):
-        return audit_step(step, log=compiler_log(), facts=facts), step.text
+        return audit_step(step, log=compiler_log(), about=about), step.text
+
+
+def _left_behind() -> str | None:
+    """The optimized program of a step that the compiler has refused, if it was written."""
+    place = folder()
+    found = [] if place is None else sorted(place.glob(f"{_DUMP}/*jit_step*.after_optimizations.txt"))
+    return found[-1].read_text() if found else None
 
 
 def _write(path: str, text: str) -> None:

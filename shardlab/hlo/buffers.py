@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardlab.hlo.layout import DEVICE, leaves
+from shardlab.hlo.origin import named
 from shardlab.hlo.parse import Computation, HloModule, Instruction
 
 Index = tuple[int, ...]
@@ -205,17 +206,15 @@ class _Walk:
 
     def start(self, instruction: Instruction, operands: Sequence[Leaves]) -> Leaves:
         """The leaves of a start that are its operands; the rest it makes."""
-        opcode = instruction.opcode
-        if opcode == "copy-start":
+        if instruction.opcode == "copy-start":
             return {(1,): operands[0][()]} if () in operands[0] else {}
-        if opcode in ("all-gather-start", "collective-permute-start", "send", "recv-start"):
-            indices = [index for index, _ in leaves(instruction.type_text)]
-            if len(operands) == 1:
-                return {(0, *index): value for index, value in operands[0].items() if (0, *index) in indices}
-            return {(0, k, *i): v for k, one in enumerate(operands) for i, v in one.items() if (0, k, *i) in indices}
-        if opcode == "async-start":
-            return {(0, k, *index): v for k, one in enumerate(operands) for index, v in one.items()}
-        return {}
+        if instruction.opcode in ("all-reduce-start", "recv"):
+            return {}
+        indices = {index for index, _ in leaves(instruction.type_text)}
+        lone = operands[0].items() if len(operands) == 1 else ()
+        given = {(0, *index): value for index, value in lone if (0, *index) in indices}
+        each = ((0, k, *index) for k, one in enumerate(operands) for index in one)
+        return given or {index: operands[index[1]][index[2:]] for index in each if index in indices}
 
     def done(self, computation: Computation, instruction: Instruction, started: Leaves) -> Leaves:
         """What a done hands on: the results its start has made."""
@@ -390,7 +389,9 @@ def live(module: HloModule) -> Live:
         here = [value for value in members if value.first <= at <= value.last]
         if kind == "temporary" and not here:
             continue
-        shown = members[0] if kind == "argument" else (here or members)[-1]
+        # Of a loop's carry what was put into it says more than that it is carried.
+        made = [value for value in [*here[::-1], *members] if value.instruction.opcode not in ("parameter", "while")]
+        shown = members[0] if kind == "argument" or not made else made[0]
         buffers.append(_buffer(module, shown, members, kind, arguments.get(n)))
     of = {kind: sum(b.bytes for b in buffers if b.kind == kind) for kind in ("argument", "output", "temporary")}
     fullest = walk.moments[at - 1] if at else entry.root
@@ -406,7 +407,10 @@ def live(module: HloModule) -> Live:
 
 
 def _buffer(module: HloModule, shown: _Value, members: Sequence[_Value], kind: str, number: int | None) -> Buffer:
-    named = [shown, *members]
+    made = [v.instruction for v in (shown, *members) if v.instruction.opcode not in ("parameter", "while")]
+    origin = next((found for one in made if (found := named(module, one))[0]), ("", ""))
+    if kind == "argument":
+        origin = shown.instruction.op_name, ""
     return Buffer(
         name=shown.instruction.name,
         computation=shown.computation,
@@ -415,8 +419,8 @@ def _buffer(module: HloModule, shown: _Value, members: Sequence[_Value], kind: s
         padding=max(members, key=lambda value: value.size).padding,
         kind=kind,
         parameter=number,
-        op_name=next((v.instruction.op_name for v in named if v.instruction.op_name), ""),
-        source=next((place for v in named if (place := module.source(v.instruction))), ""),
+        op_name=origin[0],
+        source=origin[1],
     )
 
 

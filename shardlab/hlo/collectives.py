@@ -265,7 +265,7 @@ def _once(
     if opcode in ("send", "ragged-all-to-all"):
         operands = operands[:1]  # the others are a token, and the output buffer with its offsets
     payload = sum(operand.bytes for operand in operands) * (size if kind == "all-gather" else 1)
-    sliced = kind == "all-reduce" and _is_sliced(module, computation, instruction, size)
+    sliced = kind == "all-reduce" and is_sliced(module, computation, instruction, size)
     reducers = instruction.callees("to_apply")
     return Collective(
         kind=kind,
@@ -286,7 +286,7 @@ def _once(
     )
 
 
-def _is_sliced(module: HloModule, computation: Computation, instruction: Instruction, n: int) -> bool:
+def is_sliced(module: HloModule, computation: Computation, instruction: Instruction, n: int) -> bool:
     """Whether every reader of a value takes 1/n of it by a dynamic-slice, directly or inside a fusion."""
     users = computation.users.get(instruction.name, ())
     if not users or instruction.is_root:
@@ -300,14 +300,14 @@ def _slices(module: HloModule, computation: Computation, read: Instruction, user
     if user.opcode == "dynamic-slice":
         return user.operands[0] == read.name and elements * n == whole
     if user.opcode in _ELEMENTWISE or user.opcode.endswith("-done"):
-        return _is_sliced(module, computation, user, n)
+        return is_sliced(module, computation, user, n)
     if user.opcode in _ARITHMETIC and elements == whole:
-        return _is_sliced(module, computation, user, n)
+        return is_sliced(module, computation, user, n)
     if user.opcode != "fusion":
         return False
     inner = module.computations[user.callees("calls")[0]]
     numbers = [k for k, operand in enumerate(user.operands) if operand == read.name]
-    return all(_is_sliced(module, inner, inner.parameters[k], n) for k in numbers)
+    return all(is_sliced(module, inner, inner.parameters[k], n) for k in numbers)
 
 
 def _group_axes(

@@ -8,22 +8,22 @@ anything else       the JAX operation, the function of the model it stands in, f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from shardlab.hlo.layout import leaves
 from shardlab.hlo.parse import Computation, HloModule, Instruction
+from shardlab.hlo.work import COLLECTIVES, target
 
 Index = tuple[int, ...]
 # What hands on its first operand's elements, all or some of them, in some order.
 _CARRY = frozenset(
     {
-        "bitcast", "bitcast-convert", "convert", "copy", "copy-start", "copy-done", "reshape", "transpose", "slice",
-        "dynamic-slice", "optimization-barrier", "opt-barrier", "all-gather", "reduce-scatter", "all-reduce",
-        "all-to-all", "collective-permute", "all-gather-start", "all-gather-done", "all-reduce-start",
-        "all-reduce-done", "collective-permute-start", "collective-permute-done", "pad", "reduce-precision",
-        "slice-start", "slice-done", "dynamic-slice-start", "dynamic-slice-done",
+        "bitcast-convert", "convert", "copy-start", "reshape", "transpose", "slice", "dynamic-slice", "pad",
+        "reduce-precision", "slice-start", "dynamic-slice-start",
     }
 )  # fmt: skip
+_MOVES = COLLECTIVES | {f"{one}-start" for one in COLLECTIVES}
 _SAME = frozenset({"bitcast", "copy", "optimization-barrier", "opt-barrier"})
 _JOIN = frozenset({"concatenate", "dynamic-update-slice"})
 # On the way of a gradient to its parameter: sums, scalings, the optimizer's arithmetic.
@@ -43,6 +43,8 @@ _ARITHMETIC = frozenset(
         "clamp",
     }
 )
+# XLA:TPU's names for a value that lies in parts, or is on its way.
+_VIEWS = frozenset({"ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"})
 _LIMIT = 4000
 _SHARDLAB = re.compile(r"/shardlab/(?!models/)[\w/]+\.py:")
 
@@ -86,20 +88,64 @@ def cause(module: HloModule, instruction: Instruction) -> Cause:
     >>> cause(module, module.computations["main"].root).what
     'all-gather of head/kernel (weights)'
     """
+    op_name, source = named(module, instruction)
     kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
+    of = f"{kind} of " if kind in COLLECTIVES else ""
+    made_of = parts(module, instruction)
+    sizes: dict[str, int] = {}
+    for part in made_of:
+        sizes[part.role] = sizes.get(part.role, 0) + part.bytes
+    main = max(sizes, key=lambda role: sizes[role])
+    paths = tuple(dict.fromkeys(path for part in made_of if part.role == main for path in part.paths))
+    more = " and others" if len(sizes) > 1 else ""
+    if main == "activation":
+        thing = _activation(module, instruction, op_name)
+    elif main == "gradient":
+        thing = f"the gradient of {_listed(paths)}"
+    else:
+        thing = f"{_listed(paths)} ({main})"
+    return Cause(f"{of}{thing}{more}", paths, main, op_name, source)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one operand of a collective is; `bytes` are the operand's."""
+
+    role: str
+    paths: tuple[str, ...]
+    bytes: int
+
+
+def parts(module: HloModule, instruction: Instruction) -> tuple[Part, ...]:
+    """The parts of a collective that XLA has combined of several, one an operand; one part of any other instruction."""
     computation = module.home[instruction.name]
-    op_name, source = _named(module, instruction, computation)
-    back = list(dict.fromkeys(_origins(module, computation, instruction)))
+    if instruction.opcode.removesuffix("-start") not in COLLECTIVES or not instruction.operands:
+        ends = [index for index, _ in leaves(instruction.type_text)]
+        return (_part(module, computation, instruction, instruction.name, ends, instruction.bytes),)
+    found = []
+    for k, name in enumerate(instruction.operands):
+        size = computation.instructions[name].bytes if name in computation.instructions else 0
+        found.append(_part(module, computation, instruction, name, [_result(instruction, k)], size))
+    return tuple(found)
+
+
+def _part(
+    module: HloModule,
+    computation: Computation,
+    instruction: Instruction,
+    value: str,
+    ends: Sequence[Index],
+    size: int,
+) -> Part:
+    back = list(_origins(module, computation, value))
     for role, prefix in (("weights", ".parameters"), ("optimizer state", ".optimizer"), ("input", "")):
         paths = tuple(dict.fromkeys(path_of(name) for name in back if prefix in name))
         if paths:
-            return Cause(f"{kind} of {_listed(paths)} ({role})", paths, role, op_name, source)
-    paths = tuple(dict.fromkeys(path_of(name) for name in _ends(module, computation, instruction)))
-    if paths and kind == "all-gather":
-        return Cause(f"{kind} of {_listed(paths)} (updated weights)", paths, "updated weights", op_name, source)
+            return Part(role, paths, size)
+    paths = tuple(dict.fromkeys(path_of(name) for name in _ends(module, computation, instruction, ends)))
     if paths:
-        return Cause(f"{kind} of the gradient of {_listed(paths)}", paths, "gradient", op_name, source)
-    return Cause(f"{kind} of {_activation(module, instruction, op_name)}", (), "activation", op_name, source)
+        return Part("updated weights" if instruction.opcode.startswith("all-gather") else "gradient", paths, size)
+    return Part("activation", (), size)
 
 
 def path_of(op_name: str) -> str:
@@ -131,9 +177,9 @@ def user_source(module: HloModule, instruction: Instruction) -> tuple[str, str]:
     return ours or (module.source(instruction), "")
 
 
-def _named(module: HloModule, instruction: Instruction, computation: Computation) -> tuple[str, str]:
-    """The op_name and the user's line, of the fusion around it, or of who made its operand, where it has none."""
-    for one in _nearest(module, instruction, computation):
+def named(module: HloModule, instruction: Instruction) -> tuple[str, str]:
+    """JAX operation and user's line: an instruction's own, or of the fusion around it, its reader, or its operand."""
+    for one in _nearest(module, instruction, module.home[instruction.name]):
         if one.op_name:
             return one.op_name, user_source(module, one)[0]
     return "", ""
@@ -165,14 +211,15 @@ def _activation(module: HloModule, instruction: Instruction, op_name: str) -> st
     backward = "transpose(" in op_name
     again = "rematted_computation" in op_name
     phase = "recomputed" if again else "backward" if backward else ""
-    inside = f" in {function}" if function else ""
+    function = function.partition(".<locals>")[0].removesuffix(".__call__")
+    inside = f" in {function}" if function and function != "<module>" else ""
     return f"{words}{inside}" + (f" ({phase})" if phase else "")
 
 
-def _origins(module: HloModule, computation: Computation, instruction: Instruction) -> Iterator[str]:
+def _origins(module: HloModule, computation: Computation, value: str) -> Iterator[str]:
     """The names of the arguments that a value is copied from."""
     seen: set[tuple[str, str, Index]] = set()
-    waiting: list[tuple[Computation, str, Index]] = [(computation, name, ()) for name in instruction.operands]
+    waiting: list[tuple[Computation, str, Index]] = [(computation, value, ())]
     while waiting and len(seen) < _LIMIT:
         here, name, index = waiting.pop()
         if (here.name, name, index) in seen or name not in here.instructions:
@@ -192,14 +239,14 @@ def _origins(module: HloModule, computation: Computation, instruction: Instructi
         elif one.opcode == "fusion":
             inner = module.computations[one.callees("calls")[0]]
             waiting.append((inner, inner.root.name, index))
-        elif one.opcode == "while" and _unchanged(module, one, index):
+        elif (one.opcode == "while" and _unchanged(module, one, index)) or one.opcode in _SAME:
             waiting.append((here, one.operands[0], index))
-        elif one.opcode in _CARRY and one.operands:
-            waiting.append((here, one.operands[0], index if one.opcode in _SAME else ()))
-        elif one.opcode in _JOIN:
+        elif one.opcode.endswith("-done"):
+            waiting.append((here, one.operands[0], _started(one, index)))
+        elif one.opcode in _CARRY or one.opcode in _MOVES:
+            waiting.append((here, one.operands[_operand(one, index)], ()))
+        elif one.opcode in _JOIN or (one.opcode == "custom-call" and (len(one.operands) == 1 or target(one) in _VIEWS)):
             waiting += [(here, operand, ()) for operand in one.operands]
-        elif one.opcode == "custom-call" and len(one.operands) == 1:
-            waiting.append((here, one.operands[0], ()))
 
 
 def _handed(
@@ -234,15 +281,15 @@ def _unchanged(module: HloModule, loop: Instruction, index: Index) -> bool:
     )
 
 
-def _ends(module: HloModule, computation: Computation, instruction: Instruction) -> Iterator[str]:
+def _ends(
+    module: HloModule, computation: Computation, instruction: Instruction, results: Sequence[Index]
+) -> Iterator[str]:
     """The names of the arguments whose places a value ends in, through sums and an optimizer's arithmetic."""
-    places = dict(module.donated)
-    entry = module.computations[module.entry]
-    elements = max((shape.elements for shape in instruction.shapes), default=0)
-    if elements <= 1:
+    if max((shape.elements for shape in instruction.shapes), default=0) <= 1:
         return
+    entry = module.computations[module.entry]
     seen: set[tuple[str, str, Index]] = set()
-    waiting: list[tuple[Computation, str, Index]] = [(computation, instruction.name, ())]
+    waiting: list[tuple[Computation, str, Index]] = [(computation, instruction.name, index) for index in results]
     while waiting and len(seen) < _LIMIT:
         here, name, index = waiting.pop()
         if (here.name, name, index) in seen:
@@ -251,7 +298,7 @@ def _ends(module: HloModule, computation: Computation, instruction: Instruction)
         value = here.instructions[name]
         if value.is_root:
             if here.name == module.entry:
-                number = places.get(index)
+                number = module.donated.get(index)
                 if number is not None and entry.parameters[number].op_name:
                     yield entry.parameters[number].op_name
                 continue
@@ -270,7 +317,7 @@ def _on(
     """Where a value goes with one of its readers."""
     numbers = [k for k, operand in enumerate(user.operands) if operand == value.name]
     if user.opcode == "get-tuple-element":
-        if not index or int(user.attributes["index"]) == index[0]:
+        if index and int(user.attributes["index"]) == index[0]:
             yield here, user.name, index[1:]
     elif user.opcode == "tuple":
         yield from ((here, user.name, (k, *index)) for k in numbers)
@@ -285,5 +332,38 @@ def _on(
         yield from ((inner, inner.parameters[k].name, index) for k in numbers)
     elif user.opcode in _SAME:
         yield here, user.name, index
-    elif (user.opcode in _CARRY and numbers[0] == 0) or user.opcode in _JOIN or user.opcode in _ARITHMETIC:
+    elif user.opcode.endswith("-done"):
+        yield here, user.name, () if user.opcode == "copy-done" else index[user.opcode != "all-reduce-done" :]
+    elif user.opcode in _MOVES or (user.opcode in _CARRY and numbers[0] == 0):
+        yield from ((here, user.name, _result(user, k)) for k in numbers)
+    elif user.opcode in _JOIN or user.opcode in _ARITHMETIC:
         yield here, user.name, ()
+    elif user.opcode == "custom-call" and target(user) in _VIEWS:
+        yield here, user.name, (1,) if target(user) == "AsyncCollectiveStart" else ()
+
+
+def _result(instruction: Instruction, k: int) -> Index:
+    """Where in its result an instruction puts what it makes of its operand `k`."""
+    opcode = instruction.opcode
+    if not instruction.type_text.startswith("(") or opcode in _SAME:
+        return ()
+    if opcode == "copy-start":
+        return (0,)
+    several = (k,) if len(instruction.operands) > 1 else ()
+    if opcode in _MOVES and opcode.endswith("-start") and opcode != "all-reduce-start":
+        return (1, *several)
+    return (1,) if opcode.endswith("-start") and opcode != "all-reduce-start" else several
+
+
+def _operand(instruction: Instruction, index: Index) -> int:
+    """The operand that an element of the result is made of: the inverse of `_result`."""
+    if instruction.opcode in _MOVES and len(instruction.operands) > 1 and index:
+        return index[-1]
+    return 0
+
+
+def _started(done: Instruction, index: Index) -> Index:
+    """Where the result of a done is in that of its start."""
+    if done.opcode == "all-reduce-done":
+        return index
+    return (0,) if done.opcode == "copy-done" else (1, *index)

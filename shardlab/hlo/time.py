@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from shardlab.hlo.loops import visits
 from shardlab.hlo.parse import Computation, HloModule, Instruction
-from shardlab.hlo.work import moved, products, scheduled, target
+from shardlab.hlo.work import COLLECTIVES, moved, products, scheduled, target
 
 # Of the published peak and bandwidth, what good kernels reach: 8192^3 bf16 products at 0.69 of an H200's 989 TFLOP/s
 # under its power cap, copies at 0.9 of its 4.8 TB/s.
@@ -45,19 +45,6 @@ _FREE = frozenset(
         "call",
         "domain",
         "add-dependency",
-    }
-)
-COLLECTIVES = frozenset(
-    {
-        "all-gather",
-        "all-reduce",
-        "reduce-scatter",
-        "all-to-all",
-        "ragged-all-to-all",
-        "collective-permute",
-        "collective-broadcast",
-        "send",
-        "recv",
     }
 )
 _NO_WORK = frozenset({"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"})

@@ -21,6 +21,19 @@ _SCORES = re.compile(
     r'"intermediate_tensor_(?:shape|dimensions)":.*?"dimensions":\[([^\]]*)\]|"intermediate_tensor_dimensions":\[([^\]]*)\]'
 )
 _KERNEL = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')
+COLLECTIVES = frozenset(
+    {
+        "all-gather",
+        "all-reduce",
+        "reduce-scatter",
+        "all-to-all",
+        "ragged-all-to-all",
+        "collective-permute",
+        "collective-broadcast",
+        "send",
+        "recv",
+    }
+)
 # Only their result's bytes are read of their first operand.
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 _RENAMES = frozenset({"bitcast", "get-tuple-element", "reshape"})

@@ -67,6 +67,7 @@ from shardlab.plan.notes import (
 )
 from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
+from shardlab.plan.scatter import scatter_faults
 from shardlab.plan.vocabulary import vocabulary_faults
 from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules, read_rules
@@ -94,6 +95,7 @@ def make_plan(
     gather: str = "step",
     accumulate: str = "full",
     sends: str = "auto",
+    scatter: str = "auto",
     batch_axes: str = "manual",
     activation: PartitionSpec | None = None,
     saved_activation: PartitionSpec | None = None,
@@ -140,6 +142,9 @@ def make_plan(
         what comes before and after the blocks with every microbatch.
       sends: when what a tick makes for another stage is sent. ``"direct"``: at its end; ``"delayed"``: during the next
         tick, beside what that computes, to be read in the one after. ``"auto"``: as `schedule` says; by name, direct.
+      scatter: how gradients are reduce-scattered over a batch axis. ``"whole"``: at once, of which XLA:TPU makes an
+        all-reduce where the axis covers three dims of the torus; ``"data=32x8"``: over parts of it one after another,
+        outermost first; ``"auto"``: what takes less time on the links of the devices.
       batch_axes: ``"manual"``: each shard accumulates its gradients and they are reduced once a step;
         ``"automatic"``: XLA places every reduction, which models that compute across examples need.
       activation: spec of what flows between blocks, for sequence parallelism: ``P("data", "tensor", None)``.
@@ -182,7 +187,7 @@ def make_plan(
         accumulate=accumulate,
         sends=sends,
     )
-    choices += remat_faults(remat)
+    choices += [*remat_faults(remat), *scatter_faults(scatter, mesh)]
     faults = [*resolution.faults, *untrained, *_padded_buffers(spoken_of, resolution.placements), *choices]
     notes: list[str] = []
     written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
@@ -306,6 +311,7 @@ def make_plan(
         gather=gather,
         accumulate=accumulate,
         sends="delayed" if delayed else "direct",
+        scatter=scatter,
         activation_spec=activation,
         saved_activation_spec=saved_activation,
         notes=tuple(notes),

@@ -157,6 +157,8 @@ class Plan:
         reduce-scattered in every backward, and those of `before` and `after` whenever a microbatch has passed them.
       sends: when what a tick makes for another stage is sent: ``"direct"``, at its end, or ``"delayed"``, during the
         next tick, beside what that computes.
+      scatter: how gradients are scattered over a batch axis: ``"auto"``, what is faster on the links; ``"whole"``, at
+        once; or over parts of it, one after another: ``"data=32x8"``.
       activation_spec: the spec of what flows between blocks, or None.
       saved_activation_spec: the spec of the same where it is kept for the backward; None: as it flows.
       notes: what was decided and not declared.
@@ -188,6 +190,7 @@ class Plan:
     gather: str
     accumulate: str
     sends: str
+    scatter: str
     activation_spec: PartitionSpec | None
     saved_activation_spec: PartitionSpec | None
     notes: tuple[str, ...]

@@ -6,25 +6,26 @@ same on a terminal, as JSON and as a page.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from shardlab.hlo.buffers import live
+from shardlab.hlo.buffers import Live, live
 from shardlab.hlo.collectives import Collective, collectives
-from shardlab.hlo.origin import Cause, Origins
-from shardlab.hlo.overlap import Overlap
+from shardlab.hlo.origin import Cause, cause, path_of
+from shardlab.hlo.overlap import Overlap, overlaps
 from shardlab.hlo.parse import HloModule, parse
-from shardlab.mesh.chips import chip_of
+from shardlab.mesh.chips import Chip, chip_of
 from shardlab.mesh.topology import Layout, lay_out
-from shardlab.plan.plan import Plan
+from shardlab.plan.plan import Parameter, Plan
 from shardlab.plan.text import sibling_pattern
 from shardlab.report.audit_text import audit_text
-from shardlab.report.estimate import estimate_facts, model_flops, step_overlaps, wire_by_axes
+from shardlab.report.estimate import estimate_facts, model_flops, seconds_on, step_overlaps, wire_by_axes
 from shardlab.report.lint import lint
 from shardlab.report.memory import memory
 from shardlab.report.summary import plan_facts
@@ -88,7 +89,7 @@ def audit_refused(
     flops: int,
     seconds: float,
     log: str = "",
-    remedies: Sequence[Remedy] = (),
+    remedies: Sequence[Mapping[str, Any]] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Audit:
     """The audit of a step that the compiler found too large.
@@ -111,7 +112,7 @@ def audit_refused(
         **_held(plan, needed),
         "fits": False,
         **(_read(plan, text, needed, 0, flops, log) if text else _UNREAD),
-        "remedies": [dataclasses.asdict(remedy) for remedy in remedies],
+        "remedies": list(remedies),
         "trace_seconds": None,
         "compile_seconds": seconds,
     }
@@ -169,7 +170,7 @@ def _layout_facts(plan: Plan) -> dict[str, Any] | None:
         return None
     return {
         "words": layout.explanation,
-        "drawing": layout.draw(),
+        "drawing": getattr(layout, "draw", lambda: "")(),
         "axes": [
             {
                 "axis": axis.axis,
@@ -220,22 +221,114 @@ _UNREAD: dict[str, Any] = {
 def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -> dict[str, Any]:
     """What the optimized program says."""
     module = parse(text)
-    origins = Origins(module)
     found = collectives(module, plan.mesh.sizes)
-    buffers = live(module).buffers
+    causes = [cause(module, module.home[one.name].instructions[one.name]) for one in found]
+    held = live(module)
     chip, layout = _chip(plan), layout_of(plan)
-    timed: dict[str, Any] = {name: None for name in ("estimate_seconds", "mfu", "bound_by", "estimate")}
-    beside: Sequence[Overlap | None] = [None] * len(found)
-    if chip is not None and layout is not None:
-        compute, overlap = step_overlaps(module, found, layout, chip)
-        beside = overlap.each
-        timed = estimate_facts(plan, compute, overlap, layout, chip, flops)
-    rows = _merged([_row(one, origins.of(one), other) for one, other in zip(found, beside, strict=True)])
+    timed: dict[str, Any] = dict.fromkeys(("estimate_seconds", "mfu", "bound_by", "estimate"))
+    seconds: Callable[[Collective], float] | None = None
+    if chip is None or layout is None:
+        beside = overlaps(module, found, lambda one: 0.0, {})
+    else:
+        seconds = seconds_on(layout)
+        compute, beside = step_overlaps(module, found, layout, chip)
+        timed = estimate_facts(plan, compute, beside, layout, chip, flops)
+    pairs = zip(beside.each, causes, strict=True)
+    rows = _merged(_row(one, why, timed=seconds is not None) for one, why in pairs)
+    findings = lint(module, plan.mesh.sizes, dtype=plan.dtype, compiler_said=log, seconds=seconds, held=held)
     return {
-        **_categories(plan, module, needed, code),
+        **_held_by(plan, module, held, needed, code),
         "collectives": rows,
         "wire_bytes": sum(row["wire_bytes"] for row in rows),
         "wire_bytes_by_axis": wire_by_axes(rows),
         **timed,
-        "lints": [dataclasses.asdict(finding) for finding in lint(plan, module, found, log)],
+        "lints": [dataclasses.asdict(finding) for finding in findings],
     }
+
+
+def _row(beside: Overlap, why: Cause, *, timed: bool) -> dict[str, Any]:
+    one = beside.collective
+    return {
+        "kind": one.kind,
+        "axes": list(one.axes),
+        "count": one.count,
+        "payload_bytes": one.payload_bytes,
+        "wire_bytes": one.wire_bytes,
+        "async": beside.asynchronous,
+        "cause": why.what,
+        "path": why.path,
+        "source": why.source,
+        "loop": one.loop,
+        "in_loop": one.loop is not None,
+        "exact": one.exact,
+        "in_branch": one.assumed,
+        "seconds": beside.seconds if timed else None,
+        "exposed_seconds": beside.exposed_seconds if timed else None,
+    }
+
+
+def _merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in numbers alone as one, most wire bytes first."""
+    numbers = ("count", "payload_bytes", "wire_bytes", "seconds", "exposed_seconds")
+    found: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(
+            tuple(value) if isinstance(value, list) else value for name, value in row.items() if name not in numbers
+        )
+        into = found.setdefault(key, {**row, **dict.fromkeys(numbers)})
+        for name in numbers:
+            if row[name] is not None:
+                into[name] = (into[name] or 0) + row[name]
+    return sorted(found.values(), key=lambda row: -row["wire_bytes"])
+
+
+_CATEGORIES = {
+    "weights": "gathered weights",
+    "updated weights": "gathered weights",
+    "gradient": "gradients",
+    "optimizer state": "optimizer update",
+    "activation": "activations",
+    "input": "activations",
+}
+
+
+def _held_by(plan: Plan, module: HloModule, held: Live, needed: int, code: int) -> dict[str, Any]:
+    """The memory by what it is for, and the largest buffers.
+
+    Arguments are the plan's arrays; what is live beside them at the peak is told by its cause. What the compiler needs
+    beyond the buffers that its program names is the rest.
+    """
+    counted = plan.bytes_per_device()
+    state = {
+        "parameters": counted["parameters"],
+        "optimizer state": counted["optimizer_state"],
+        "arrays not trained": counted["buffers"],
+    }
+    found = {name: size for name, size in state.items() if size}
+    found["batch and keys"] = max(held.argument_bytes - sum(found.values()), 0)
+    largest: list[dict[str, Any]] = []
+    for buffer in held.buffers:
+        why = cause(module, module.home[buffer.name].instructions[buffer.name])
+        if buffer.kind == "argument":
+            category = "optimizer state" if ".optimizer" in buffer.op_name else "parameters"
+            what = f"{category}: {path_of(buffer.op_name)}"
+            if ".parameters" not in buffer.op_name and ".optimizer" not in buffer.op_name:
+                category, what = "batch and keys", buffer.op_name
+        else:
+            category = _CATEGORIES[why.role]
+            what = f"{why.role}: {why.what.partition(' of ')[2]}"
+            found[category] = found.get(category, 0) + buffer.bytes
+        if len(largest) < _LARGEST:
+            largest.append(
+                {
+                    "bytes": buffer.bytes,
+                    "what": what,
+                    "path": why.path,
+                    "shape": buffer.shape,
+                    "category": category,
+                    "source": buffer.source,
+                }
+            )
+    found["code"] = code
+    found["rest of what the compiler needs"] = needed - sum(found.values())
+    return {"categories": found, "largest": largest}

@@ -9,12 +9,12 @@ exposed as far as the program's schedule puts no compute beside it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from shardlab.hlo.collectives import UNKNOWN, Collective
+from shardlab.hlo.collectives import Collective
 from shardlab.hlo.overlap import Overlaps, overlaps
 from shardlab.hlo.parse import HloModule
 from shardlab.hlo.time import Rates, Times, seconds_once, times
@@ -30,25 +30,26 @@ from shardlab.plan.plan import Plan
 _TIERS = {"ici": "ICI", "dcn": "DCN", "nvlink": "NVLink", "network": "the network", "host": "the host"}
 
 
-def step_overlaps(
-    module: HloModule, found: Sequence[Collective], layout: Layout, chip: Chip
-) -> tuple[Times, Overlaps]:
+def step_overlaps(module: HloModule, found: Sequence[Collective], layout: Layout, chip: Chip) -> tuple[Times, Overlaps]:
     """The compute of a step, and its collectives beside it."""
     rates = Rates(chip.flops, chip.hbm_bandwidth, chip.clock_hz)
     once = {place: one.seconds for place, one in seconds_once(module, rates).items()}
-
-    def seconds(one: Collective) -> float:
-        if not one.count:
-            return 0.0
-        axes = tuple(axis.axis for axis in layout.axes) if one.axes == UNKNOWN else one.axes
-        return one.count * collective_seconds(layout, one.kind, axes, one.wire_bytes / one.count)
 
     def links(one: Collective) -> Hashable:
         # Axes of a torus have links of their own; whatever leaves an island or a slice shares what leads out of it.
         tiers = {axis.tier for axis in layout.axes if axis.axis in one.axes} - {"ici"}
         return frozenset(tiers) or one.axes
 
-    return times(module, rates), overlaps(module, found, seconds, once, links=links)
+    return times(module, rates), overlaps(module, found, seconds_on(layout), once, links=links)
+
+
+def seconds_on(layout: Layout) -> Callable[[Collective], float]:
+    """Seconds of a collective, all its executions together, over the links that its axes lie on."""
+
+    def seconds(one: Collective) -> float:
+        return collective_seconds(layout, one.kind, one.axes, one.wire_bytes, count=one.count)
+
+    return seconds
 
 
 def estimate_facts(
@@ -132,4 +133,3 @@ def wire_by_axes(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         name = " x ".join(row["axes"])
         found[name] = found.get(name, 0) + row["wire_bytes"]
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-

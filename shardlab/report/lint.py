@@ -13,21 +13,28 @@ They are read from the optimized HLO alone.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from shardlab.hlo.buffers import Live, live
-from shardlab.hlo.collectives import Collective, collectives
+from shardlab.hlo.buffers import Buffer, Live, live
+from shardlab.hlo.collectives import Collective, collectives, is_sliced
 from shardlab.hlo.loops import visits
-from shardlab.hlo.origin import Cause, cause, path_of
-from shardlab.hlo.parse import HloModule
+from shardlab.hlo.origin import Cause, cause, parts, path_of
+from shardlab.hlo.parse import HloModule, Instruction
 from shardlab.hlo.work import products, scheduled
 from shardlab.plan.text import human_bytes
 
-# Forward, recomputed and backward.
-_PASSES = 3
-_SMALL = 1 << 20
+PASSES = 3  # over the weights in a step: forward, recomputed, backward
+SMALLEST = 1 << 20
+_PADDED = 0.2
+_NARROW = ("bfloat16", "float16")
+_WIDTHS = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "s8": 1, "u8": 1}
+# What the program says itself, by jax.lax or by a constraint.
+_ASKED = frozenset({"sharding_constraint", "all_gather", "all_gather_invariant", "all_to_all", "ppermute", "reshard"})
 
 
 @dataclass(frozen=True)
@@ -61,203 +68,347 @@ def lint(
     module: HloModule,
     axes: Mapping[str, int],
     *,
+    batch: Sequence[str] = (),
     dtype: str | None = None,
+    reduce_dtype: str | None = None,
     compiler_said: str = "",
     seconds: Callable[[Collective], float] | None = None,
     held: Live | None = None,
-    smallest: int = _SMALL,
+    smallest: int = SMALLEST,
 ) -> tuple[Finding, ...]:
     """The findings of a compiled step, costliest first within a code.
 
     Args:
       axes: sizes of the mesh axes in mesh order.
-      dtype: of the compute that was declared ("bfloat16"); None: SL006 is not looked for.
+      batch: the axes that split examples.
+      dtype: of the compute that was declared ("bfloat16"); None: SL006 is not looked for.  XLA:CPU computes bfloat16 as
+        float32, so give None for it.
+      reduce_dtype: of the gradients' reductions that was declared; None: theirs is not looked at.
       compiler_said: what the compiler wrote to stderr.
       seconds: of a collective, all its executions together.
       held: `live(module)`, where it is known already.
-      smallest: bytes a finding must cost to be one.
+      smallest: bytes a finding must cost to be one; those of SL005 from the compiler's own words have none.
+
+    Raises:
+      ValueError: the program is for another number of devices than the mesh has.
+
+    >>> from shardlab.hlo import parse
+    >>> module = parse('''
+    ... HloModule step, num_partitions=4
+    ... ENTRY %main (x: f32[1024,1024]) -> f32[256,1024] {
+    ...   %x = f32[1024,1024]{1,0} parameter(0)
+    ...   %sum = f32[1024,1024]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+    ...   %row = s32[] constant(0)
+    ...   ROOT %part = f32[256,1024]{1,0} dynamic-slice(%sum, %row, %row), dynamic_slice_sizes={256,1024}
+    ... }
+    ... ''')
+    >>> [(one.code, one.bytes) for one in lint(module, {"data": 4})]
+    [('SL001', 3145728)]
     """
-    found = collectives(module, axes)
-    causes = [cause(module, module.home[one.name].instructions[one.name]) for one in found]
-    pairs = list(zip(found, causes, strict=True))
+    step = _Step(module, axes, seconds)
     every = [
-        *_sliced(pairs, seconds),
-        *_gathered_again(module, pairs, seconds),
-        *_reduced_again(module, pairs, seconds),
-        *_gathered_activations(pairs, seconds),
-        *_involuntary(compiler_said),
-        *_wide(module, pairs, dtype, seconds),
+        *_sliced(step),
+        *_gathered_again(step),
+        *_reduced_again(step),
+        *_gathered_activations(step, batch),
+        *_involuntary(step, compiler_said),
+        *_wide(step, dtype, reduce_dtype),
         *_padded(live(module) if held is None else held),
     ]
-    kept = [one for one in every if one.bytes >= smallest or one.code == "SL005"]
+    kept = [one for one in every if one.bytes >= smallest or one.bytes == 0]
     return tuple(sorted(kept, key=lambda one: (one.code, -one.bytes)))
 
 
-def _sliced(
-    pairs: Sequence[tuple[Collective, Cause]], seconds: Callable[[Collective], float] | None
-) -> Iterator[Finding]:
-    for one, why in pairs:
-        if one.as_reduce_scatter:
-            yield Finding(
-                "SL001",
-                f"{why.what} over {' x '.join(one.axes)}, of which every device keeps 1/{one.group_size}: "
-                f"{human_bytes(one.wire_bytes)} on the wire, where a reduce-scatter sends half",
-                why.path or why.op_name,
-                why.source,
-                one.wire_bytes // 2,
-                seconds(one) / 2 if seconds else None,
-                "TPU and GPU make a reduce-scatter of it unless it spans all axes of the torus; reduce over one axis "
-                "after the other",
-            )
+class _Found(NamedTuple):
+    one: Collective
+    why: Cause
 
 
-def _gathered_again(
-    module: HloModule, pairs: Sequence[tuple[Collective, Cause]], seconds: Callable[[Collective], float] | None
-) -> Iterator[Finding]:
-    for path, group in _by_path(pairs, "weights", ("all-gather",)).items():
-        whole = _whole(module, path, group[0][0])
-        times = sum(one.payload_bytes for one, _ in group) / whole if whole else 0
-        if times > _PASSES + 0.5:
-            wire = sum(one.wire_bytes for one, _ in group)
-            spare = 1 - _PASSES / times
+class _Moved(NamedTuple):
+    """What a step moves of a parameter over some axes, and how often it moves the whole of it."""
+
+    path: str
+    axes: tuple[str, ...]
+    source: str
+    times: float
+    wire: float
+    seconds: float | None
+
+
+class _Step:
+    """The collectives of a step with their causes."""
+
+    def __init__(
+        self, module: HloModule, axes: Mapping[str, int], seconds: Callable[[Collective], float] | None
+    ) -> None:
+        self.module, self.axes, self._seconds = module, axes, seconds
+        self.found = [_Found(one, cause(module, self.instruction(one))) for one in collectives(module, axes)]
+        self.parameters = {
+            path_of(parameter.op_name): parameter.shapes[0]
+            for parameter in module.computations[module.entry].parameters.values()
+            if ".parameters" in parameter.op_name and parameter.shapes
+        }
+        subsets = (c for k in range(len(axes) + 1) for c in itertools.combinations(axes.values(), k))
+        self.products = sorted({math.prod(sizes) for sizes in subsets})
+
+    def instruction(self, one: Collective) -> Instruction:
+        return self.module.home[one.name].instructions[one.name]
+
+    def seconds(self, group: Iterable[_Found], part: float = 1.0) -> float | None:
+        """Of some collectives, or of a part of them."""
+        return None if self._seconds is None else sum(self._seconds(one) for one, _ in group) * part
+
+    def grouped(self, key: Callable[[_Found], Hashable | None]) -> list[list[_Found]]:
+        """Those with the same key together; those with None left out."""
+        groups: dict[Hashable, list[_Found]] = {}
+        for found in self.found:
+            at = key(found)
+            if at is not None:
+                groups.setdefault(at, []).append(found)
+        return list(groups.values())
+
+    def parameters_of(self, role: str, kinds: Sequence[str]) -> Iterator[_Moved]:
+        """Of each parameter in that role, and each tuple of axes, what a step moves of it."""
+        found: dict[tuple[str, tuple[str, ...]], _Moved] = {}
+        for one, why in self.found:
+            if one.kind not in kinds:
+                continue
+            made_of = parts(self.module, self.instruction(one))
+            for part in made_of:
+                if part.role != role or len(part.paths) != 1:
+                    continue
+                share = part.bytes / max(sum(p.bytes for p in made_of), 1)
+                path = part.paths[0]
+                seconds = None if self._seconds is None else self._seconds(one) * share
+                had = found.get((path, one.axes), _Moved(path, one.axes, why.source, 0.0, 0.0, seconds and 0.0))
+                found[path, one.axes] = had._replace(
+                    times=had.times + one.count * self._covers(path, one, share),
+                    wire=had.wire + one.wire_bytes * share,
+                    seconds=None if seconds is None else (had.seconds or 0.0) + seconds,
+                )
+        yield from found.values()
+
+    def _covers(self, path: str, one: Collective, share: float) -> float:
+        """What part of a parameter one execution moves: one layer of a stack, or all of it."""
+        shape = self.parameters.get(path)
+        if shape is None or not one.count:
+            return 1.0
+        moved = one.payload_bytes * share / one.count / _WIDTHS.get(one.dtype, 4)
+        layers = shape.dims[0] if "*" in path and shape.dims else 1
+        # A device stores a piece; what is moved is that many pieces together as some of the axes have devices.
+        for part in (1 / layers, 1.0):
+            if any(abs(moved / (shape.elements * part * n) - 1) < _PADDED for n in self.products):
+                return part
+        whole = next((n for n in self.products if shape.elements * n >= moved), self.products[-1])
+        return moved / (shape.elements * whole)
+
+
+def _wire(group: Iterable[_Found]) -> int:
+    return sum(one.wire_bytes for one, _ in group)
+
+
+def _over(one: Collective) -> str:
+    return f"over {' x '.join(one.axes)}"
+
+
+def _thing(why: Cause) -> str:
+    """What findings are put together by: of parameters the role, of an activation which it is."""
+    return why.what if why.role == "activation" else why.role
+
+
+def _others(group: Sequence[_Found]) -> str:
+    return f" and {len({f.why.what for f in group}) - 1} like it" if len({f.why.what for f in group}) > 1 else ""
+
+
+def _asked(why: Cause) -> bool:
+    return why.op_name.rpartition("/")[2] in _ASKED
+
+
+def _sliced(step: _Step) -> Iterator[Finding]:
+    for group in step.grouped(lambda f: (_thing(f.why), f.one.axes) if f.one.as_reduce_scatter else None):
+        one, why = max(group, key=lambda f: f.one.wire_bytes)
+        yield Finding(
+            "SL001",
+            f"{why.what}{_others(group)} {_over(one)}, of which every device keeps 1/{one.group_size}, "
+            f"{sum(f.one.count for f in group)} a step: {human_bytes(_wire(group))} on the wire, "
+            "where a reduce-scatter sends half",
+            why.path or why.op_name or one.name,
+            why.source,
+            _wire(group) // 2,
+            step.seconds(group, 0.5),
+            "reduce over one or two axes of the torus at a time: XLA:TPU makes no reduce-scatter over all three, "
+            "XLA:CPU makes none",
+        )
+
+
+def _gathered_again(step: _Step) -> Iterator[Finding]:
+    for one in step.parameters_of("weights", ("all-gather",)):
+        if one.times > PASSES + 0.5:
             yield Finding(
                 "SL002",
-                f"gathered {times:.0f} times a step, {human_bytes(wire)} on the wire",
-                path,
-                group[0][1].source,
-                round(wire * spare),
-                sum(seconds(one) for one, _ in group) * spare if seconds else None,
-                'gather once a step (gather="step") if the gathered weights fit, or take fewer microbatches',
+                f"gathered {one.times:.0f} times a step over {' x '.join(one.axes)}: {human_bytes(round(one.wire))} on "
+                "the wire",
+                one.path,
+                one.source,
+                round(one.wire * (1 - PASSES / one.times)),
+                None if one.seconds is None else one.seconds * (1 - PASSES / one.times),
+                'gather once a step (gather="step") if the whole weights fit, or take fewer microbatches',
             )
 
 
-def _reduced_again(
-    module: HloModule, pairs: Sequence[tuple[Collective, Cause]], seconds: Callable[[Collective], float] | None
-) -> Iterator[Finding]:
-    for path, group in _by_path(pairs, "gradient", ("all-reduce", "reduce-scatter")).items():
-        whole = _whole(module, path, group[0][0])
-        times = sum(one.payload_bytes for one, _ in group) / whole if whole else 0
-        if times > 1.5:
-            wire = sum(one.wire_bytes for one, _ in group)
+def _reduced_again(step: _Step) -> Iterator[Finding]:
+    for one in step.parameters_of("gradient", ("all-reduce", "reduce-scatter")):
+        if one.times > 1.5:
             yield Finding(
                 "SL003",
-                f"its gradient is reduced {times:.0f} times a step, {human_bytes(wire)} on the wire",
-                path,
-                group[0][1].source,
-                round(wire * (1 - 1 / times)),
-                sum(seconds(one) for one, _ in group) * (1 - 1 / times) if seconds else None,
-                'accumulate whole gradients and reduce once a step (accumulate="full") if they fit, '
+                f"its gradient is reduced {one.times:.0f} times a step over {' x '.join(one.axes)}: "
+                f"{human_bytes(round(one.wire))} on the wire",
+                one.path,
+                one.source,
+                round(one.wire * (1 - 1 / one.times)),
+                None if one.seconds is None else one.seconds * (1 - 1 / one.times),
+                'add up whole gradients and reduce once a step (accumulate="full") if they fit, '
                 "or take fewer microbatches",
             )
 
 
-def _by_path(
-    pairs: Sequence[tuple[Collective, Cause]], role: str, kinds: tuple[str, ...]
-) -> dict[str, list[tuple[Collective, Cause]]]:
-    found: dict[str, list[tuple[Collective, Cause]]] = {}
-    for one, why in pairs:
-        if why.role == role and one.kind in kinds and len(why.paths) == 1:
-            found.setdefault(f"{why.paths[0]}", []).append((one, why))
-    return found
+def _gathered_activations(step: _Step, batch: Sequence[str]) -> Iterator[Finding]:
+    # A sum over an axis may be taken apart into a reduce-scatter and an all-gather: that is tensor parallelism.
+    apart = {f.one.axes for f in step.found if f.why.role == "activation" and f.one.kind == "reduce-scatter"}
 
+    def key(f: _Found) -> Hashable | None:
+        wanted = _asked(f.why) or (f.one.axes in apart and not set(f.one.axes) & set(batch))
+        gathers = f.one.kind == "all-gather" and f.why.role == "activation"
+        return (f.why.what, f.why.source, f.one.axes) if gathers and not wanted else None
 
-def _whole(module: HloModule, path: str, one: Collective) -> int:
-    """Bytes of a parameter as one collective of it handles it: gathered over its axes, in its dtype."""
-    for parameter in module.computations[module.entry].parameters.values():
-        if ".parameters" in parameter.op_name and path_of(parameter.op_name) == path:
-            whole = one.kind != "all-reduce" or one.as_reduce_scatter
-            width = {"bf16": 2, "f16": 2, "f32": 4}.get(one.dtype, 1)
-            return parameter.shapes[0].elements * width * (one.group_size if whole else 1)
-    return 0
-
-
-def _gathered_activations(
-    pairs: Sequence[tuple[Collective, Cause]], seconds: Callable[[Collective], float] | None
-) -> Iterator[Finding]:
-    groups: dict[tuple[str, str, tuple[str, ...]], list[tuple[Collective, Cause]]] = {}
-    for one, why in pairs:
-        if one.kind == "all-gather" and why.role == "activation":
-            groups.setdefault((why.what, why.source, one.axes), []).append((one, why))
-    for (what, source, axes), group in groups.items():
-        wire = sum(one.wire_bytes for one, _ in group)
+    for group in step.grouped(key):
+        one, why = group[0]
         yield Finding(
             "SL004",
-            f"{what} over {' x '.join(axes)}, {sum(one.count for one, _ in group)} a step, "
-            f"{human_bytes(wire)} on the wire",
-            group[0][1].op_name,
-            source,
-            wire,
-            sum(seconds(one) for one, _ in group) if seconds else None,
-            "if it was not asked for (as by sequence parallelism), constrain it, or shard what reads it alike",
+            f"{why.what} {_over(one)}, {sum(f.one.count for f in group)} a step: "
+            f"{human_bytes(_wire(group))} on the wire",
+            why.op_name or one.name,
+            why.source,
+            _wire(group),
+            step.seconds(group),
+            "constrain it (jax.lax.with_sharding_constraint), or shard the parameters that read it alike",
         )
 
 
-def _involuntary(compiler_said: str) -> Iterator[Finding]:
-    for match in re.finditer(r"[^\n]*Involuntary full rematerialization[^\n]*", compiler_said):
-        line = match[0]
-        name = re.search(r'op_name="([^"]*)"', line)
-        source = re.search(r'source_file="([^"]*)".*?source_line=(\d+)', line)
-        shardings = re.findall(r"\{(?:devices|replicated|maximal)[^}]*\}", line)
-        op = re.search(r"operation:?\s*(%?[\w.\-]+) = (\S+) ([\w-]+)", line)
+def _involuntary(step: _Step, compiler_said: str) -> Iterator[Finding]:
+    way_out = "constrain the value before and after to specs that differ in one dim (jax.lax.with_sharding_constraint)"
+    for one, why in step.found:
+        instruction = step.instruction(one)
+        computation = step.module.home[one.name]
+        if one.kind != "all-gather" or why.role != "activation" or _asked(why):
+            continue
+        if any(n > 1 and is_sliced(step.module, computation, instruction, n) for n in step.products):
+            yield Finding(
+                "SL005",
+                f"{why.what} {_over(one)}, of which every device keeps a slice: {human_bytes(one.wire_bytes)} on the "
+                "wire, where an all-to-all or a permute would do",
+                why.op_name or one.name,
+                why.source,
+                one.wire_bytes,
+                step.seconds([_Found(one, why)]),
+                way_out,
+            )
+    for op_name, source, before, after in involuntary(compiler_said):
         yield Finding(
             "SL005",
-            "the partitioner replicates it in full and cuts it again"
-            + (f", from {shardings[0]} to {shardings[-1]}" if len(shardings) > 1 else ""),
-            name[1] if name else op[1] if op else "an operation",
-            f"{source[1]}:{source[2]}" if source else "",
+            f"the partitioner replicates it in full to cut it again, from {before} to {after}",
+            op_name,
+            source,
             0,
             None,
-            "constrain the value before and after it to specs one step apart (with_sharding_constraint)",
+            way_out,
         )
 
 
-def _wide(
-    module: HloModule,
-    pairs: Sequence[tuple[Collective, Cause]],
-    dtype: str | None,
-    seconds: Callable[[Collective], float] | None,
-) -> Iterator[Finding]:
-    if dtype not in ("bfloat16", "float16"):
-        return
-    for one, why in pairs:
-        if one.dtype == "f32" and one.kind != "collective-permute" and not one.promoted:
-            yield Finding(
-                "SL006",
-                f"{why.what} over {' x '.join(one.axes)} in float32, {human_bytes(one.wire_bytes)} on the wire; "
-                f"{dtype} was declared",
-                why.path or why.op_name,
-                why.source,
-                one.wire_bytes // 2,
-                seconds(one) / 2 if seconds else None,
-                "reduce in bfloat16 (reduce_dtype), or cast before",
+def involuntary(compiler_said: str) -> tuple[tuple[str, str, str, str], ...]:
+    """Operation, `file:line`, sharding before and after of each full rematerialization that the compiler wrote of.
+
+    >>> involuntary('''spmd_partitioner.cc:652] [SPMD] Involuntary full rematerialization. The compiler cannot go from
+    ... sharding {devices=[2,1]<=[2]} to {devices=[1,2]<=[2]} efficiently for HLO operation %a = f32[4,4] add(%b, %c),
+    ... sharding={devices=[2,1]<=[2]}, metadata={op_name="jit(f)/add" source_file="m.py" source_line=3}.''')
+    (('jit(f)/add', 'm.py:3', '{devices=[2,1]<=[2]}', '{devices=[1,2]<=[2]}'),)
+    """
+    found = []
+    for said in re.split(r"(?=Involuntary full rematerialization)", compiler_said)[1:]:
+        change = re.search(r"from sharding (\{.*?\}) to (\{.*?\})(?= efficiently|\s)", said, re.DOTALL)
+        op = re.search(r"HLO operation:?\s*%?([\w.\-]+)", said)
+        name, file = (
+            re.search(r'op_name="([^"]*)"', said),
+            re.search(r'source_file="([^"]*)".*?source_line=(\d+)', said),
+        )
+        found.append(
+            (
+                name[1] if name else op[1] if op else "an operation",
+                f"{file[1]}:{file[2]}" if file else "",
+                change[1] if change else "?",
+                change[2] if change else "?",
             )
-    step = visits(module, lambda where, i: 0.0)
-    for computation in scheduled(module):
-        runs = step[computation.name].executions if computation.name in step else 0
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _wide(step: _Step, dtype: str | None, reduce_dtype: str | None) -> Iterator[Finding]:
+    def key(f: _Found) -> Hashable | None:
+        declared = reduce_dtype if f.why.role == "gradient" else dtype
+        wide = f.one.dtype == "f32" and declared in _NARROW and not f.one.promoted
+        return (f.one.kind, _thing(f.why), f.one.axes) if wide else None
+
+    for group in step.grouped(key):
+        one, why = max(group, key=lambda f: f.one.wire_bytes)
+        yield Finding(
+            "SL006",
+            f"{why.what}{_others(group)} {_over(one)} in float32, {human_bytes(_wire(group))} on the wire, "
+            f"where {dtype} was declared",
+            why.path or why.op_name or one.name,
+            why.source,
+            _wire(group) // 2,
+            step.seconds(group, 0.5),
+            "cast before it; of gradients reduce_dtype says",
+        )
+    if dtype not in _NARROW:
+        return
+    runs = visits(step.module, lambda where, i: 0.0)
+    matmuls: dict[str, tuple[int, int, str]] = {}
+    for computation in scheduled(step.module):
+        n = runs[computation.name].executions if computation.name in runs else 0
         for instruction in computation.instructions.values():
-            wide = sum(n for kind, n in products(module, computation, instruction) if kind == "f32") * runs
+            wide = n * sum(flops for kind, flops in products(step.module, computation, instruction) if kind == "f32")
             if wide:
-                why = cause(module, instruction)
-                yield Finding(
-                    "SL006",
-                    f"a matmul in float32, {wide / 1e12:.3g} TFLOP a step; {dtype} was declared",
-                    why.op_name,
-                    why.source,
-                    instruction.bytes * runs,
-                    None,
-                    "cast both operands",
-                )
+                why = cause(step.module, instruction)
+                flops, size, source = matmuls.get(why.op_name, (0, 0, why.source))
+                matmuls[why.op_name] = (flops + wide, size + n * instruction.bytes, source)
+    for op_name, (flops, size, source) in matmuls.items():
+        yield Finding(
+            "SL006",
+            f"a matmul in float32, {flops / 1e12:.3g} TFLOP a step, where {dtype} was declared",
+            op_name,
+            source,
+            size // 2,
+            None,
+            "cast both operands",
+        )
 
 
 def _padded(held: Live) -> Iterator[Finding]:
+    groups: dict[str, list[Buffer]] = {}
     for one in held.buffers:
-        if one.padding * 5 > one.bytes:
-            yield Finding(
-                "SL007",
-                f"{one.shape}: {human_bytes(one.padding)} of {human_bytes(one.bytes)} is padding",
-                one.op_name or one.name,
-                one.source,
-                one.padding,
-                None,
-                "make the minor dims multiples of the tile (128 wide), or another dim the minor one",
-            )
+        if one.padding > _PADDED * one.bytes:
+            groups.setdefault(one.shape, []).append(one)
+    for shape, group in groups.items():
+        op_name = group[0].op_name
+        padding, size = sum(one.padding for one in group), sum(one.bytes for one in group)
+        many = f"{len(group)} of " if len(group) > 1 else ""
+        yield Finding(
+            "SL007",
+            f"{many}{shape}, {human_bytes(padding)} of {human_bytes(size)} are the layout's padding",
+            path_of(op_name) if group[0].kind == "argument" else op_name or group[0].name,
+            group[0].source,
+            padding,
+            None,
+            "make the two minor dims multiples of the tile (head dim and vocabulary of 128)",
+        )

@@ -135,6 +135,8 @@ class Config:
       accumulate: gradients over the microbatches: full (reduced once a step) or sharded (in every backward).
       sends: when what a tick makes for another stage is sent: direct (at its end) or delayed (during the next tick,
         beside what that computes).
+      scatter: how gradients are scattered over a batch axis: whole, in parts as data=32x8, or auto (what is faster on
+        the target's links).
       batch_axes: manual (gradients are reduced once a step) or automatic (XLA places every reduction).
       steps: train steps.
       seed: of the parameters, dropout and the order of the data.
@@ -166,6 +168,7 @@ class Config:
     gather: str = "step"
     accumulate: str = "full"
     sends: str = "direct"
+    scatter: str = "auto"
     batch_axes: str = "manual"
     steps: int = 100
     seed: int = 0
@@ -218,7 +221,18 @@ class Config:
             ),
             "zero": (int, "a whole number, 0 to 3"),
         }
-        names = ("schedule", "remat", "dtype", "reduce_dtype", "head", "gather", "accumulate", "sends", "batch_axes")
+        names = (
+            "schedule",
+            "remat",
+            "dtype",
+            "reduce_dtype",
+            "head",
+            "gather",
+            "accumulate",
+            "sends",
+            "scatter",
+            "batch_axes",
+        )
         kinds |= dict.fromkeys((*names, "unit"), (str, "a text"))
         faults = [
             Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")
@@ -273,6 +287,7 @@ class Config:
             gather=self.gather,
             accumulate=self.accumulate,
             sends=self.sends,
+            scatter=self.scatter,
             batch_axes=self.batch_axes,
             activation=self.activation,
             saved_activation=self.saved_activation,

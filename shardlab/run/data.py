@@ -7,6 +7,8 @@
 A batch is ``{"tokens": int32 [B, S], "targets": int32 [B, S]}``, targets being tokens moved on by one byte.
 B examples a step over all processes, S tokens an example. Batches depend on the text, the seed and B, and on
 nothing else: no mesh changes them, and of P processes each reads its own B / P rows of the same batch.
+
+`RandomTokens` has batches of the same form of any vocabulary, for steps that need not learn.
 """
 
 from __future__ import annotations
@@ -149,6 +151,103 @@ class ByteText:
                 f"windows of {self.seq_len} bytes; {shorter}raise max_megabytes ({self.max_megabytes:g}), or use fewer"
             )
         return windows
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """Tokens drawn alike from a vocabulary, for steps that are timed, compiled or planned and learn nothing.
+
+    Batches depend on the seed, the batch's place and B; of P processes each makes its own B / P rows.
+
+    Attributes:
+      seq_len: S, tokens an example.
+      vocab_size: V; a token is 0 to V - 1.
+
+    Raises:
+      DeclarationError: for sizes that give no data.
+
+    >>> tokens = RandomTokens(seq_len=32, vocab_size=1000)
+    >>> batch = next(tokens.train(4, seed=0))
+    >>> batch["tokens"].shape, batch["targets"].shape, batch["targets"].dtype
+    ((4, 32), (4, 32), dtype('int32'))
+    >>> bool((batch["tokens"][:, 1:] == batch["targets"][:, :-1]).all())
+    True
+    """
+
+    seq_len: int = 4096
+    vocab_size: int = 128_256
+
+    def __post_init__(self) -> None:
+        raise_faults(
+            Fault(name, f"is {getattr(self, name)}", f"give {what}")
+            for name, what in (("seq_len", "an example at least one token"), ("vocab_size", "at least one token"))
+            if getattr(self, name) < 1
+        )
+
+    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a whole batch; nothing is drawn.
+
+        >>> RandomTokens(seq_len=32).abstract_batch(4)["tokens"]
+        ShapeDtypeStruct(shape=(4, 32), dtype=int32)
+        """
+        rows = jax.ShapeDtypeStruct((batch_size, self.seq_len), np.int32)
+        return {"tokens": rows, "targets": rows}
+
+    def train(self, batch_size: int, *, seed: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
+        """Training batches without end, which `seed` decides.
+
+        Args:
+          batch_size: B, over all processes.
+          seed: of the tokens.
+          process_index: which rows of each batch to make, of
+          process_count: as many equal shares.
+
+        Raises:
+          DeclarationError: when B does not divide by the processes.
+        """
+        mine = _Drawn(self, (0, seed), batch_size, _share(batch_size, process_index, process_count), process_index)
+        identity: dict[str, int | str] = {
+            "tokens": f"random, of {self.vocab_size}",
+            "seq_len": self.seq_len,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        return Batches(mine, identity)
+
+    def held_out(
+        self, batch_size: int, num_batches: int, *, process_index: int = 0, process_count: int = 1
+    ) -> list[Batch]:
+        """The same `num_batches` batches at every call, of draws that training never makes."""
+        mine = _Drawn(self, (1, 0), batch_size, _share(batch_size, process_index, process_count), process_index)
+        return [next(mine) for _ in range(num_batches)]
+
+    def describe(self) -> str:
+        """One line: what is drawn."""
+        return f"random tokens, {self.seq_len} an example, of {self.vocab_size:,}"
+
+
+class _Drawn:
+    """Batches drawn one after another; what is a row's depends on its number alone, whoever makes it."""
+
+    def __init__(self, of: RandomTokens, stream: tuple[int, int], batch_size: int, rows: int, index: int) -> None:
+        self._of, self._stream, self._batch_size, self._rows = of, stream, batch_size, rows
+        self._first, self._done = index * rows, 0
+
+    def __next__(self) -> Batch:
+        first = self._done * self._batch_size + self._first
+        windows = np.stack([self._window(number) for number in range(first, first + self._rows)])
+        self._done += 1
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
+
+    def _window(self, number: int) -> np.ndarray:
+        drawn = np.random.default_rng((*self._stream, number))
+        return drawn.integers(self._of.vocab_size, size=self._of.seq_len + 1, dtype=np.int32)
+
+    def get_state(self) -> dict[str, int]:
+        return {"batches": self._done}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        self._done = int(state["batches"])
 
 
 class Batches(Iterator[Batch]):

@@ -19,7 +19,7 @@ class Remedy:
 
     Attributes:
       change: as on the command line: ``--zero 3 --remat full``.
-      saves_bytes: by the plans' own counts.
+      saves_bytes: as the plans' own counts differ.
       hbm_bytes: what the step would need then.
       fits: whether that is within the capacity.
     """
@@ -42,13 +42,13 @@ def remedies(config: Config, plan: Plan, needed: int, capacity: int) -> tuple[Re
 
     def remedy(changes: Mapping[str, Any], counted: int) -> Remedy:
         text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
-        left = needed - (start - counted)
-        return Remedy(text, start - counted, left, left <= capacity)
+        left = _left(needed, start, counted)
+        return Remedy(text, needed - left, left, left <= capacity)
 
     singles = [(changes, counted) for changes, counted in _better(config, {}, start)]
     found = [remedy(changes, counted) for changes, counted in singles]
     together, counted = singles[0] if singles else ({}, start)
-    while singles and needed - (start - counted) > capacity:
+    while singles and _left(needed, start, counted) > capacity:
         further = list(_better(config, together, counted))
         if not further:
             break
@@ -56,6 +56,14 @@ def remedies(config: Config, plan: Plan, needed: int, capacity: int) -> tuple[Re
     if singles and together != singles[0][0]:
         found.append(remedy(together, counted))
     return tuple(found)
+
+
+def _left(needed: int, start: int, counted: int) -> int:
+    """What the compiler will need, where the plan counted `start` and counts `counted` now.
+
+    What it needs beyond the plan's count stays; where the plan counted too much, the rest shrinks with the count.
+    """
+    return needed - (start - counted) if start <= needed else round(needed * counted / start)
 
 
 def _better(config: Config, so_far: Mapping[str, Any], counted: int) -> Iterator[tuple[dict[str, Any], int]]:

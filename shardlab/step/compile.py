@@ -83,6 +83,13 @@ class CompiledStep:
         """The optimized HLO of the executable."""
         return self.compiled.as_text()
 
+    @property
+    def batch_shapes(self) -> Any:
+        """Shapes and dtypes of a global batch."""
+        structure = jax.tree.structure(self.batch_shardings)
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in self.plan.batch]
+        return jax.tree.unflatten(structure, shapes)
+
     @cached_property
     def _planned(self) -> tuple[list[tuple[tuple[int, ...], Any]], Any, list[NamedSharding]]:
         """Shape and dtype of every array of a batch, their tree, and where they lie; compared in every call."""

@@ -17,6 +17,7 @@ from shardlab.module.model import computed
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import axes_of
 from shardlab.sharding.zero import without
+from shardlab.step.scatter import Scatter, scattered, scatters
 
 Arrays = dict[str, Any]
 Specs = Mapping[str, PartitionSpec]
@@ -33,6 +34,7 @@ class Region:
       num_stages: devices on the stage axis; 1 without one.
       shards: number of shards of the batch.
       reduce_dtype: what gradients are summed over devices in.
+      scatters: how they are scattered over each batch axis; one that is not named, at once.
     """
 
     mesh: Mesh
@@ -41,6 +43,7 @@ class Region:
     num_stages: int
     shards: int
     reduce_dtype: str
+    scatters: tuple[Scatter, ...] = ()
 
     @property
     def manual(self) -> tuple[str, ...]:
@@ -89,11 +92,12 @@ class Region:
         """
         entered = {name: self.automatic_part(compute[name]) for name in values}
         automatic = {name for name in self.mesh.axis_names if name not in self.manual and self.mesh.shape[name] > 1}
+        parts = {one.axis: one.parts for one in self.scatters}
 
         def sums(values: Arrays) -> Arrays:
             return {
                 name: _sum(
-                    self._narrowed(value), axes[name], self.manual_part(state[name]), entered[name], self.mesh
+                    self._narrowed(value), axes[name], self.manual_part(state[name]), entered[name], self.mesh, parts
                 ).astype(value.dtype)
                 for name, value in values.items()
             }
@@ -171,6 +175,7 @@ def make_region(plan: Plan, mesh: Mesh) -> Region:
         num_stages=stages,
         shards=math.prod(plan.mesh.sizes[axis] for axis in batch),
         reduce_dtype=plan.reduce_dtype,
+        scatters=scatters(mesh, batch, plan.scatter),
     )
 
 
@@ -204,18 +209,27 @@ def check_rows(y: Any, rows: int) -> Any:
     return y
 
 
-def _sum(value: jax.Array, axes: tuple[str, ...], spec: PartitionSpec, split: PartitionSpec, mesh: Mesh) -> jax.Array:
-    """The sum over `axes` of a shard that `split` gave, scattered as `spec` says."""
+def _sum(
+    value: jax.Array,
+    axes: tuple[str, ...],
+    spec: PartitionSpec,
+    split: PartitionSpec,
+    mesh: Mesh,
+    parts: Mapping[str, tuple[int, ...]],
+) -> jax.Array:
+    """The sum over `axes` of a shard that `split` gave, scattered as `spec` says, over `parts` of an axis."""
     remaining = list(axes)
     for dim, entry in enumerate(spec):
-        scattered = [name for name in axes_of(entry) if name in remaining]
-        for name in scattered:
-            value = jax.lax.psum_scatter(value, name, scatter_dimension=dim, tiled=True)
+        leaving = [name for name in axes_of(entry) if name in remaining]
+        for name in leaving:
+            value = scattered(value, name, parts.get(name, (mesh.shape[name],)), dim)
             remaining.remove(name)
         others = axes_of(split[dim]) if dim < len(split) else ()
-        parts, blocks = (math.prod(mesh.shape[name] for name in names) for names in (scattered, others))
-        if parts > 1 and blocks > 1:
+        pieces, blocks = (math.prod(mesh.shape[name] for name in names) for names in (leaving, others))
+        if pieces > 1 and blocks > 1:
             # Each block was scattered by itself; the region's axes are the outer ones of the dim that leaves it.
-            moves = [(part * blocks + block, block * parts + part) for part in range(parts) for block in range(blocks)]
-            value = jax.lax.ppermute(value, (*scattered, *others), moves)
+            moves = [
+                (part * blocks + block, block * pieces + part) for part in range(pieces) for block in range(blocks)
+            ]
+            value = jax.lax.ppermute(value, (*leaving, *others), moves)
     return jax.lax.psum(value, tuple(remaining)) if remaining else value

@@ -482,6 +482,14 @@ CASES: dict[str, Case] = {
         schedule="zb_v",
         head="last_stage",
     ),
+    # A batch axis in parts, over which gradients are scattered one after another.
+    "scatter-in-parts": case(
+        "decoder-dropout", data=4, microbatches=2, zero=3, gather="layer", accumulate="sharded", scatter="data=2x2"
+    ),
+    "scatter-in-parts-hybrid": case("decoder", data=4, tensor=2, zero=3, scatter="data=2x2", optimizer="clipped"),
+    "scatter-in-parts-of-replicas": case(
+        "mlp", replica=2, data=4, zero=2, accumulate="sharded", scatter="data=2x2,replica=2"
+    ),
     # Everything at once.
     "hybrid": case("decoder", data=2, stage=2, tensor=2, microbatches=2),
     "hybrid-gpipe-zero-1": case("decoder", data=2, stage=2, tensor=2, microbatches=2, schedule="gpipe", zero=1),
@@ -696,7 +704,13 @@ CASES: dict[str, Case] = {
 
 DAILY = (
     *("one-device", "one-device-whole", "data-8-zero-1", "replica-2-data-2-zero-3"),
-    *("data-4-whole-zero-3-accumulation", "tensor-4-linen", "sequence-parallel-stages", "stage-8-microbatch-1"),
+    *(
+        "data-4-whole-zero-3-accumulation",
+        "scatter-in-parts",
+        "tensor-4-linen",
+        "sequence-parallel-stages",
+        "stage-8-microbatch-1",
+    ),
     *("stage-2-conditioned", "zb-v-conditioned-tied", "hybrid", "hybrid-mixer", "hybrid-replicated-rules"),
     *(
         "stages-listed-virtual",

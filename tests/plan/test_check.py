@@ -116,6 +116,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"sends": "delay"},
         "sends='delay': is not one of auto, direct, delayed; did you mean 'delayed'? write one of them",
     ),
+    "scatter": (
+        {"scatter": "hole"},
+        "scatter='hole': is not one of auto, whole; did you mean 'whole'? write one of them, or the parts of a batch "
+        "axis: data=32x8",
+    ),
+    "scatter in parts of another axis": (
+        {"scatter": "date=2"},
+        "scatter='date=2': axis 'date' is no batch axis (data); did you mean 'data'? name one",
+    ),
+    "scatter in parts of another size": (
+        {"scatter": "data=2x2"},
+        "scatter='data=2x2': 2 x 2 is 4, and axis 'data' has 2 devices; give parts that multiply to 2, or write 'auto'",
+    ),
     "batch axes": (
         {"batch_axes": "manually"},
         "2 faults in the declaration:\n"

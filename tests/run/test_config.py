@@ -53,6 +53,7 @@ def test_the_scalars_are_the_configs_own_and_those_of_its_dataclasses() -> None:
             "gather",
             "accumulate",
             "sends",
+            "scatter",
             "batch_axes",
         ),
         *("steps", "seed", "eval_every", "eval_batches", "unit"),

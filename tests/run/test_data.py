@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.run.data import Batches, ByteText, Windows, read_text
+from shardlab.run.data import Batches, ByteText, RandomTokens, Windows, read_text
 
 pytestmark = pytest.mark.versions
 
@@ -236,3 +236,56 @@ def test_a_position_in_other_data_is_refused(root: str) -> None:
             other.set_state(state)
     with pytest.raises(DeclarationError, match=r"^data text: is '"):
         data(root, max_megabytes=0.004).train(4, seed=1).set_state(state)
+
+
+def random_tokens(**changes: Any) -> RandomTokens:
+    return RandomTokens(**{"seq_len": 9, "vocab_size": 50, **changes})
+
+
+def test_random_tokens_are_what_is_announced_and_targets_the_tokens_after_them() -> None:
+    drawn = random_tokens()
+    announced = drawn.abstract_batch(6)
+    for batch in (next(drawn.train(6)), drawn.held_out(6, 1)[0]):
+        assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
+            name: (rows.shape, rows.dtype) for name, rows in announced.items()
+        }
+        np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    assert set(np.unique(tokens(drawn.train(6), 20))) == set(range(50))
+    assert drawn.describe() == "random tokens, 9 an example, of 50"
+
+
+def test_random_tokens_follow_the_seed_and_no_two_batches_are_alike() -> None:
+    drawn = random_tokens()
+    first = tokens(drawn.train(4, seed=3), 3)
+    np.testing.assert_array_equal(first, tokens(drawn.train(4, seed=3), 3))
+    others = [*tokens(drawn.train(4, seed=4), 3), *(batch["tokens"] for batch in drawn.held_out(4, 2)), *first[1:]]
+    assert all((first[0] != other).any() for other in others)
+
+
+def test_processes_share_a_batch_of_random_tokens() -> None:
+    drawn = random_tokens()
+    shares = [tokens(drawn.train(6, seed=1, process_index=index, process_count=3), 2) for index in range(3)]
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), tokens(drawn.train(6, seed=1), 2))
+    held = [drawn.held_out(6, 2, process_index=index, process_count=2)[1]["targets"] for index in range(2)]
+    np.testing.assert_array_equal(np.concatenate(held), drawn.held_out(6, 2)[1]["targets"])
+
+
+def test_a_position_in_random_tokens_is_stored_and_set() -> None:
+    drawn = random_tokens()
+    batches = drawn.train(4, seed=2)
+    next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected, resumed = next(batches), drawn.train(4, seed=2)
+    resumed.set_state(state)
+    np.testing.assert_array_equal(next(resumed)["tokens"], expected["tokens"])
+    with pytest.raises(DeclarationError, match=r"^data seed: is 3, and the stored position is one in data where it"):
+        drawn.train(4, seed=3).set_state(state)
+
+
+def test_random_tokens_of_no_size_are_refused() -> None:
+    with pytest.raises(DeclarationError) as error:
+        random_tokens(seq_len=0, vocab_size=0)
+    assert str(error.value) == (
+        "2 faults in the declaration:\n  1. seq_len: is 0; give an example at least one token\n"
+        "  2. vocab_size: is 0; give at least one token"
+    )
