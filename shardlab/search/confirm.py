@@ -18,9 +18,10 @@ def confirm(config: Config, best: Iterable[Estimate], target: str) -> dict[Choic
 
 def compiled(config: Config, choice: Choice) -> dict[str, Any]:
     """HBM and wire bytes of the compiled step of a config."""
+    from shardlab.mesh.chips import chip_of
+    from shardlab.mesh.offline import compile_devices, compile_options
     from shardlab.report.collectives import collective_rows
     from shardlab.report.memory import memory
-    from shardlab.search.links import chip_of
     from shardlab.step.compile import compile_train_step
 
     start = time.perf_counter()
@@ -32,7 +33,8 @@ def compiled(config: Config, choice: Choice) -> dict[str, Any]:
             config.make_optimizer(),
             plan,
             config.abstract_batch(),
-            devices=devices_of(config),
+            devices=compile_devices(plan.mesh.machine),
+            compiler_options=compile_options(plan.mesh.machine),
         )
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -46,13 +48,3 @@ def compiled(config: Config, choice: Choice) -> dict[str, Any]:
         "wire_bytes": sum(row["wire_bytes"] for row in rows),
         "compile_seconds": time.perf_counter() - start,
     }
-
-
-def devices_of(config: Config) -> Any:
-    """Devices to compile for."""
-    from jax.experimental import topologies
-
-    machine = config.mesh.machine
-    if machine.platform == "cpu":
-        return None
-    return topologies.get_topology_desc(f"{machine.kind}:{machine.text.rpartition(':')[2]}", platform="tpu").devices

@@ -22,14 +22,14 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from shardlab.mesh.spec import MeshSpec
+from shardlab.mesh.topology import Layout, collective_seconds, lay_out
 from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import SCHEDULES
 from shardlab.pipeline.stages import assign_layers
 from shardlab.plan.layout import axes_in, policies_of_blocks, policy_within_stage
 from shardlab.search.choice import Choice
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
-from shardlab.search.links import collective_seconds, lay_out
-from shardlab.search.storage import Axes, Group, Storage, storage, wire
+from shardlab.search.storage import Axes, Group, Sent, Storage, storage, wire
 from shardlab.search.subject import Subject
 from shardlab.search.ticks import Ticks, ticks
 from shardlab.sharding.zero import without
@@ -79,16 +79,16 @@ class Estimator:
         self.subject, self.chip = subject, subject.chip
         self.mesh = functools.cache(self._mesh)
         self.storage = functools.cache(self._storage)
+        self.layout = functools.cache(self._layout)
         self.pace = functools.cache(self._pace)
         self.split = functools.cache(self._split)
         self.cells = functools.cache(self._cells)
         self.ends = functools.cache(self._ends)
         self.rooms = functools.cache(self._rooms)
-        self._peak = {
-            dtype: self.chip.flops.get(dtype, self.chip.flops["float32"]) * EFFICIENCY
-            for dtype in ("bfloat16", "float32", "float64", "float16", "int8")
-        }
-        self.memory_pace = 1 / (self.chip.hbm_bandwidth * BANDWIDTH)
+        chip = self.chip
+        # Of emulated devices nothing is known: their seconds are 0.
+        self._peak = {} if chip is None else {dtype: flops * EFFICIENCY for dtype, flops in chip.flops.items()}
+        self.memory_pace = 0.0 if chip is None else 1 / (chip.hbm_bandwidth * BANDWIDTH)
 
     # What plans share.
 
@@ -99,12 +99,14 @@ class Estimator:
     def _storage(self, axes: Any, zero: int, whole: Any, head: str) -> Storage:
         return storage(self.subject, self.mesh(axes), zero, whole, head)
 
-    def _pace(self, mesh: tuple[tuple[str, int], ...], kind: str, axes: Axes) -> float:
-        """Seconds that a byte on the wire takes."""
-        layout = self._layout(mesh)
-        return collective_seconds(layout, kind, axes, 1e9) / 1e9
+    def _pace(self, mesh: tuple[tuple[str, int], ...], kind: str, axes: Axes) -> tuple[float, float]:
+        """Seconds that a byte on the wire takes, and a collective of none."""
+        if self.chip is None:
+            return 0.0, 0.0
+        start = collective_seconds(self.layout(mesh), kind, axes, 0.0)
+        return (collective_seconds(self.layout(mesh), kind, axes, 1e9) - start) / 1e9, start
 
-    def _layout(self, mesh: tuple[tuple[str, int], ...]) -> Any:
+    def _layout(self, mesh: tuple[tuple[str, int], ...]) -> Layout:
         return lay_out(self.mesh(mesh))
 
     def _split(self, mesh: Any, activation: Any, saved: Any, whole: Any, vocabulary: bool) -> Split:
@@ -136,21 +138,30 @@ class Estimator:
 
     def busy(self, cost: Cost, rows: float) -> float:
         """Seconds of computation."""
-        products = sum(
-            flops.at(rows) / self._peak.get(dtype, self._peak["float32"]) for dtype, flops in cost.flops.items()
-        )
+        if self.chip is None:
+            return 0.0
+        products = sum(flops.at(rows) / self.peak(dtype) for dtype, flops in cost.flops.items())
         return max(products, cost.fed.at(rows) * self.memory_pace) + cost.moved.at(rows) * self.memory_pace
 
-    def sent(self, cost: Cost, rows: float, choice: Choice) -> dict[tuple[str, Axes], float]:
-        """Bytes on the wire, by kind and axes."""
+    def peak(self, dtype: str) -> float:
+        """Products a second in a dtype; XLA:TPU multiplies float32 in bfloat16 unless it is told not to."""
+        return self._peak.get(dtype) or self._peak["bfloat16"]
+
+    def sent(self, cost: Cost, rows: float, choice: Choice) -> Sent:
+        """What is put on the wire."""
         sizes = choice.sizes
         return {
-            (kind, axes): wire(kind, payload.at(rows), axes, sizes) for (kind, axes), (_, payload) in cost.sends.items()
+            (kind, axes): (wire(kind, payload.at(rows), axes, sizes), count)
+            for (kind, axes), (count, payload) in cost.sends.items()
         }
 
-    def lasting(self, sent: Mapping[tuple[str, Axes], float], choice: Choice) -> float:
+    def lasting(self, sent: Sent, choice: Choice) -> float:
         """Seconds of collectives."""
-        return sum(self.pace(choice.mesh, kind, axes) * size for (kind, axes), size in sent.items())
+        total = 0.0
+        for (kind, axes), (size, count) in sent.items():
+            pace, start = self.pace(choice.mesh, kind, axes)
+            total += pace * size + start * count
+        return total
 
     # A plan.
 
@@ -196,9 +207,9 @@ class _Plan:
         self.virtual = _virtual(choice) if self.stage else 1
         self.rooms = estimator.rooms(self.stages * self.virtual)
 
-    def add(self, cause: str, sent: Mapping[tuple[str, Axes], float], times: float = 1.0) -> float:
+    def add(self, cause: str, sent: Sent, times: float = 1.0) -> float:
         """Counts what is sent; the seconds that it takes once."""
-        for (_, axes), size in sent.items():
+        for (_, axes), (size, _) in sent.items():
             self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
         return self.of.lasting(sent, self.choice)
 
@@ -212,10 +223,10 @@ class _Plan:
             self.around()
         self.outer()
         self.memory["temporaries"] = max(self.transient.values())
-        peak = self.of.chip.flops.get(subject.config.dtype, self.of.chip.flops["float32"])
-        total = sum(self.seconds.values())
-        devices = math.prod(self.sizes.values())
-        mfu = subject.model_flops / devices / peak / total if total else 0.0
+        total, mfu = sum(self.seconds.values()), 0.0
+        if total:
+            peak = self.of.peak(subject.config.dtype) / EFFICIENCY
+            mfu = subject.model_flops / math.prod(self.sizes.values()) / peak / total
         return Estimate(self.choice, self.memory, self.wires, self.seconds, self.flops, mfu)
 
     # Blocks and what is around them.
@@ -286,7 +297,9 @@ class _Plan:
         for name in ("compute", "collectives", "weights", "gradients"):
             self.seconds[name] *= share
         self.seconds["bubble"] += bubble
-        self.seconds["stages"] += self.add("stages", {("collective-permute", stage): flow}, table.sends) * table.sends
+        self.seconds["stages"] += (
+            self.add("stages", {("collective-permute", stage): (flow, 1)}, table.sends) * table.sends
+        )
 
     def around(self) -> None:
         """What comes before and after the blocks."""
@@ -313,12 +326,12 @@ class _Plan:
             moved = flow * (stages - 1) / stages
             if self.shared:
                 gathers = table.before + table.after
-                self.seconds["stages"] += self.add("stages", {("all-gather", stage): moved}, gathers) * gathers
+                self.seconds["stages"] += self.add("stages", {("all-gather", stage): (moved, 1)}, gathers) * gathers
                 deals = table.after + table.finish
-                self.seconds["stages"] += self.add("stages", {("all-to-all", stage): moved}, deals) * deals
+                self.seconds["stages"] += self.add("stages", {("all-to-all", stage): (moved, 1)}, deals) * deals
             if self.vocabulary:
                 sums = 2 * table.after
-                self.seconds["stages"] += self.add("stages", {("all-reduce", stage): 2 * moved}, sums) * sums
+                self.seconds["stages"] += self.add("stages", {("all-reduce", stage): (2 * moved, 1)}, sums) * sums
 
     def whole_model(self) -> None:
         of, choice, rows = self.of, self.choice, self.rows

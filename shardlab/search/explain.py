@@ -47,4 +47,4 @@ def bound_by(estimate: Estimate, subject: Subject) -> str:
 
 def fits(estimate: Estimate, subject: Subject) -> bool:
     """Whether it fits the memory of a device."""
-    return estimate.hbm_bytes <= subject.chip.usable_hbm_bytes
+    return estimate.hbm_bytes <= subject.room

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardlab.mesh.chips import chip_of
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import Config
 from shardlab.search.candidates import candidates
@@ -52,7 +53,8 @@ def search(config: Config, target: str, *, top: int = 10) -> tuple[Subject, Foun
     start = time.perf_counter()
     subject = Subject(config, target)
     estimator = Estimator(subject)
-    room = estimator.chip.usable_hbm_bytes
+    chip_of(subject.target)  # of emulated devices there is nothing to rank by
+    room = subject.room
     dropped: Counter[str] = Counter()
     fitting: list[Estimate] = []
     least: Estimate | None = None

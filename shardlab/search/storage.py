@@ -18,6 +18,8 @@ from shardlab.sharding.rules import axes_of
 from shardlab.sharding.zero import without
 
 Axes = tuple[str, ...]
+Sent = Mapping[tuple[str, Axes], tuple[float, float]]
+"""By kind of collective and its axes: bytes on the wire, and how many collectives."""
 
 
 @dataclass
@@ -48,9 +50,9 @@ class Group:
     accumulated: float = 0.0
     pieces: float = 0.0
     largest: float = 0.0
-    gathers: dict[tuple[str, Axes], float] = field(default_factory=dict)
-    reduces: dict[tuple[str, Axes], float] = field(default_factory=dict)
-    updates: dict[tuple[str, Axes], float] = field(default_factory=dict)
+    gathers: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
+    reduces: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
+    updates: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
     numbers: float = 0.0
 
 
@@ -140,9 +142,12 @@ def _ordered(axes: Iterable[str], mesh: MeshSpec) -> Axes:
     return tuple(axis for axis in mesh.names if axis in set(axes) and mesh.sizes[axis] > 1)
 
 
-def _send(to: dict[tuple[str, Axes], float], kind: str, axes: Axes, payload: float, sizes: Mapping[str, int]) -> None:
+def _send(
+    to: dict[tuple[str, Axes], tuple[float, float]], kind: str, axes: Axes, payload: float, sizes: Mapping[str, int]
+) -> None:
     if axes:
-        to[kind, axes] = to.get((kind, axes), 0.0) + wire(kind, payload, axes, sizes)
+        size, count = to.get((kind, axes), (0.0, 0.0))
+        to[kind, axes] = size + wire(kind, payload, axes, sizes), count + 1
 
 
 def wire(kind: str, payload: float, axes: Axes, sizes: Mapping[str, int]) -> float:

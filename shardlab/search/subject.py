@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from shardlab.mesh.chips import Chip, chip_of
 from shardlab.mesh.faults import raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.mesh.targets import parse_target
@@ -19,7 +20,6 @@ from shardlab.plan.optimizer import state_specs
 from shardlab.run.config import Config
 from shardlab.search.choice import kept_whole
 from shardlab.search.costs import Costs, Split
-from shardlab.search.links import Chip, chip_of
 from shardlab.search.parts import Parts
 from shardlab.sharding.resolve import resolve
 from shardlab.sharding.rules import Rules
@@ -69,9 +69,15 @@ class Subject:
         self.rows = jax.tree.leaves(self.batch)[0].shape[0]
         self._specs: dict[tuple[tuple[str, str], ...], dict[str, PartitionSpec]] = {}
 
+    @cached_property
+    def chip(self) -> Chip | None:
+        """Of the target; None for emulated devices, of which nothing is published."""
+        return None if self.target.platform == "cpu" else chip_of(self.target)
+
     @property
-    def chip(self) -> Chip:
-        return chip_of(self.target)
+    def room(self) -> float:
+        """Bytes of memory that a program may have on a device."""
+        return math.inf if self.chip is None else self.chip.usable_hbm_bytes
 
     @property
     def kinds(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ def facts(found: Found, subject: Subject, *, config_path: str, top: int) -> dict
     """Fit for JSON: the first `top` plans, and what became of the others."""
     return {
         "target": subject.target.text,
-        "hbm_capacity_bytes": subject.chip.usable_hbm_bytes,
+        "hbm_capacity_bytes": subject.room,
         "plans": [plan_facts(one, found, subject, config_path) for one in found.ranked[:top]],
         "searched": found.searched,
         "fitting": len(found.ranked),
@@ -79,7 +79,7 @@ def pipelining(found: Found, subject: Subject) -> dict[str, Any]:
 
 def text(found: Found, subject: Subject, *, config_path: str, top: int) -> str:
     """For a terminal: the ranked table, why the first is the first, what was dropped."""
-    chip, room = subject.target.text, subject.chip.usable_hbm_bytes
+    chip, room = subject.target.text, subject.room
     lines = [
         f"{found.searched:,} plans for {chip} in {found.seconds:.1f} s; {len(found.ranked):,} fit in "
         f"{human_bytes(int(room))} a device"
@@ -124,7 +124,7 @@ def text(found: Found, subject: Subject, *, config_path: str, top: int) -> str:
 
 def nothing_fits(found: Found, subject: Subject) -> list[str]:
     """What is missing, at the least, and what would help."""
-    least, room = found.least, subject.chip.usable_hbm_bytes
+    least, room = found.least, subject.room
     if least is None:
         return ["no plan can be made: see what was dropped; other sizes of the batch or the model would help"]
     lacks = least.hbm_bytes - room
