@@ -33,7 +33,10 @@ def test_a_compiler_that_ends_its_process_is_one_message_with_its_last_words(tmp
     assert done.returncode == 2
     assert done.stdout == ""
     first, *rest = done.stderr.strip().splitlines()[-1:]
-    assert "the compiler ended its process (SIGABRT): Check failed: opcode is a copy; %sum = bf16[4]{0} all-reduce(%x)" in first
+    assert (
+        "the compiler ended its process (SIGABRT): Check failed: opcode is a copy; %sum = bf16[4]{0} all-reduce(%x)"
+        in first
+    )
     assert not rest
 
 

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardlab.cli.compile import compile_
 from shardlab.cli.audits import diff
+from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule

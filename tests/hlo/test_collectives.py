@@ -463,7 +463,9 @@ def test_axes_of_every_product_of_axes() -> None:
         ("{{0,1,4,5},{2,3,6,7}}", ("data", "wide")),
     ],
 )
-def test_groups_that_are_a_part_of_a_product_of_axes_have_the_axes_they_cross(groups: str, axes: tuple[str, ...]) -> None:
+def test_groups_that_are_a_part_of_a_product_of_axes_have_the_axes_they_cross(
+    groups: str, axes: tuple[str, ...]
+) -> None:
     assert axes_of(groups, {"data": 2, "wide": 4}) == axes
 
 
