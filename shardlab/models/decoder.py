@@ -140,9 +140,8 @@ class Attention(nnx.Module):
     """Causal grouped-query attention over [B, S, D]."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.head_dim, self.heads_axis = config.head_dim, config.heads_axis
-        plain = functools.partial(causal_attention, query_chunk=config.query_chunk)
-        self.attend = on_tpu(plain, heads_axis=config.heads_axis) if config.splash else plain
+        self.head_dim, self.query_chunk = config.head_dim, config.query_chunk
+        self.heads_axis, self.splash = config.heads_axis, config.splash
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = nnx.Linear(config.model_dim, queries, use_bias=False, rngs=rngs)
         self.k = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
@@ -151,7 +150,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
         q, k, v = (self.over_heads(heads(layer(x), self.head_dim)) for layer in (self.q, self.k, self.v))
-        out = self.attend(rotate(q, c), rotate(k, c), v)
+        attend = functools.partial(causal_attention, query_chunk=self.query_chunk)
+        attend = on_tpu(attend, heads_axis=self.heads_axis) if self.splash else attend
+        out = attend(rotate(q, c), rotate(k, c), v)
         return self.o(self.over_heads(out).reshape(*x.shape[:2], -1))
 
     def over_heads(self, x: jax.Array) -> jax.Array:
