@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from shardlab.models.splash import on_tpu
+from shardlab.models.splash import Attend, on_tpu
 from shardlab.sharding.rules import Rule, Rules
 
 Angles = tuple[jax.Array, jax.Array]
@@ -150,7 +150,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
         q, k, v = (self.over_heads(heads(layer(x), self.head_dim)) for layer in (self.q, self.k, self.v))
-        attend = functools.partial(causal_attention, query_chunk=self.query_chunk)
+        attend: Attend = functools.partial(causal_attention, query_chunk=self.query_chunk)
         attend = on_tpu(attend, heads_axis=self.heads_axis) if self.splash else attend
         out = attend(rotate(q, c), rotate(k, c), v)
         return self.o(self.over_heads(out).reshape(*x.shape[:2], -1))

@@ -47,14 +47,28 @@ def _either(plain: Attend, kernel: Attend, q: jax.Array, k: jax.Array, v: jax.Ar
 
 
 def _forward(plain: Attend, kernel: Attend, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-    return _either(plain, kernel, q, k, v), (q, k, v)
+    def with_kept(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        out, pull = jax.vjp(kernel, q, k, v)
+        return out, jax.tree.leaves(pull)
+
+    nothing = jax.eval_shape(with_kept, q, k, v)[1]
+
+    def with_nothing(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        return plain(q, k, v), [jnp.zeros(leaf.shape, leaf.dtype) for leaf in nothing]
+
+    out, kept = jax.lax.platform_dependent(q, k, v, tpu=with_kept, default=with_nothing)
+    return out, (q, k, v, kept)
 
 
-def _backward(plain: Attend, kernel: Attend, kept: Any, dout: jax.Array) -> Any:
-    def of(attend: Attend) -> Callable[..., Any]:
-        return lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)
+def _backward(plain: Attend, kernel: Attend, given: Any, dout: jax.Array) -> Any:
+    def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, kept: list[jax.Array], dout: jax.Array) -> Any:
+        pull = jax.eval_shape(lambda *given: jax.vjp(kernel, *given)[1], q, k, v)
+        return jax.tree.unflatten(jax.tree.structure(pull), kept)(dout)
 
-    return jax.lax.platform_dependent(*kept, dout, tpu=of(kernel), default=of(plain))
+    def again(q: jax.Array, k: jax.Array, v: jax.Array, kept: list[jax.Array], dout: jax.Array) -> Any:
+        return jax.vjp(plain, q, k, v)[1](dout)
+
+    return jax.lax.platform_dependent(*given, dout, tpu=by_kernel, default=again)
 
 
 _either.defvjp(_forward, _backward)
