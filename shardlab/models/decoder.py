@@ -8,6 +8,7 @@ No layer names a dtype: the dtype of the parameters decides what is computed in.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from shardlab.models.splash import Attend, on_tpu
 from shardlab.sharding.rules import Rule, Rules
 
 Angles = tuple[jax.Array, jax.Array]
@@ -37,6 +39,9 @@ class DecoderConfig:
       dropout: rate on the embedding and on what each half of a block adds; 0 draws nothing.
       tied: the embedding is the output kernel too.
       query_chunk: queries that attention takes at a time, which bounds its memory; 0 takes all. Divides S.
+      splash: whether attention is a kernel on TPU (`shardlab.models.splash`), with `query_chunk` for elsewhere.
+      heads_axis: mesh axis that attention's heads are split over, said to XLA where tokens are split between blocks
+        (it would attend with parts of the tokens); None leaves it to XLA.
       rope_base: the longest rotary wavelength is about ``2 pi rope_base`` tokens.
 
     >>> DecoderConfig(num_layers=1, model_dim=32)(nnx.Rngs(0)).tokens.embedding.shape
@@ -54,6 +59,8 @@ class DecoderConfig:
     tied: bool = False
     rope_base: float = 10_000.0
     query_chunk: int = 0
+    splash: bool = False
+    heads_axis: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -134,6 +141,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.head_dim, self.query_chunk = config.head_dim, config.query_chunk
+        self.heads_axis, self.splash = config.heads_axis, config.splash
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = nnx.Linear(config.model_dim, queries, use_bias=False, rngs=rngs)
         self.k = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
@@ -141,9 +149,17 @@ class Attention(nnx.Module):
         self.o = nnx.Linear(queries, config.model_dim, use_bias=False, kernel_init=residual_init(config), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
-        q, k, v = (heads(layer(x), self.head_dim) for layer in (self.q, self.k, self.v))
-        out = causal_attention(rotate(q, c), rotate(k, c), v, query_chunk=self.query_chunk)
-        return self.o(out.reshape(*x.shape[:2], -1))
+        q, k, v = (self.over_heads(heads(layer(x), self.head_dim)) for layer in (self.q, self.k, self.v))
+        attend: Attend = functools.partial(causal_attention, query_chunk=self.query_chunk)
+        attend = on_tpu(attend, heads_axis=self.heads_axis) if self.splash else attend
+        out = attend(rotate(q, c), rotate(k, c), v)
+        return self.o(self.over_heads(out).reshape(*x.shape[:2], -1))
+
+    def over_heads(self, x: jax.Array) -> jax.Array:
+        """x [B, S, heads, K], its heads split over `heads_axis`."""
+        if self.heads_axis is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, P(P.UNCONSTRAINED, None, self.heads_axis, None))
 
 
 class GatedMLP(nnx.Module):

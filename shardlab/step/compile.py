@@ -19,7 +19,7 @@ from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.plan.check import random_faults, traced_in
-from shardlab.plan.layout import optimizer_shapes, optimizer_tree
+from shardlab.plan.layout import axes_in, optimizer_shapes, optimizer_tree
 from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
@@ -386,9 +386,11 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
 def options_for(plan: Plan, mesh: Mesh, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Of XLA, for a step or forward pass of `plan`: what it needs, and what was given."""
     options: dict[str, Any] = {}
-    if mesh.devices.flat[0].platform == "tpu" and diverges(plan):
-        # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes, of which none may stand in
-        # a branch that not all devices take.
+    flows_in_parts = plan.activation_spec is not None and axes_in(plan.activation_spec) - {*plan.mesh.batch}
+    if mesh.devices.flat[0].platform == "tpu" and (diverges(plan) or flows_in_parts):
+        # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes. None may stand in a branch
+        # that not all devices take; and of what flows in parts each matmul would gather x anew: 19 times a layer of a
+        # decoder in place of 11.
         options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 30
     return {**options, **(given or {})} or None
 
