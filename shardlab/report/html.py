@@ -19,7 +19,9 @@ from shardlab.report.audit_words import (
     cost_words,
     count_bound,
     count_text,
+    flops_text,
     merged,
+    not_estimated,
     plan_words,
     seconds_text,
     share_text,
@@ -109,7 +111,7 @@ def _tile_memory(facts: Mapping[str, Any]) -> str:
 
 def _tile_time(facts: Mapping[str, Any]) -> str:
     if facts["estimate_seconds"] is None:
-        return _tile("A step takes", "not estimated", f"for {facts['target']}, or for lack of a program")
+        return _tile("A step takes", "not estimated", not_estimated(facts))
     mfu = "MFU not known" if facts["mfu"] is None else f"MFU {facts['mfu']:.1%}"
     bound = f", bound by {facts['bound_by']}" if facts["bound_by"] else ""
     return _tile("A step takes, estimated", seconds_text(facts["estimate_seconds"]), f"{mfu}{bound}")
@@ -199,8 +201,7 @@ def _largest(facts: Mapping[str, Any]) -> str:
 def _time(facts: Mapping[str, Any]) -> str:
     estimate = facts["estimate"]
     if estimate is None:
-        why = "no speeds are published for it, or the compiler left no program"
-        return _soft(f"Not estimated for {facts['target']}: {why}.")
+        return _soft(f"Not estimated: {not_estimated(facts)}.")
     total = estimate["seconds"]
     names = [part["name"] for part in estimate["parts"]]
     parts = [
@@ -208,13 +209,12 @@ def _time(facts: Mapping[str, Any]) -> str:
         for part, colour in zip(estimate["parts"], _time_colours(names), strict=True)
     ]
     legend = [(name, seconds_text(size), share_text(size, total), colour) for name, size, colour in parts]
-    flops = f"{estimate['model_flops']:.3g} floating point operations of the model a step"
-    lead = f"{seconds_text(total)} a step, from {estimate['basis']}; {flops}, on all devices."
+    flops = f"the model's own arithmetic is {flops_text(estimate['model_flops'])}"
+    lead = f"{seconds_text(total)} a step, from {estimate['basis']}; {flops} on all devices together."
     hidden = seconds_text(estimate["overlapped_seconds"])
-    beside = f"Beside compute, and so not in the bar: {hidden} of communication."
-    left = "; ".join(estimate["left_out"])
-    out = f"<p>Left out: {_e(left)}.</p>" if left else "<p>Nothing is known to be left out.</p>"
-    return f"{_soft(lead)}{_bar(parts, total)}{_legend(legend)}<h3>Not in the bar</h3><p>{_e(beside)}</p>{out}"
+    out = [f"{hidden} of communication, which goes on beside compute", *estimate["left_out"]]
+    listed = "".join(f"<li>{_e(one)}</li>" for one in out)
+    return f"{_soft(lead)}{_bar(parts, total)}{_legend(legend)}<h3>Not in the bar</h3><ul>{listed}</ul>"
 
 
 def _time_colours(names: Sequence[str]) -> list[int]:
@@ -235,7 +235,7 @@ def _links(facts: Mapping[str, Any]) -> str:
         sent = by_axis.get(name, 0)
         bytes_ = human_bytes(sent) if known else "not known"
         bar = _length(sent, most, 0) if known and sent else ""
-        tag = f'<span class="tag">{_e(link)}</span>' if link else ""
+        tag = f'<span class="tag">{_e(link)}</span>' if link else '<span class="soft">not known</span>' * bool(size)
         return f"<b>{_e(name)}</b>", _e(size), tag, _e(speed), _e(bytes_), bar, _e(words)
 
     if layout is None:
@@ -253,7 +253,7 @@ def _links(facts: Mapping[str, Any]) -> str:
             )
             for one in layout["axes"]
         ]
-        words = _sentence(layout["words"])
+        words = layout["words"]
         drawing = f"<pre>{_e(layout['drawing'])}</pre>" if layout["drawing"].strip() else ""
     rows += [row(axes, "", "", "", "both together") for axes in by_axis if axes not in facts["mesh"]]
     header = ("Axis", "Size", "Link", "A device sends", "Sent a step", "", "Where")
@@ -275,8 +275,9 @@ def _pipeline(facts: Mapping[str, Any]) -> str:
     names = {"F": 0, "B": 3, "I": 5, "W": 4}
     legend = [(NAMES[kind], "", "", names[kind]) for kind in kinds(schedule)]
     held = ", ".join(map(str, plan["peak_in_flight"]))
+    flight = f'<p class="note">Microbatches in flight at most, by device: {_e(held)}.</p>'
     note = f"<p>Left out of the picture: {_e(left_out)}.</p>" if left_out else ""
-    return f"{_soft(lead)}{svg}{note}{_legend(legend)}<p>Microbatches in flight at most, by device: {_e(held)}.</p>"
+    return f"{_soft(lead)}{svg}{note}{_legend(legend)}{flight}"
 
 
 def _collectives(facts: Mapping[str, Any]) -> str:
@@ -309,16 +310,32 @@ def _collectives(facts: Mapping[str, Any]) -> str:
         notes.append("&gt;= is in a loop of unknown length.")
     if any(row["in_branch"] for row in found):
         notes.append("&lt;= is in a branch, counted as if it were always taken.")
-    note = f'<p class="soft">{" ".join(notes)}</p>' if notes else ""
+    note = f'<p class="soft note">{" ".join(notes)}</p>' if notes else ""
     header = ("Kind", "Over", "Count", "Wire bytes", "", "Waited for", "Why")
-    looks = ("tight", "tight", "number", "number", "length", "tight", "long")
-    return _soft("From the compiled program, loops counted; most bytes first.") + _table(header, rows, looks) + note
+    looks = ("tight", "tight", "number", "number", "length", "wait", "long wide")
+    lead = _soft("From the compiled program, loops counted; most bytes first.")
+    return f"{lead}{_by_kind(found)}{_table(header, rows, looks)}{note}"
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A bar of what each kind of collective sends over each axis."""
+    sizes: dict[str, int] = {}
+    for row in rows:
+        name = f"{row['kind']} over {axes_text(row['axes'])}"
+        sizes[name] = sizes.get(name, 0) + row["wire_bytes"]
+    whole = sum(sizes.values())
+    order = sorted(sizes, key=lambda name: -sizes[name])
+    parts = [(name, sizes[name], colour) for name, colour in zip(order, (0, 3, 4, 5, 1, 6, 2), strict=False)]
+    rest = sum(sizes[name] for name in order[len(parts) :])
+    parts += [("others", rest, 7)] if rest else []
+    legend = [(name, human_bytes(size), share_text(size, whole), colour) for name, size, colour in parts]
+    return _bar(parts, whole) + _legend(legend) + "<h3>Each of them</h3>"
 
 
 def _waiting(row: Mapping[str, Any]) -> str:
     exposed = row["exposed_seconds"]
     if row["async"]:
-        more = f", {_e(seconds_text(exposed))} exposed" if exposed else ""
+        more = f" {_e(seconds_text(exposed))} exposed" if exposed else ""
         return f'<span class="tag beside">beside compute</span>{more}'
     return f'<span class="tag waits">waits</span>{f" {_e(seconds_text(exposed))}" if exposed else ""}'
 

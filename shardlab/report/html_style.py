@@ -31,6 +31,9 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0; letter-spacing: -0.01em; over
 h2 { font-size: 18px; margin: 0 0 4px; }
 h3 { font-size: 14px; margin: 22px 0 6px; color: var(--soft); font-weight: 600; }
 p { margin: 0 0 10px; overflow-wrap: anywhere; }
+p:last-child { margin-bottom: 0; }
+ul { margin: 0; padding-left: 20px; }
+.note { margin: 10px 0 0; }
 .soft { color: var(--soft); }
 .title { display: flex; flex-wrap: wrap; gap: 10px 14px; align-items: center; margin-bottom: 8px; }
 .pill { padding: 4px 14px; border-radius: 99px; font-weight: 700; font-size: 16px; white-space: nowrap; }
@@ -55,10 +58,10 @@ section { padding: 18px 20px 20px; margin: 14px 0; }
 .meter > i { position: absolute; inset: 0 auto 0 0; border-radius: 5px; background: var(--good); }
 .meter.over > i { background: var(--bad); }
 .meter > b { position: absolute; top: -4px; bottom: -4px; width: 2px; background: var(--ink); }
-.mark { position: relative; height: 18px; margin-top: -6px; font-size: 12px; color: var(--bad); }
+.mark { position: relative; height: 18px; margin: -6px 0 8px; font-size: 12px; color: var(--bad); }
 .mark > span { position: absolute; border-left: 2px solid var(--bad); padding-left: 5px; white-space: nowrap; }
 .mark > span.left { border-left: 0; border-right: 2px solid var(--bad); padding: 0 5px 0 0; }
-.legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 4px 24px; margin: 0;
+.legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 4px 24px; margin: 0;
   padding: 0; list-style: none; }
 .legend li { display: flex; gap: 8px; align-items: baseline; }
 .legend .of { margin-left: auto; white-space: nowrap; }
@@ -73,7 +76,8 @@ tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
 .tight { white-space: nowrap; }
 .long { overflow-wrap: anywhere; min-width: 14em; }
-.length { width: 22%; min-width: 90px; }
+.wide { width: 42%; }
+.length { width: 18%; min-width: 90px; }
 .length > i { display: block; height: 9px; border-radius: 3px; background: var(--c0); min-width: 1px; }
 code, pre { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { background: var(--page); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto;
@@ -94,10 +98,18 @@ svg .F { fill: var(--c0); } svg .B { fill: var(--c3); } svg .I { fill: var(--c5)
   body { padding: 18px 12px 32px; }
   h1 { font-size: 24px; }
   .tiles { grid-template-columns: repeat(2, 1fr); }
-  svg text { display: none; } svg .row { display: block; font-size: 17px; }
+  svg text { display: none; } svg .row { display: block; font-size: 16px; }
+  section { padding: 14px 14px 16px; }
+  th, td { padding-right: 10px; }
+  .length { display: none; }
+  .long { min-width: 9em; }
 }
+@page { margin: 12mm; }
 @media print {
   body { padding: 0; background: #fff; font-size: 12px; }
+  h1 { font-size: 22px; } h2 { font-size: 15px; } h3 { font-size: 12px; }
+  .tile .value { font-size: 20px; } .tile .name, .tile .more, table, th { font-size: 11px; }
+  code, pre, .tag { font-size: 10px; }
   main { max-width: none; }
   .tiles { grid-template-columns: repeat(4, 1fr); }
   .tile, section { border-radius: 6px; }

@@ -13,7 +13,7 @@ NAMES: dict[Kind, str] = {
     "W": "gradient of the weights",
 }
 _MOST_BARS, _MOST_ROWS = 1200, 64  # more are neither read nor quickly drawn
-_WIDTH, _LEFT = 1000, 70
+_WIDTH, _LEFT = 1000, 80
 _LABELLED = 14  # the least width of a bar that holds its microbatch's number
 
 
