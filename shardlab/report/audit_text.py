@@ -16,6 +16,7 @@ from shardlab.report.audit_words import (
     count_bound,
     idle,
     merged,
+    not_estimated,
     pace,
     plan_words,
     seconds_text,
@@ -166,7 +167,7 @@ def _collectives(facts: Mapping[str, Any]) -> list[str]:
 def _time(facts: Mapping[str, Any]) -> list[str]:
     estimate = facts["estimate"]
     if estimate is None:
-        return [f"not estimated for {facts['target']}: no published speeds, or no program was left"]
+        return [f"not estimated: {not_estimated(facts)}"]
     total = estimate["seconds"]
     rows = [
         (

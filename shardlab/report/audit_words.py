@@ -30,6 +30,7 @@ def plan_words(facts: Mapping[str, Any]) -> str:
     plan = facts["plan"]
     parts = [
         f"{count_text(plan['num_parameters'])} parameters",
+        f"{facts['num_devices']:,} devices",
         mesh_text(facts["mesh"]),
         plan["dtype"],
         f"ZeRO {plan['zero']}",
@@ -129,6 +130,27 @@ def pace(facts: Mapping[str, Any]) -> str:
     parts += [f"MFU {facts['mfu']:.1%}"] if facts["mfu"] is not None else []
     parts += [f"bound by {facts['bound_by']}"] if facts["bound_by"] else []
     return ", ".join(parts)
+
+
+def not_estimated(facts: Mapping[str, Any]) -> str:
+    """Why there is no estimate."""
+    if facts["wire_bytes"] is None:
+        return "the compiler left no program"
+    if facts["layout"] is None or facts["hbm_capacity_bytes"] is None:
+        return f"no speeds are known for {facts['target']}"
+    return f"the program for {facts['target']} does not say enough"
+
+
+def flops_text(flops: float) -> str:
+    """Floating point operations with three digits.
+
+    >>> flops_text(4.61e20), flops_text(2.5e12), flops_text(1000)
+    ('461 EFLOP', '2.50 TFLOP', '0.00 GFLOP')
+    """
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
+        if flops >= size:
+            return f"{_three(flops / size)} {unit}FLOP"
+    return f"{_three(flops / 1e9)} GFLOP"
 
 
 def sent(facts: Mapping[str, Any]) -> str:
