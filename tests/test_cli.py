@@ -107,7 +107,7 @@ def test_a_verbs_help(call: Call, verb: str) -> None:
     assert (status, err) == (0, "")
     assert "--json" in out
     assert "--debug" in out
-    assert ("--batch-size" in out) == ("CONFIG" in out.splitlines()[0]) == (verb not in ("report", "schedule"))
+    assert ("--batch-size" in out) == ("CONFIG" in out.splitlines()[0]) == (verb not in ("report", "schedule", "diff"))
 
 
 def test_help_after_a_config_has_its_options_and_values(call: Call) -> None:

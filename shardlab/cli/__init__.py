@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardlab.cli.audits import diff
 from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
 from shardlab.cli.options import Common, option, read, show
@@ -41,6 +42,7 @@ Declare a mesh and a PartitionSpec for every parameter of your own Flax model in
   shardlab eval CONFIG       held-out loss, of a run's parameters with --run DIR
   shardlab report RUN        what a run compiled to and came to
   shardlab schedule NAME     a pipeline schedule drawn, its bubble, what is in flight
+  shardlab diff A B          what changed between two audits that compile --save wrote
 
 CONFIG is a Python file with a function config() that returns a shardlab.run.config.Config; configs/ holds some.
 Every scalar of it is an option, and so are the sizes of its mesh's axes:
@@ -56,7 +58,8 @@ options of every verb:
 
 Ctrl-C ends a training run after the steps under way, with everything written; a second one at once.
 
-Exit status: 0; 1 where verify fails; 2 for a faulty declaration; 130 for what Ctrl-C left unfinished.
+Exit status: 0; 1 where verify fails, or diff finds other communication, memory or findings; 2 for a faulty
+declaration; 130 for what Ctrl-C left unfinished.
 """
 
 
@@ -238,6 +241,7 @@ VERBS: Mapping[str, Callable[..., int]] = {
     "eval": evaluate,
     "report": report,
     "schedule": schedule,
+    "diff": diff,
 }
 
 

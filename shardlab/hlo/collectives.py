@@ -63,8 +63,8 @@ class Collective:
     Attributes:
       kind: "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute" (or the rare
         "collective-broadcast").
-      axes: the mesh axes it crosses, in mesh order; ("?",) when its groups are no product of mesh axes.
-      group_size: devices in a group, n above; for a permute the product of its axes.
+      axes: the mesh axes it crosses, in mesh order; ("?",) when its groups do not all cross the same ones.
+      group_size: devices in a group, n above, as many as the axes multiply to or fewer; for a permute their product.
       count: how often a step runs it.
       payload_bytes: per device and step, as in the table above.
       wire_bytes: per device and step, rounded to a byte.
@@ -328,12 +328,10 @@ def _axes_of_groups(text: str, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple
     if sorted(device for group in groups for device in group) != list(range(math.prod(sizes))):
         return UNKNOWN, n
     places = [[_coordinates(device, sizes) for device in group] for group in groups]
-    spanned = [k for k in range(len(sizes)) if len({place[k] for place in places[0]}) > 1]
-    product = math.prod(sizes[k] for k in spanned)
-    fixed = [k for k in range(len(sizes)) if k not in spanned]
-    # As many devices as the axes multiply to, all other coordinates equal: exactly the product of the axes.
-    if all(len(group) == product and all(len({p[k] for p in group}) == 1 for k in fixed) for group in places):
-        return tuple(mesh[k][0] for k in spanned), n
+    spanned = {tuple(k for k in range(len(sizes)) if len({place[k] for place in group}) > 1) for group in places}
+    # All cross the same axes: these, or, of groups with fewer devices than they multiply to, a part of them.
+    if len(spanned) == 1 and all(len(group) == n for group in groups):
+        return tuple(mesh[k][0] for k in spanned.pop()), n
     return UNKNOWN, n
 
 

@@ -6,12 +6,16 @@ defaults to Explicit axes since jax 0.9.
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
+from shardlab.mesh.targets import Target
+from shardlab.mesh.topology import lay_out
 
 if TYPE_CHECKING:
     import jax
@@ -34,9 +38,10 @@ def abstract_mesh(spec: MeshSpec) -> AbstractMesh:
 def build_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of devices, Auto axes, sizes in the declared order.
 
-    On TPU and GPU the axes are laid on the physical links by `jax.experimental.mesh_utils`; axes of
-    `spec.dcn` run over slices (or, where devices have none, over processes). CPU devices are reshaped in
-    order; of more CPU devices than the mesh has, the first are taken.
+    On TPU and GPU the axes are laid on the physical links by `shardlab.mesh.topology.lay_out`; where the devices are
+    not those of the target (other coordinates, or a local target), by `jax.experimental.mesh_utils`, with the axes of
+    `spec.dcn` over slices (or, where devices have none, over processes). CPU devices are reshaped in order; of more
+    CPU devices than the mesh has, the first are taken.
 
     Args:
       spec: the declaration.
@@ -65,6 +70,10 @@ def build_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> M
     types = (AxisType.Auto,) * len(spec.names)
     if found[0].platform == "cpu":
         return Mesh(np.array(found, dtype=object).reshape(spec.shape), spec.names, axis_types=types)
+    ordered = in_target_order(spec.machine, found)
+    if ordered is not None:
+        grid = np.array(ordered, dtype=object)[list(lay_out(spec).order)].reshape(spec.shape)
+        return Mesh(grid, spec.names, axis_types=types)
     slices = _distinct(found, "slice_index")
     _check_slow_links(spec, slices, slices if slices > 1 else _distinct(found, "process_index"))
     if not spec.dcn:
@@ -80,6 +89,37 @@ def build_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> M
         allow_split_physical_axes=True,
     )
     return Mesh(grid, spec.names, axis_types=types)
+
+
+def in_target_order(target: Target, devices: Sequence[Any]) -> list[Any] | None:
+    """The devices in the order of the places of `Layout.order`, or None where they are not the target's.
+
+    TPU devices are known by slice, coordinates and core. GPU devices have only their NVLink domain and process: in
+    that order, and of ids in a process, they are host by host.
+    """
+    if target.text == "local" or len(devices) != target.num_devices:
+        return None
+    if target.platform == "gpu":
+        each = set(collections.Counter(device.process_index for device in devices).values())
+        whole = each == {len(devices)} or (len(each) == 1 and target.shape[-1] % min(each) == 0)
+        return sorted(devices, key=_host_by_host) if whole else None
+    shape = (*target.shape, 1)[:3]
+    cores = target.num_devices // target.slices // math.prod(shape)
+    found = {}
+    for device in devices:
+        slice_index = getattr(device, "slice_index", None) or 0
+        coords, core = getattr(device, "coords", None), getattr(device, "core_on_chip", 0)
+        if coords is None or len(coords) != 3:
+            return None
+        found[(slice_index, *reversed(coords), core)] = device
+    places = [range(size) for size in (target.slices, *reversed(shape), cores)]
+    ordered = [found.get(place) for place in itertools.product(*places)]
+    return None if None in ordered else ordered
+
+
+def _host_by_host(device: Any) -> tuple[int, int, int]:
+    # JAX numbers the NVLink domains of GPUs as slices.
+    return getattr(device, "slice_index", None) or 0, device.process_index, device.id
 
 
 def _distinct(devices: Sequence[Any], attribute: str) -> int:

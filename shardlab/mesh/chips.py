@@ -334,7 +334,7 @@ _CHIPS = (
         network_bandwidth=400 / 8 * _G,
         gpu=GpuConfig("NVIDIA GB200", (10, 0), True, 152, 128, 2048, 233472, 232448, 135528448),
         sources=(
-            "NVIDIA GB200 NVL72 data sheet (a 72nd of the rack; halves of the sparse peaks): HBM, peak, NVLink 1.8 TB/s",
+            "NVIDIA GB200 NVL72 data sheet (a 72nd of it; halves of the sparse peaks): HBM, peak, NVLink 1.8 TB/s",
             "NVIDIA DGX GB200 data sheet: 18 hosts of 4 GPUs, a 400 Gb/s adapter for each GPU",
             f"{_XLA}; HBM bandwidth (the data sheet's 8 TB/s rounds it up)",
         ),
@@ -355,7 +355,7 @@ _CHIPS = (
         network_bandwidth=100 / 8 * _G,
         gpu=GpuConfig("NVIDIA RTX A6000", (8, 6), False, 84, 128, 1536, 102400, 101376, 6291456),
         sources=(
-            "NVIDIA RTX A6000 data sheet (halves of the sparse peaks): memory, peak; PCIe 4.0 x16, 64 GB/s both directions",
+            "NVIDIA RTX A6000 data sheet (halves of the sparse peaks): memory, peak; PCIe 4.0 x16, 64 GB/s both ways",
             "network: assumed, a 100 Gb/s adapter for each GPU; no system of the vendor's sets one",
             _XLA,
         ),
@@ -366,12 +366,17 @@ CHIPS: Mapping[tuple[str, str], Chip] = MappingProxyType({(chip.platform, chip.k
 
 
 def chip_of(target: Target) -> Chip:
-    """The record of the target's chip.
+    """The record of the target's chip; of `local`, that of the device JAX finds.
 
     Raises:
       DeclarationError: the target is emulated, or a local device that no record names.
     """
     chip = CHIPS.get((target.platform, target.kind))
+    if target.text == "local" and target.platform != "cpu":
+        import jax
+
+        found = jax.devices()[0].device_kind
+        chip = next((chip for chip in CHIPS.values() if found in chip.names), None)
     if chip is None:
         raise DeclarationError(
             f"target {target}: a CPU has no published record; its emulated devices show structure, not speed"

@@ -27,26 +27,29 @@ if TYPE_CHECKING:
 _TPU_NAMES = {"v5p": "v5", "v7x": "tpu7x"}  # Where libtpu's name is not ours.
 _MEGACORE = ("v4", "v5p")
 _PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
+_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",  # Else libtpu asks the cloud's metadata server, and waits.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Else a second process is refused.
+    # What libtpu would read of the TPU it runs on, and complain of not finding; the topology asked for is what counts.
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 _EXTRAS = {"tpu": "shardlab[tpu]", "gpu": "shardlab[gpu-compiler]"}
 
 
-def compile_environment(target: Target) -> dict[str, str]:
-    """The environment variables under which a process compiles for a target, quietly and beside others.
+def compile_environment(target: Target | None = None) -> dict[str, str]:
+    """The environment variables under which a process compiles for machines that are not here, quietly, beside others.
 
-    JAX's own devices are emulated ones, so that nothing waits for an accelerator that is not here.
+    JAX's own devices are emulated ones, as many as a CPU target has, so that nothing waits for an accelerator.
 
-    >>> from shardlab.mesh.targets import parse_target
-    >>> compile_environment(parse_target("tpu:v5p:4x8x8"))["TPU_SKIP_MDS_QUERY"]
+    >>> compile_environment()["TPU_SKIP_MDS_QUERY"]
     '1'
     """
-    return {
-        **environment(target.num_devices if target.platform == "cpu" else 1),
-        "TPU_SKIP_MDS_QUERY": "1",  # Else libtpu asks the cloud's metadata server, and waits.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Else a second process is refused.
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    count = target.num_devices if target is not None and target.platform == "cpu" else 1
+    return {**environment(count), **_SETTINGS}
 
 
 def compiler_installed(platform: str) -> bool:
@@ -86,9 +89,8 @@ def compile_devices(target: Target) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    for name, value in compile_environment(target).items():
-        if name.startswith(("TPU_", "ALLOW_", "TF_")):
-            os.environ.setdefault(name, value)
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     options = _tpu(target) if target.platform == "tpu" else _gpu(target, chip_of(target))
     try:
         return list(topologies.get_topology_desc(**options).devices)
@@ -104,7 +106,7 @@ def _tpu(target: Target) -> dict[str, Any]:
         "platform": "tpu",
         "topology_name": f"{_TPU_NAMES.get(target.kind, target.kind)}:{'x'.join(map(str, target.shape))}",
         "chip_config_name": "megacore" if target.kind in _MEGACORE else "default",
-        "chips_per_host_bounds": tuple(2 if size % 2 == 0 else 1 for size in shape[:2]) + (1,),
+        "chips_per_host_bounds": (*(2 if size % 2 == 0 else 1 for size in shape[:2]), 1),
         "num_slices": target.slices,
         "wrap": (*wraps_of(target), False)[:3],
     }

@@ -21,18 +21,15 @@ connectivity"); https://jax-ml.github.io/scaling-book/tpus ("smaller topologies 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from shardlab.mesh.chips import Chip, chip_of
 from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.mesh.targets import Target
 
 _CUBE, _POD = 4, 16
-# Seconds a hop adds to a collective. ICI: the scaling book, "typically around 1us". The others: NCCL's own model
-# (github.com/NVIDIA/nccl, src/graph/tuning.cc), ring, LL protocol; DCN is taken to be like its network.
-_HOP = {"ici": 1e-6, "nvlink": 0.47e-6, "host": 1.0e-6, "network": 2.7e-6, "dcn": 2.7e-6}
-GPU_LAUNCH = 3.6e-6  # Seconds a collective takes to start on GPUs, from the same table.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +37,12 @@ class Dim:
     """One physical dim of a target.
 
     Attributes:
-      name: "x", "y", "z", "core", "slice"; "gpu", "island"; "device".
+      name: "x", "y", "z", "core", "slice"; "gpu", "island" or, of GPUs without NVLink, "host"; "device".
       size: devices (or slices, islands) along it.
       tier: "ici", "dcn", "nvlink", "network" or "host".
       level: 0 for the fastest links; a collective over dims of one level drives all of them at once.
       link: bytes a second that one device sends over one link in one direction; 0 where nothing is known.
-      torus: whether only neighbours are joined; else every pair is, through a switch.
+      torus: how many dims the torus has of which this is one; 0 where a switch joins every pair.
       wrap: whether the last is the first's neighbour.
     """
 
@@ -54,7 +51,7 @@ class Dim:
     tier: str
     level: int
     link: float
-    torus: bool = False
+    torus: int = 0
     wrap: bool = False
 
 
@@ -89,12 +86,6 @@ class Part:
         """Bytes a second that a device sends in a ring collective: both ways round a ring; a line costs twice."""
         return self.one_way * (2 if self.wrap else 1)
 
-    @property
-    def seconds_of_latency(self) -> float:
-        """Of the hops of a gather: half way round a ring, along a line, or one a peer through a switch."""
-        hops = self.size // 2 if self.wrap else self.size - 1
-        return hops * (self.stride if self.dim.torus else 1) * _HOP[self.dim.tier]
-
 
 def dims_of(target: Target) -> tuple[Dim, ...]:
     """The physical dims of a target, fastest first; their sizes multiply to its devices.
@@ -114,7 +105,7 @@ def dims_of(target: Target) -> tuple[Dim, ...]:
     wraps = wraps_of(target)
     share = chip.ici_bandwidth / chip.devices_per_chip  # The devices of a chip share its links.
     dims = [
-        Dim(name, size, "ici", 1, share, torus=True, wrap=wrap)
+        Dim(name, size, "ici", 1, share, torus=chip.dims, wrap=wrap)
         for name, size, wrap in zip("xyz", target.shape, wraps, strict=False)
     ]
     if chip.devices_per_chip > 1:
@@ -144,12 +135,18 @@ def _islands(target: Target, chip: Chip) -> tuple[Dim, ...]:
     size = hosts // count * gpus
     dims = [Dim("gpu", size, chip.island_tier, 0, chip.nvlink_bandwidth)]
     if count > 1:
-        dims.append(Dim("island", count, "network", 1, chip.network_bandwidth))
+        name = "island" if chip.island_tier == "nvlink" else "host"
+        dims.append(Dim(name, count, "network", 1, chip.network_bandwidth))
     return tuple(dims)
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """The parts with those that lie inside one another on one dim joined: together they may close a ring."""
+    """The parts with those that lie inside one another on one dim joined: together they may close a ring.
+
+    >>> x = Dim("x", 16, "ici", 1, 45e9, torus=2, wrap=True)
+    >>> merged([Part(x, 4, stride=4), Part(x, 4)]) == [Part(x, 16)]
+    True
+    """
     out: list[Part] = []
     for part in sorted(parts, key=lambda part: (part.dim.level, part.name, part.stride)):
         if out and out[-1].dim == part.dim and out[-1].stride * out[-1].size == part.stride:
@@ -159,29 +156,51 @@ def merged(parts: Iterable[Part]) -> list[Part]:
     return out
 
 
-def ring_share(parts: Sequence[Part]) -> float:
-    """Seconds a byte of the gathered result takes: the slowest level, each sending only what it must.
+def levels(parts: Iterable[Part]) -> list[list[Part]]:
+    """The merged parts by level, the fastest first."""
+    return [list(group) for _, group in itertools.groupby(merged(parts), key=lambda part: part.dim.level)]
 
-    With n_i places on level i and W_i bytes a second of its dims together, level i sends (n_i - 1) / (n_i N_i) of the
-    result per device, where N_i is the product of the faster levels' places: those hold the pieces already.
+
+def all_links(parts: Sequence[Part]) -> float:
+    """Bytes a second that a device sends over parts of one level, all at once where the compiler does so.
+
+    Whole dims of a torus are driven together. A collective over several parts of which one is cut runs as one ring
+    through them all, which closes whether or not a dim does: XLA:TPU says so in its `collective_algorithm_config`
+    (`StrategyND`, `2DAllGatherOnMajorDim` for whole dims, `StrategyRing`, `1DAllGather...` else; libtpu 0.0.42.1).
+    """
+    if all(part.size == part.dim.size for part in parts):
+        return sum(part.bandwidth for part in parts)
+    return one_ring(parts)
+
+
+def one_ring(parts: Sequence[Part]) -> float:
+    """Bytes a second that a device sends in a single ring through parts of one level."""
+    if len(parts) == 1:
+        return parts[0].bandwidth
+    return 2 * max(part.one_way for part in parts)
+
+
+def gather_share(parts: Iterable[Part], speed: Callable[[Sequence[Part]], float] = all_links) -> float:
+    """Seconds that a byte of the result of a gather takes: those of the level that takes longest.
+
+    With n places on a level and N on the faster ones together, a device sends (n - 1) / (n N) of the result over that
+    level: the faster ones pass the pieces on.
     """
     inside, slowest = 1, 0.0
-    for level in sorted({part.dim.level for part in parts}):
-        here = [part for part in parts if part.dim.level == level]
-        places, speed = math.prod(part.size for part in here), sum(part.bandwidth for part in here)
-        slowest = max(slowest, (places - 1) / (places * inside * speed)) if speed else math.inf
+    for level in levels(parts):
+        places, bandwidth = math.prod(part.size for part in level), speed(level)
+        slowest = max(slowest, (places - 1) / (places * inside * bandwidth) if bandwidth else math.inf)
         inside *= places
     return slowest
 
 
-def ring_bandwidth(parts: Sequence[Part]) -> float:
+def ring_bandwidth(parts: Iterable[Part]) -> float:
     """Bytes a second that one device can send in a ring collective over these parts; 0 where nothing is known.
 
-    >>> ring = Part(Dim("x", 16, "ici", 1, 45e9, torus=True, wrap=True), 16)
-    >>> ring_bandwidth([ring]) / 1e9
-    90.0
+    >>> x = Dim("x", 16, "ici", 1, 45e9, torus=2, wrap=True)
+    >>> ring_bandwidth([Part(x, 16)]) / 1e9, ring_bandwidth([Part(x, 4)]) / 1e9  # a ring; a line of neighbours
+    (90.0, 45.0)
     """
-    joined = merged(parts)
-    places = math.prod(part.size for part in joined)
-    share = ring_share(joined)
+    parts = list(parts)
+    places, share = math.prod(part.size for part in parts), gather_share(parts)
     return 0.0 if places == 1 or math.isinf(share) else (places - 1) / places / share

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shardlab.mesh.faults import Fault, raise_faults, suggestion
+from shardlab.mesh.physical import dims_of
 from shardlab.mesh.targets import Target, parse_target, read_target
 
 Pairs = tuple[tuple[str, int], ...]
@@ -34,6 +35,8 @@ class MeshSpec:
       target: the machine, as `parse_target` reads it.
       dcn: pairs of axis and over how many slices (TPU) or hosts (GPU) it runs: that share of its links is
         slow.
+      links: pairs of axis and the names of the physical dims it is to lie on (`shardlab.mesh.physical`), for axes that
+        `shardlab.mesh.topology` is not to choose for; not looked at on CPU, which has none.
 
     Raises:
       DeclarationError: with every fault of the declaration.
@@ -44,6 +47,7 @@ class MeshSpec:
     stage: str | None
     target: str
     dcn: Pairs
+    links: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class MeshSpec:
         stage: str | None = None,
         target: str = "cpu:8",
         dcn: Mapping[str, int] | Iterable[tuple[str, int]] = (),
+        links: Mapping[str, str | Sequence[str]] | Iterable[tuple[str, str | Sequence[str]]] = (),
     ) -> None:
         pairs = _pairs(axes)
         batch = (batch,) if isinstance(batch, str) else tuple(batch)
@@ -63,6 +68,10 @@ class MeshSpec:
             assert machine is not None
             pairs, faults = _sized(pairs, machine)
         faults += _dcn_faults(dict(pairs), slow)
+        given = links.items() if isinstance(links, Mapping) else links
+        wanted = tuple((axis, (dims,) if isinstance(dims, str) else tuple(dims)) for axis, dims in given)
+        if machine is not None:
+            faults += [*_slice_faults(pairs, slow, machine), *_link_faults(dict(pairs), wanted, machine)]
         raise_faults(faults)
         for name, value in (
             ("axes", pairs),
@@ -70,6 +79,7 @@ class MeshSpec:
             ("stage", stage),
             ("target", target),
             ("dcn", slow),
+            ("links", wanted),
         ):
             object.__setattr__(self, name, value)
 
@@ -137,12 +147,14 @@ class MeshSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; `from_json` gives the spec back."""
+        links = {"links": {axis: list(dims) for axis, dims in self.links}} if self.links else {}
         return {
             "axes": dict(self.axes),
             "batch": list(self.batch),
             "stage": self.stage,
             "target": self.target,
             "dcn": dict(self.dcn),
+            **links,
         }
 
     @classmethod
@@ -153,7 +165,8 @@ class MeshSpec:
         >>> MeshSpec.from_json(spec.to_json()) == spec
         True
         """
-        return cls(data["axes"], batch=data["batch"], stage=data["stage"], target=data["target"], dcn=data["dcn"])
+        options = {name: data[name] for name in ("batch", "stage", "target", "dcn", "links") if name in data}
+        return cls(data["axes"], **options)
 
     def __str__(self) -> str:
         """One line: axes with sizes and roles, devices, target.
@@ -291,4 +304,40 @@ def _dcn_faults(sizes: Mapping[str, int], slow: Pairs) -> list[Fault]:
         elif isinstance(sizes[axis], int) and sizes[axis] > 0 and sizes[axis] % parts:
             problem = f"size {sizes[axis]} does not divide by its {parts} parts joined by slow links"
             faults.append(Fault(where, problem, f"give {axis!r} a multiple of {parts}, or another split"))
+    return faults
+
+
+def _slice_faults(pairs: Pairs, slow: Pairs, machine: Target) -> list[Fault]:
+    """A target of several slices needs axes that run over them."""
+    parts = math.prod(count for _, count in slow if isinstance(count, int))
+    if machine.slices == 1 or parts == machine.slices or not pairs:
+        return []
+    declared = ", ".join(f"{axis}={count}" for axis, count in slow)
+    problem = f"target {machine} is {machine.slices} slices joined by slow links, "
+    problem += f"dcn ({declared}) splits the mesh in {parts}" if slow else "and dcn names no axis for them"
+    return [Fault("mesh", problem, f"declare dcn={{{pairs[0][0]!r}: {machine.slices}}}, or another axis")]
+
+
+def _link_faults(
+    sizes: Mapping[str, int], wanted: Iterable[tuple[str, tuple[str, ...]]], machine: Target
+) -> list[Fault]:
+    faults = []
+    names: list[str] = []
+    if wanted and machine.platform != "cpu" and machine.text != "local":
+        names = [dim.name for dim in dims_of(machine)]
+    for axis, dims in wanted:
+        where = f"links of axis {axis!r}"
+        if axis not in sizes:
+            faults.append(_undeclared(where, list(sizes), axis))
+        if not dims:
+            faults.append(Fault(where, "names no dim", f"name some of {', '.join(names)}, or leave the axis out"))
+        faults += [
+            Fault(
+                where,
+                f"{dim!r} is not a dim of target {machine} ({', '.join(names)})",
+                suggestion(dim, names) + "name dims that it has, or leave the axis out",
+            )
+            for dim in dims
+            if names and dim not in names
+        ]
     return faults

@@ -170,7 +170,7 @@ def _layout_facts(plan: Plan) -> dict[str, Any] | None:
         return None
     return {
         "words": layout.explanation,
-        "drawing": getattr(layout, "draw", lambda: "")(),
+        "drawing": layout.draw(),
         "axes": [
             {
                 "axis": axis.axis,

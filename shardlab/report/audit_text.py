@@ -1,7 +1,243 @@
-"""x"""
+"""An audit as a page of plain text for a terminal: what a stranger asks first stands first."""
 
-import json
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardlab.plan.text import columns, human_bytes
+from shardlab.report.audit_words import (
+    TIERS,
+    axes_text,
+    bandwidth_text,
+    command,
+    cost_words,
+    count_bound,
+    idle,
+    merged,
+    pace,
+    plan_words,
+    seconds_text,
+    sent,
+    share_text,
+    subject,
+    verdict,
+)
+
+_WIDTH = 120
+_BAR = 40
+_BUFFERS, _COLLECTIVES, _DRAWN = 10, 20, 24  # lines of each; more would hide what they are to show
 
 
-def audit_text(facts):
-    return json.dumps(facts, indent=1)[:20000]
+def audit_text(facts: Mapping[str, Any]) -> str:
+    """The report of an audit, at most 120 wide: the verdict, then memory, links, collectives, time and findings.
+
+    Args:
+      facts: of an audit, as `shardlab compile --json` prints them.
+    """
+    answer, by = verdict(facts)
+    head = [
+        f"{subject(facts)}: {answer.upper()}",
+        *textwrap.wrap(plan_words(facts), _WIDTH - 2, initial_indent="  ", subsequent_indent="  "),
+        f"  {by}",
+        f"  {pace(facts)}",
+        f"  {sent(facts)}; {idle(facts)}",
+    ]
+    sections = [
+        ("does not fit; what would make room, of one device", _remedies(facts)),
+        ("memory of one device", _memory(facts)),
+        ("largest buffers at the peak", _largest(facts)),
+        ("mesh", _layout(facts)),
+        ("collectives of one device and step, most wire bytes first", _collectives(facts)),
+        ("time of a step, estimated", _time(facts)),
+        ("findings", _lints(facts)),
+    ]
+    parts = ["\n".join(head)]
+    parts += ["\n".join([title, *(f"  {line}".rstrip() for line in lines)]) for title, lines in sections if lines]
+    return "\n\n".join([*parts, "\n".join(_made(facts))])
+
+
+def bar(part: float, whole: float, width: int = _BAR) -> str:
+    """A bar of `#`, at least one for what is not nothing.
+
+    >>> bar(1, 4, 8), bar(1, 10**6, 8), bar(0, 4, 8)
+    ('##', '#', '')
+    """
+    return "#" * max(round(width * part / whole) if whole else 0, 1 if part > 0 else 0)
+
+
+def cut(text: str, width: int) -> str:
+    """The text, its middle left out where it is longer than `width`.
+
+    >>> cut("gradient of blocks/*/mlp/up/kernel", 21)
+    'gradient ...up/kernel'
+    """
+    if len(text) <= width:
+        return text
+    head = (width - 2) // 2
+    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
+
+
+def _memory(facts: Mapping[str, Any]) -> list[str]:
+    parts = {name: size for name, size in facts["categories"].items() if size}
+    if not parts:
+        return ["by category not known: the compiler left no program"]
+    total = facts["hbm_bytes"]
+    rows = [(name, human_bytes(size), share_text(size, total), bar(size, total)) for name, size in parts.items()]
+    rows.append(("total", human_bytes(total), "", ""))
+    return _plain(rows, right=(1, 2))
+
+
+def _largest(facts: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (human_bytes(one["bytes"]), one["what"], cut(one["shape"], 28), one["category"], cut(one["source"], 28))
+        for one in facts["largest"][:_BUFFERS]
+    ]
+    more = len(facts["largest"]) - len(rows)
+    lines = _plain(_narrowed(rows, 1), right=(0,)) if rows else ["not known"]
+    return [*lines, f"and {more} smaller"] if more > 0 else lines
+
+
+def _layout(facts: Mapping[str, Any]) -> list[str]:
+    layout, by_axis = facts["layout"], facts["wire_bytes_by_axis"] or {}
+    if layout is None:
+        lines = [f"links of {facts['target']} not known"]
+        rows = [(axis, str(size), "", "", human_bytes(by_axis.get(axis, 0))) for axis, size in facts["mesh"].items()]
+        words = ""
+    else:
+        lines = []
+        rows = [
+            (
+                one["axis"],
+                str(one["size"]),
+                TIERS.get(one["tier"], one["tier"]),
+                bandwidth_text(one["bandwidth"]),
+                human_bytes(by_axis.get(one["axis"], 0)),
+            )
+            for one in layout["axes"]
+        ]
+        words = layout["words"]
+    rows += [(axes, "", "", "", human_bytes(size)) for axes, size in by_axis.items() if axes not in facts["mesh"]]
+    known = facts["wire_bytes"] is not None
+    table = columns(("axis", "size", "link", "of a device", "sent"), rows, right=(1, 3, 4))
+    lines += table if known else columns(("axis", "size", "link", "of a device"), [row[:4] for row in rows], (1, 3))
+    lines += [line for part in words.splitlines() for line in textwrap.wrap(part, _WIDTH - 2)]
+    drawing = layout["drawing"].splitlines() if layout else []
+    lines += ["", *(line[: _WIDTH - 2] for line in drawing[:_DRAWN])] if drawing else []
+    if len(drawing) > _DRAWN:
+        lines.append(f"... {len(drawing) - _DRAWN} more lines of the drawing")
+    return lines
+
+
+def _collectives(facts: Mapping[str, Any]) -> list[str]:
+    if facts["wire_bytes"] is None:
+        return ["not known: the compiler left no program"]
+    found = merged(facts["collectives"])
+    if not found:
+        return ["none"]
+    rows = [
+        (
+            row["kind"],
+            axes_text(row["axes"]),
+            f"{count_bound(row)}{row['count']:,}",
+            human_bytes(row["wire_bytes"]),
+            "beside compute" if row["async"] else "waited for",
+            "" if row["exposed_seconds"] is None else seconds_text(row["exposed_seconds"]),
+            row["cause"],
+        )
+        for row in found[:_COLLECTIVES]
+    ]
+    header = ("collective", "axes", "count", "wire", "", "exposed", "why")
+    lines = columns(header, _narrowed(rows, 6, header), right=(2, 3, 5))
+    rest = found[_COLLECTIVES:]
+    if rest:
+        size = sum(row["wire_bytes"] for row in rest)
+        lines.append(
+            f"{len(rest)} more: {human_bytes(size)}, {share_text(size, facts['wire_bytes'])} of all wire bytes"
+        )
+    if not all(row["exact"] for row in found):
+        lines.append(">=: in a loop of unknown length")
+    if any(row["in_branch"] for row in found):
+        lines.append("<=: some in a branch, counted as if it were always taken")
+    return lines
+
+
+def _time(facts: Mapping[str, Any]) -> list[str]:
+    estimate = facts["estimate"]
+    if estimate is None:
+        return [f"not estimated for {facts['target']}: no published speeds, or no program was left"]
+    total = estimate["seconds"]
+    rows = [
+        (
+            cut(part["name"], 50),
+            seconds_text(part["seconds"]),
+            share_text(part["seconds"], total),
+            bar(part["seconds"], total),
+        )
+        for part in estimate["parts"]
+    ]
+    rows.append(("total", seconds_text(total), "", ""))
+    hidden = seconds_text(estimate["overlapped_seconds"])
+    lines = [*_plain(rows, right=(1, 2)), f"beside compute, and not in the total: {hidden} of communication"]
+    lines.append(f"from {estimate['basis']}")
+    if estimate["left_out"]:
+        lines += textwrap.wrap(f"left out: {'; '.join(estimate['left_out'])}", _WIDTH - 2)
+    return lines
+
+
+def _lints(facts: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for one in facts["lints"]:
+        cost = cost_words(one)
+        path = f" {one['path']}" if one["path"] else ""
+        text = f"{one['code']}{path}: {one['message']}{f' [{cost}]' if cost else ''}"
+        lines += textwrap.wrap(text, _WIDTH - 2, subsequent_indent="      ")
+        lines += textwrap.wrap(f"fix: {one['fix']}", _WIDTH - 2, initial_indent="      ", subsequent_indent=" " * 11)
+    if not lines and facts["wire_bytes"] is None:
+        return ["not looked for: the compiler left no program"]
+    return lines or ["none"]
+
+
+def _remedies(facts: Mapping[str, Any]) -> list[str]:
+    if facts["fits"]:
+        return []
+    rows = [
+        (
+            one["change"],
+            human_bytes(one["saves_bytes"]),
+            human_bytes(one["hbm_bytes"]),
+            "fits" if one["fits"] else "still too much",
+        )
+        for one in facts["remedies"]
+    ]
+    if not rows:
+        return ["no single change was found; use more devices, or shorter sequences, or a smaller batch"]
+    return columns(("change", "saves", "then holds", ""), rows, right=(1, 2))
+
+
+def _made(facts: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
+    times = [
+        f"{name} {facts[f'{name}_seconds']:.1f} s"
+        for name in ("plan", "trace", "compile", "audit")
+        if facts.get(f"{name}_seconds") is not None
+    ]
+    made = command(facts)
+    return [f"{versions}; {', '.join(times)}", *([made] if made else [])]
+
+
+def _plain(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """A table without its header."""
+    return columns([""] * len(rows[0]), rows, right)[2:]
+
+
+def _narrowed(rows: Sequence[Sequence[str]], place: int, header: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """The rows, the texts in one column cut so that the table is no wider than the report."""
+    others = [
+        max(map(len, column))
+        for k, column in enumerate(zip(*([header] if header else []), *rows, strict=True))
+        if k != place
+    ]
+    left = max(_WIDTH - 2 - sum(others) - 2 * len(others), 20)
+    return [(*row[:place], cut(row[place], left), *row[place + 1 :]) for row in rows]

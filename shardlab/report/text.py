@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardlab.pipeline.draw import draw
-from shardlab.pipeline.schedules import make_schedule
+from shardlab.pipeline.schedules import Schedule, make_schedule
 from shardlab.pipeline.table_csv import from_csv
 from shardlab.plan.text import NOT_ESTIMATED, bytes_label, human_bytes
 from shardlab.report.collectives import collectives_table
@@ -56,21 +56,23 @@ def bytes_table(report: Mapping[str, Any]) -> str:
 
 def schedule_text(report: Mapping[str, Any]) -> str:
     """The schedule drawn, its bubble and what each device holds; one line where there is one stage."""
-    stages, microbatches = report["stages"], report["microbatches"]
-    if stages == 1:
+    microbatches = report["microbatches"]
+    if report["stages"] == 1:
         if microbatches == 1:
             return "one stage, one microbatch: no bubble"
         return f"one stage: {microbatches} microbatches accumulate their gradients, no bubble"
-    virtual = report["virtual"]
-    delayed = report.get("sends") == "delayed"  # earlier runs do not say
-    if report["table_csv"] is not None:
-        made = from_csv(report["table_csv"], report["schedule"], delayed=delayed)
-    else:
-        sizes = {"stages": stages, "microbatches": microbatches, "virtual": virtual}
-        made = make_schedule(report["schedule"], **sizes, delayed=delayed)
-    table = draw(made)
+    table = draw(plan_schedule(report))
     held = ", ".join(map(str, report["peak_in_flight"]))
     return f"{table}\nbubble {report['bubble_fraction']:.1%}; microbatches in flight at most, by device: {held}"
+
+
+def plan_schedule(report: Mapping[str, Any]) -> Schedule:
+    """The schedule of a plan of several stages, from the plan's facts."""
+    delayed = report.get("sends") == "delayed"  # earlier runs do not say
+    if report["table_csv"] is not None:
+        return from_csv(report["table_csv"], report["schedule"], delayed=delayed)
+    sizes = {"stages": report["stages"], "microbatches": report["microbatches"], "virtual": report["virtual"]}
+    return make_schedule(report["schedule"], **sizes, delayed=delayed)
 
 
 def result_text(report: Mapping[str, Any]) -> str:

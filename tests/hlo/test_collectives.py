@@ -456,14 +456,26 @@ def test_axes_of_every_product_of_axes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,6},{5,7}}", ("wide",)),
+        ("{{0,3},{1,2},{4,7},{5,6}}", ("wide",)),
+        ("{{0,1,4,5},{2,3,6,7}}", ("data", "wide")),
+    ],
+)
+def test_groups_that_are_a_part_of_a_product_of_axes_have_the_axes_they_cross(
+    groups: str, axes: tuple[str, ...]
+) -> None:
+    assert axes_of(groups, {"data": 2, "wide": 4}) == axes
+
+
+@pytest.mark.parametrize(
     "groups",
     [
-        "{{0,3},{1,2},{4,7},{5,6}}",  # a diagonal
         "{{0,1,2},{3,4,5,6,7}}",
-        "{{0,1},{2,3},{4,6},{5,7}}",  # each a product, but not of the same axes
         "{{0,1,2,3}}",  # not everyone
         "{{0,4},{1,2},{3,7},{5,6}}",  # the first is, the second is not
-        "{{0,1,4,5},{2,3,6,7}}",  # half of axis wide with axis data
+        "{{0,5},{1,4},{2,6},{3,7}}",  # the first crosses both, the last one
     ],
 )
 def test_groups_that_are_no_product_of_axes_are_not_guessed(groups: str) -> None:

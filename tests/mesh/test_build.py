@@ -129,7 +129,7 @@ def test_several_slices_without_dcn() -> None:
     )
 
 
-def test_one_slice_is_laid_on_its_links(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_of_another_shape_is_laid_on_its_links(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def create(shape: tuple[int, ...], devices: list[Any], **options: Any) -> np.ndarray[Any, Any]:
@@ -137,5 +137,5 @@ def test_one_slice_is_laid_on_its_links(monkeypatch: pytest.MonkeyPatch) -> None
         return np.array(devices, dtype=object).reshape(shape)
 
     monkeypatch.setattr(mesh_utils, "create_device_mesh", create)
-    _grid(monkeypatch, MeshSpec({"data": 2, "tensor": 2}, target="tpu:v5e:2x2"), _tpus(1, 4))
+    _grid(monkeypatch, MeshSpec({"data": 2, "tensor": 2}, target="tpu:v5e:1x4"), _tpus(1, 4))
     assert asked == {"shape": (2, 2), "allow_split_physical_axes": True}

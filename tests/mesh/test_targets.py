@@ -34,7 +34,7 @@ BAD = {
     "cpu": f"target 'cpu': has 1 part; {FORMS}",
     "tpu:v5p": f"target 'tpu:v5p': has 2 parts; {FORMS}",
     "cpu:0": "target 'cpu:0': '0' is not 1 size of 1 or more; write it like 8",
-    "tpu:v5:4x8x8": "target 'tpu:v5:4x8x8': 'v5' is not one of v4, v5e, v5p, v6e; did you mean 'v5p'? "
+    "tpu:v5:4x8x8": "target 'tpu:v5:4x8x8': 'v5' is not one of v4, v5e, v5p, v6e, v7x; did you mean 'v5p'? "
     "write one "
     "of them",
     "tpu:v5e:4x8x8": "target 'tpu:v5e:4x8x8': '4x8x8' is not 2 sizes of 1 or more; write it like 4x4",
