@@ -172,7 +172,11 @@ class Costs:
         for part, work in zip(pair, works, strict=True):
             program, sizes = part.forward.program, dict(split.sizes)
             held = {"kept": 0.0, "kept x": 0.0}
+            seen: set[int] = set()
             for number, lay, (what, _) in zip(program.outs, work.outs, part.forward.outs, strict=True):
+                if number in seen:
+                    continue
+                seen.add(number)
                 if what == "kept" and number >= 0:
                     held["kept"] += local_bytes(program.values[number], lay.dims, sizes)
                 elif what == "kept x" and number >= 0:

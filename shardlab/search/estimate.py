@@ -39,6 +39,10 @@ EFFICIENCY = 0.75
 BANDWIDTH = 0.8
 """Of the memory's bandwidth, what other work reaches."""
 
+UNPIPELINED, PIPELINED = 0.15, 0.23
+"""What compilers report beyond what is live at once, as a part of it: buffers that do not fill the heap without gaps,
+copies at the bounds of loops. Measured: `benchmarks/predicted.py`."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -204,6 +208,7 @@ class _Plan:
         )
         self.flops = 0.0
         self.transient = {"none": 0.0}
+        self.loops = choice.microbatches > 1 or self.stage is not None
         self.virtual = _virtual(choice) if self.stage else 1
         self.rooms = estimator.rooms(self.stages * self.virtual)
 
@@ -222,7 +227,9 @@ class _Plan:
             self.blocks()
             self.around()
         self.outer()
-        self.memory["temporaries"] = max(self.transient.values())
+        self.memory["temporaries"] = self.most()
+        live = sum(self.memory.values())
+        self.memory["fragments"] = live * (PIPELINED if self.stage else UNPIPELINED)
         total, mfu = sum(self.seconds.values()), 0.0
         if total:
             peak = self.of.peak(subject.config.dtype) / EFFICIENCY
@@ -266,9 +273,11 @@ class _Plan:
                 times[cell] += (busy + inside + late) * room
                 self.flops += count * sum(flops.at(rows) for flops in half.flops.values())
                 self.flops += count * forwards * sum(flops.at(rows) for flops in cost.forward.flops.values())
-                whole = group.whole if gathers else 0.0
-                summed = group.accumulated if cell in ("B", "W") and reduces else 0.0
-                self.holds(cell, half.live.at(rows) + whole + summed)
+                held = half.live.at(rows) + (group.whole if gathers else 0.0)
+                if cell in ("B", "W"):
+                    # Whole gradients are added where they are made; others are there until they are scattered.
+                    held += group.largest if reduces else -group.whole
+                self.holds(cell, max(held, 0.0))
             kept += room * (cost.kept.at(rows) + cost.kept_x.at(rows))
             crossing += room * cost.crossing.at(rows)
         self.pipeline(times, flow)
@@ -278,6 +287,24 @@ class _Plan:
         else:
             self.memory["activations"] = kept * table.residuals + table.cuts * crossing
         self.memory["mail"] = table.mail * flow
+
+    def most(self) -> float:
+        """Beside what is held throughout, the most that is made and held at once."""
+        if self.loops or not self.rooms:
+            return max(self.transient.values())
+        # Without a loop accumulators begin where they are first added to, those of blocks after the head, of what
+        # `before` reads after the blocks; by then the weights of blocks are no longer needed.
+        inside = sum(
+            size for group, count, of_block in self.groups() for size in [self.sums(group) * count] if of_block
+        )
+        last = sum(self.sums(group) for read, group in self.held.outside.items() if "before" in read)
+        ends = [self.transient.get(name, 0.0) - inside for name in ("after", "F")]
+        finish = self.transient.get("finish", 0.0) - self.memory["working_copy"] - self.memory["activations"]
+        return max(self.transient.get("B", 0.0) - last, finish, *ends)
+
+    def sums(self, group: Group) -> float:
+        """Bytes of the accumulators of a group."""
+        return group.pieces if self.choice.accumulate == "sharded" else group.accumulated
 
     def holds(self, where: str, size: float) -> None:
         """Notes what a part of the step makes and holds at once."""
@@ -320,7 +347,14 @@ class _Plan:
             self.seconds["compute"] += busy * count
             self.flops += count * sum(flops.at(each) for flops in cost.flops.values())
             self.seconds["collectives"] += self.add("activations", of.sent(cost, each, choice), count) * count
-            self.holds(name, cost.live.at(each))
+            made = [group for read, group in self.held.outside.items() if _READ[name] in read]
+            whole, summed = (sum(getattr(group, size) for group in made) for size in ("whole", "summed"))
+            held = cost.live.at(each)
+            pieces = choice.accumulate == "sharded"
+            if (self.loops and name == "after") or name == "finish":
+                # As in blocks; of those to be scattered what is summed replaces what they were made of.
+                held = max(held, whole + summed) if pieces else held - whole
+            self.holds(name, max(held, 0.0))
         if self.stage:
             stage = (self.stage,)
             moved = flow * (stages - 1) / stages
@@ -378,15 +412,27 @@ class _Plan:
             found["optimizer_state"] += group.state * count
             if inside and choice.gather == "layer" and group.cut:
                 found["working_copy"] += group.shard * count if group.cast else 0.0
-            elif group.cast or group.cut:
+            elif (group.cast or group.cut) and (inside or self.loops):
+                # Without a loop what is outside blocks is made where it is used, and its gradient takes its place.
                 found["working_copy"] += group.whole * count
-            found["gradients"] += (group.pieces if choice.accumulate == "sharded" else group.accumulated) * count
+            found["gradients"] += self.sums(group) * count
         found["batch"] = self.subject.batch_bytes * self.subject.rows / self.shards
         return found
 
 
+_READ = {"before": "", "after": "after", "finish": "before"}
 _HELD = (
-    *("parameters", "optimizer_state", "batch", "working_copy", "gradients", "activations", "mail", "temporaries"),
+    *(
+        "parameters",
+        "optimizer_state",
+        "batch",
+        "working_copy",
+        "gradients",
+        "activations",
+        "mail",
+        "temporaries",
+        "fragments",
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""A traced program as a flat list of operations: calls opened, what no result needs left out.
+"""A traced program as a flat list of operations: calls opened, what no result needs left out, nothing twice.
 
 Of a jaxpr only what costs are made of is kept: names, shapes, parameters of the operations. Loops and branches keep
 programs of their own.
@@ -91,6 +91,7 @@ class _Reader:
     def __init__(self) -> None:
         self.values: list[Value] = []
         self.ops: list[Op] = []
+        self.known: dict[Any, tuple[int, ...]] = {}
 
     def read(self, jaxpr: Any) -> Program:
         names: dict[Any, int] = {}
@@ -121,7 +122,13 @@ class _Reader:
                 for var, made in zip(equation.outvars, inner.outvars, strict=True):
                     names[var] = self._of(made, inside)
                 continue
+            same = self._key(equation, ins)
+            if same is not None and same in self.known:
+                names.update(zip(equation.outvars, self.known[same], strict=True))
+                continue
             outs = tuple(self._new(var.aval) for var in equation.outvars)
+            if same is not None:
+                self.known[same] = outs
             names.update(zip(equation.outvars, outs, strict=True))
             bodies = tuple(
                 flat(one)
@@ -132,6 +139,22 @@ class _Reader:
             if name == "scan":
                 params = {**params, "counts": scan_counts(equation)}
             self.ops.append(Op(name, ins, outs, params, bodies))
+
+    def _key(self, equation: Any, ins: tuple[int, ...]) -> Any:
+        """Equal for operations that compute the same; None of those that cannot be compared."""
+        name = equation.primitive.name
+        if equation.effects or "random" in name:
+            return None
+        given = tuple(
+            (str(var.val), str(var.aval)) if isinstance(var, Literal) else number
+            for var, number in zip(equation.invars, ins, strict=True)
+        )
+        key = name, given, tuple(equation.params.items())
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
 
 
 def _value(aval: Any) -> Value:

@@ -35,6 +35,7 @@ class Group:
       cut: whether the batch axes (or, outside blocks, the stages) cut what is stored.
       accumulated: of their gradients, whole.
       pieces: of their gradients, as the optimizer's state lies.
+      largest: of them, the largest whole one in the dtype that gradients are summed in; `summed`: all of them.
       gathers: to have them whole once.
       reduces: to sum their gradients once.
       updates: of new parameters, where only the optimizer's state is cut.
@@ -50,6 +51,7 @@ class Group:
     accumulated: float = 0.0
     pieces: float = 0.0
     largest: float = 0.0
+    summed: float = 0.0
     gathers: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
     reduces: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
     updates: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
@@ -112,7 +114,8 @@ def storage(subject: Subject, mesh: MeshSpec, zero: int, whole: tuple[tuple[str,
         group.cast |= array.computed != array.stored
         group.accumulated += at["compute"] * wide
         group.pieces += at["state"] * wide
-        group.largest = max(group.largest, at["compute"] * wide)
+        group.largest = max(group.largest, at["compute"] * reduce)
+        group.summed += at["compute"] * reduce
         over = _ordered(axes_in(lies) - axes_in(compute), mesh)
         group.cut |= bool(over)
         if inside:
