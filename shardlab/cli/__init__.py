@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
+from shardlab.cli.targets import targets
 from shardlab.mesh.emulate import emulate, environment
 from shardlab.mesh.faults import DeclarationError, suggestion
 from shardlab.mesh.targets import parse_target
@@ -47,6 +48,7 @@ Declare a mesh and a PartitionSpec for every parameter of your own Flax model in
   shardlab eval CONFIG       held-out loss, of a run's parameters with --run DIR
   shardlab report RUN        what a run compiled to and came to
   shardlab schedule NAME     a pipeline schedule drawn, its bubble, what is in flight
+  shardlab targets           the machines that can be compiled for; with one, how a mesh lies on its links
 
 CONFIG is a Python file with a function config() that returns a shardlab.run.config.Config; configs/ holds some.
 Every scalar of it is an option, and so are the sizes of its mesh's axes:
@@ -239,6 +241,7 @@ VERBS: Mapping[str, Callable[..., int]] = {
     "eval": evaluate,
     "report": report,
     "schedule": schedule,
+    "targets": targets,
 }
 
 
