@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,11 @@ def test_no_record_for_emulated_devices() -> None:
     assert str(error.value) == (
         "target cpu:8: a CPU has no published record; its emulated devices show structure, not speed"
     )
+
+
+def test_a_local_device_is_known_by_what_jax_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
+    assert chip_of(Target("gpu", "", 8, "local", (8,))).kind == "h100"
 
 
 def test_no_record_for_a_local_device_that_is_not_known() -> None:

@@ -50,6 +50,8 @@ def seconds(parts: list[Part], kind: str, wire: float) -> float:
         ([GPU, ISLAND], "all-to-all", 31 * G, 24 / 50),
         # Of 32 bytes 16 leave the slice, at 3 GB/s; the others stay on the ring.
         ([RING, SLICE], "all-to-all", 31 * G, 16 / 3),
+        # Over faster DCN the ring takes longer: 16 bytes that stay, 4 places each, over 2 links.
+        ([RING, Part(Dim("slice", 2, "dcn", 2, 100 * G), 2)], "all-to-all", 31 * G, 16 * 4 / 2 / 45),
         # Rings through all GPUs: 31 bytes of 32 leave the island over its 8 adapters, or 2 where two GPUs take part.
         ([GPU, ISLAND], "all-gather", 31 * G, 31 / 400),
         ([GPU, ISLAND], "all-reduce", 62 * G, 62 / 400),

@@ -60,6 +60,7 @@ def test_a_pod_of_v5e_wraps_on_its_full_length_only() -> None:
 
 X = Dim("x", 16, "ici", 1, 45 * G, torus=2, wrap=True)
 Y = Dim("y", 8, "ici", 1, 45 * G, torus=2, wrap=False)
+Z = Dim("z", 8, "ici", 1, 45 * G, torus=2, wrap=False)
 GPU = Dim("gpu", 8, "nvlink", 0, 450 * G)
 ISLAND = Dim("island", 4, "network", 1, 50 * G)
 SLICE = Part(Dim("slice", 2, "dcn", 2, 3 * G), 2)
@@ -74,7 +75,9 @@ SLICE = Part(Dim("slice", 2, "dcn", 2, 3 * G), 2)
         ([Part(X, 4, stride=4)], 90 / 4),  # it closes, and shares its links with three others
         ([Part(X, 4), Part(X, 4, stride=4)], 90),  # together they are the ring
         ([Part(X, 16), Part(Y, 8)], 135),  # whole dims drive all links
+        ([Part(X, 2), Part(X, 2, stride=2)], 45),  # or a longer line
         ([Part(X, 4), Part(Y, 2)], 90),  # cut: one ring through both, which closes
+        ([Part(X, 4), Part(Y, 2), Part(Z, 2)], 90),  # no more than one
         ([Part(GPU, 4)], 450),
         ([Part(ISLAND, 4)], 50),
         # Every byte leaves an island through the adapters of the GPUs that take part.

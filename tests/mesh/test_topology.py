@@ -45,10 +45,13 @@ def where(layout: Layout) -> dict[str, str]:
         (mesh("tpu:v5p:4x8x8", "data=256"), "x4o y8o z8o @540"),
         (mesh("tpu:v5e:16x16", "data=64 tensor=4"), "x4/4o y16o @90, x4 @45"),
         (mesh("tpu:v5e:4x4", "data=4 tensor=4"), "y4 @45, x4 @45"),
+        # As many cuts as with four in a row, and a square is a ring.
+        (mesh("tpu:v5e:16x2", "data=8 tensor=4"), "x8/2o @45, x2 y2 @90"),
         (mesh("tpu:v5p:4x8x8", "data=8 stage=4 tensor=8"), "z8o @180, x4o @180, y8o @180"),
         (mesh("tpu:v5p:2x2x2", "data=2 stage=2 tensor=2"), "y2 @90, z2 @90, x2 @90"),
         (mesh("tpu:v7x:2x2x1", "data=4 tensor=2"), "x2 y2 @90, core2 @1080"),
         (mesh("gpu:h200:8x8", "data=16 tensor=4"), "gpu2/4 island8 @100, gpu4 @450"),
+        (mesh("gpu:h200:2x8", "expert=4 tensor=4"), "gpu2/4 island2 @100, gpu4 @450"),
         (mesh("gpu:h200:8x8", "stage=8 tensor=8"), "island8 @50, gpu8 @450"),
         (mesh("gpu:gb200:18x4", "data=9 tensor=8"), "gpu9/8 @900, gpu8 @900"),
         (mesh("2*tpu:v5e:16x16", "data=32 tensor=16", dcn={"data": 2}), "y16o slice2 @47.449, x16o @90"),
