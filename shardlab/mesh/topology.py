@@ -94,6 +94,7 @@ def lay_out(spec: MeshSpec, *, traffic: Mapping[str, float] | None = None) -> La
     for axis in traffic or ():
         spec.size(axis)
     dims = dims_of(spec.machine)
+    raise_faults(_dcn_faults(spec, dims))
     served = _served(spec, traffic or {})
     taken = _assign(spec, dims, served, traffic or {})
     axes = tuple(_links(axis, spec.sizes[axis], taken[axis]) for axis in spec.names)
@@ -106,7 +107,7 @@ def collective_seconds(layout: Layout, kind: str, axes: Sequence[str], wire_byte
     """Seconds that collectives take on the links of their axes, were nothing else running.
 
     The model and its sources are in `shardlab.mesh.link_time`: a collective drives the links of several dims at once
-    where XLA does; over links of different tiers the slowest counts, each with the bytes that must cross it.
+    where XLA does; over links of different tiers each tier takes what must cross it.
 
     Args:
       layout: of the mesh.
@@ -192,19 +193,24 @@ def _allowed(spec: MeshSpec, dims: Sequence[Dim], axis: str, factors: Sequence[i
     )
 
 
-def _misfit(spec: MeshSpec, dims: Sequence[Dim]) -> Fault:
+def _dcn_faults(spec: MeshSpec, dims: Sequence[Dim]) -> list[Fault]:
+    """`spec.dcn` splits the mesh as the target's slow links do; emulated devices have none."""
     slow = dims[-1].size if dims[-1].tier in ("dcn", "network") else 1
-    if spec.dcn and slow != math.prod(count for _, count in spec.dcn):
-        split = ", ".join(f"{axis}={count}" for axis, count in spec.dcn)
-        parts = "slice" if spec.machine.platform == "tpu" else "NVLink island"
-        has = f"{slow} {parts}{'' if slow == 1 else 's'}"
-        way_out = f"declare parts that multiply to {slow}"
-        if spec.machine.platform == "tpu":
-            way_out += ", or a target of several slices, like 2*tpu:v5e:16x16"
-        return Fault(f"mesh {spec}", f"dcn ({split}) is not how {spec.target} is split: it has {has}", way_out)
-    links = "; ".join(f"{axis} on {', '.join(names)}" for axis, names in spec.links)
+    if not spec.dcn or dims[-1].name == "device" or slow == math.prod(count for _, count in spec.dcn):
+        return []
+    split = ", ".join(f"{axis}={count}" for axis, count in spec.dcn)
+    tpu = spec.machine.platform == "tpu"
+    has = f"{slow} {'slice' if tpu else dims[-1].name if slow > 1 else 'island'}{'' if slow == 1 else 's'}"
+    way_out = f"declare parts that multiply to {slow}" if slow > 1 else "declare no dcn"
+    way_out += ", or a target of several slices, like 2*tpu:v5e:16x16" if tpu else ""
+    return [Fault(f"mesh {spec}", f"dcn ({split}) is not how {spec.target} is split: it has {has}", way_out)]
+
+
+def _misfit(spec: MeshSpec, dims: Sequence[Dim]) -> Fault:
+    said = [f"{axis} on {', '.join(names)}" for axis, names in spec.links]
+    said += [f"{axis} in {count} parts" for axis, count in spec.dcn]
     sizes = ", ".join(f"{dim.name} {dim.size}" for dim in dims)
-    problem = f"links ({links}) leave no way to lay the axes on the dims ({sizes})"
+    problem = f"what is declared ({'; '.join(said)}) leaves no way to lay the axes on the dims ({sizes})"
     return Fault(f"mesh {spec}", problem, "name more dims for an axis, or leave it out of links")
 
 

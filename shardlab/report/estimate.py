@@ -17,7 +17,7 @@ import jax
 from shardlab.hlo.collectives import Collective
 from shardlab.hlo.overlap import Overlaps, overlaps
 from shardlab.hlo.parse import HloModule
-from shardlab.hlo.time import Rates, Times, seconds_once, times
+from shardlab.hlo.time import Rates, Times, times
 from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.chips import Chip
 from shardlab.mesh.topology import Layout, collective_seconds
@@ -32,15 +32,14 @@ _TIERS = {"ici": "ICI", "dcn": "DCN", "nvlink": "NVLink", "network": "the networ
 
 def step_overlaps(module: HloModule, found: Sequence[Collective], layout: Layout, chip: Chip) -> tuple[Times, Overlaps]:
     """The compute of a step, and its collectives beside it."""
-    rates = Rates(chip.flops, chip.hbm_bandwidth, chip.clock_hz)
-    once = {place: one.seconds for place, one in seconds_once(module, rates).items()}
+    compute = times(module, Rates(chip.flops, chip.hbm_bandwidth, chip.clock_hz))
 
     def links(one: Collective) -> Hashable:
         # Axes of a torus have links of their own; whatever leaves an island or a slice shares what leads out of it.
         tiers = {axis.tier for axis in layout.axes if axis.axis in one.axes} - {"ici"}
         return frozenset(tiers) or one.axes
 
-    return times(module, rates), overlaps(module, found, seconds_on(layout), once, links=links)
+    return compute, overlaps(module, found, seconds_on(layout), compute, links=links)
 
 
 def seconds_on(layout: Layout) -> Callable[[Collective], float]:
