@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from shardlab.hlo.layout import DEVICE, leaves
 from shardlab.hlo.origin import named
 from shardlab.hlo.parse import Computation, HloModule, Instruction
+from shardlab.hlo.work import IN_PLACE
 
 Index = tuple[int, ...]
 _INDICES = re.compile(r'"indices":\[([^\]]*)\]')
@@ -28,7 +29,7 @@ _OUTPUT_TO_OPERAND = re.compile(r"\{([\d,\s]*)\}:\s*\((\d+),\s*\{([\d,\s]*)\}")
 # What hands on the buffer it reads.
 _SAME = frozenset({"bitcast", "optimization-barrier", "opt-barrier", "domain", "add-dependency"})
 # Elementwise, so a result may take the place of an operand that is not read again.
-_IN_PLACE = frozenset(
+_ELEMENTWISE = frozenset(
     {
         "abs", "add", "and", "ceil", "clamp", "compare", "convert", "copy", "cosine", "divide", "exponential", "floor",
         "log", "maximum", "minimum", "multiply", "negate", "not", "or", "power", "remainder", "rsqrt", "select", "sign",
@@ -307,7 +308,7 @@ class _Walk:
                 if len(flat) == len(instruction.operands) and given and taken and taken[0] < len(results):
                     yield results[taken[0]], flat[given[0]][1]
             return
-        if opcode in _IN_PLACE or opcode == "fusion":
+        if opcode in _ELEMENTWISE or opcode == "fusion":
             for index, k in self._fits(instruction, computation):
                 if () in operands[k]:
                     yield index, operands[k][()]
@@ -439,7 +440,7 @@ def _merged(members: Sequence[_Value]) -> Iterator[tuple[int, int, int]]:
 
 def _shared(instruction: Instruction, operands: Sequence[Leaves]) -> Iterator[tuple[Index, int]]:
     """Indices of results that are in the place of a value that is read."""
-    if instruction.opcode == "dynamic-update-slice" and () in operands[0]:
+    if instruction.opcode in IN_PLACE and () in operands[0]:
         yield (), operands[0][()]
     said = instruction.attributes.get("output_to_operand_aliasing", "")
     for out, operand, inside in _OUTPUT_TO_OPERAND.findall(said):
@@ -462,8 +463,8 @@ def _elementwise(inner: Computation, k: int, place: int) -> bool:
             if user.name in seen or user.opcode == "tuple":
                 continue
             seen.add(user.name)
-            updated = user.opcode == "dynamic-update-slice" and user.operands[0] == value.name
-            if not (user.opcode in _IN_PLACE or user.opcode in ("bitcast", "reshape") or updated):
+            updated = user.opcode in IN_PLACE and user.operands[0] == value.name
+            if not (user.opcode in _ELEMENTWISE or user.opcode in ("bitcast", "reshape") or updated):
                 return False
             waiting.append(user)
     return met
