@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -274,6 +275,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "decoder": _decoder,
     "decoder-dropout": lambda: _decoder(dropout=0.25),
     "decoder-heads": lambda: _decoder(heads_axis="tensor"),
+    "decoder-chunks": lambda: dataclasses.replace(
+        _decoder(loss_chunk=2, query_chunk=3, heads_axis="tensor"), loss=decoder.token_loss
+    ),
     "decoder-tied": lambda: _decoder(tied=True),
     "decoder-10-layers": lambda: _decoder(num_layers=10),
     "decoder-24-layers-dropout": lambda: _decoder(num_layers=24, dropout=0.25),
@@ -384,6 +388,9 @@ CASES: dict[str, Case] = {
     "sequence-parallel": case("decoder", data=2, tensor=2, activation=P("data", "tensor")),
     "sequence-parallel-stages": case(
         "decoder-heads", data=2, stage=2, tensor=2, microbatches=2, activation=P("data", "tensor")
+    ),
+    "loss-in-chunks": case(
+        "decoder-chunks", data=2, stage=2, tensor=2, microbatches=2, activation=P("data", "tensor"), zero=3
     ),
     # Pipelines.
     "stage-2": case("decoder", stage=2, microbatches=4),
