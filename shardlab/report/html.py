@@ -266,7 +266,7 @@ def _pipeline(facts: Mapping[str, Any]) -> str:
     if plan["stages"] == 1:
         return ""
     schedule = plan_schedule(plan)
-    svg, left_out = timeline_svg(schedule)
+    svg, cut = timeline_svg(schedule)
     each = f", {plan['virtual']} virtual stages on each device" if plan["virtual"] > 1 else ""
     lead = (
         f"Schedule {plan['schedule']}: {plan['stages']} devices{each}, {plan['microbatches']} microbatches, "
@@ -276,7 +276,7 @@ def _pipeline(facts: Mapping[str, Any]) -> str:
     legend = [(NAMES[kind], "", "", names[kind]) for kind in kinds(schedule)]
     held = ", ".join(map(str, plan["peak_in_flight"]))
     flight = f'<p class="note">Microbatches in flight at most, by device: {_e(held)}.</p>'
-    note = f"<p>Left out of the picture: {_e(left_out)}.</p>" if left_out else ""
+    note = f"<p>In the picture, {_e(cut)}.</p>" if cut else ""
     return f"{_soft(lead)}{svg}{note}{_legend(legend)}{flight}"
 
 

@@ -88,7 +88,7 @@ pre { background: var(--page); border: 1px solid var(--line); border-radius: 8px
 .tag.beside { color: var(--good); background: var(--good-back); }
 .finding { border-left: 3px solid var(--c5); padding: 2px 0 2px 14px; margin: 14px 0 0; break-inside: avoid; }
 .finding p { margin: 2px 0; }
-svg { display: block; width: 100%; height: auto; margin: 12px 0 8px; }
+svg { display: block; width: 100%; height: auto; overflow: visible; margin: 12px 0 8px; }
 svg text { font-size: 10px; fill: #fff; text-anchor: middle; dominant-baseline: central; }
 svg .row { fill: var(--soft); text-anchor: start; font-size: 12px; }
 svg .idle { fill: var(--rest); }
