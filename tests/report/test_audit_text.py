@@ -143,6 +143,33 @@ def test_ten_buffers_and_how_many_more() -> None:
     assert lines[10] == "  and 3 smaller"
 
 
+def test_buffers_that_read_the_same_are_one_line() -> None:
+    lines = sections(audit_text(audits.too_large()))["largest buffers at the peak"]
+    assert [line.split()[:3] for line in lines] == [
+        ["2.2", "GiB", "parameters"],
+        ["2.2", "GiB", "parameters"],
+        ["2", "x", "140.0"],
+    ]
+    assert lines[2].split()[7:] == ["f32[80,512,1792]", "optimizer", "state", "decoder.py:123"]
+
+
+def test_small_parts_of_the_time_are_together() -> None:
+    facts = audits.fsdp()
+    facts["estimate"]["parts"] += [{"name": f"all-to-all over x{k}, exposed", "seconds": 0.001} for k in range(20)]
+    lines = sections(audit_text(facts))["time of a step, estimated"]
+    assert lines[8].split() == ["16", "smaller", "parts", "16.0", "ms", "0.3%", "#"]
+    assert lines[9].split() == ["total", "6.02", "s"]
+
+
+def test_a_cause_is_told_without_its_kind_and_a_finding_with_its_line() -> None:
+    facts = audits.fsdp()
+    facts["collectives"][0]["cause"] = "all-gather of w (weights)"
+    facts["lints"][0]["source"] = "/home/me/models/decoder.py:208"
+    text = audit_text(facts)
+    assert "beside compute      0 s  w (weights)\n" in text
+    assert "SL002 head/kernel (models/decoder.py:208): weights gathered" in text
+
+
 def test_where_the_time_goes() -> None:
     lines = sections(audit_text(audits.pipeline()))["time of a step, estimated"]
     assert lines[0].split() == ["matrix", "products", "39.2", "s", "81.0%", "#" * 32]

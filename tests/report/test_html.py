@@ -179,8 +179,52 @@ def test_the_axes_have_their_links_and_bytes() -> None:
     text = page(audits.pipeline())
     read = Page(text).text
     assert re.search(r"stage 4 ICI 90 GB/s 4\.3 GiB +a line along dim 8", read)
-    assert re.search(r"data x stage +128\.0 KiB +both together", read)
+    assert re.search(r"data x stage +128\.0 KiB +over these together", read)
     assert "y=7  0  0  1  1" in text
+
+
+def test_a_device_nearly_empty_has_a_bar_of_what_is_held() -> None:
+    facts = audits.fsdp() | {"hbm_bytes": 4 * 2**30}
+    facts["categories"] = {"parameters": 3 * 2**30, "rest of what the compiler needs": 2**30}
+    text = page(facts)
+    assert "The bar is of what is held." in Page(text).text
+    assert 'style="width:75.000%;background:var(--c0)"' in text
+    # A category without a colour of its own has one that is not in the bar.
+    assert 'style="width:25.000%;background:var(--c2)"' in text
+    assert "free</span>" not in text
+
+
+def test_small_parts_of_the_time_are_together() -> None:
+    facts = audits.fsdp()
+    facts["estimate"]["parts"] += [{"name": f"all-to-all over x{k}, exposed", "seconds": 0.001} for k in range(20)]
+    read = Page(page(facts)).text
+    assert "16 smaller parts16.0 ms0.3%" in read
+    assert "all-to-all over x3, exposed1.00 ms" in read
+    assert "all-to-all over x4" not in read
+
+
+def test_buffers_that_read_the_same_are_one_line() -> None:
+    read = Page(page(audits.too_large())).text
+    assert "2 x 140.0 MiB moments of blocks/*/mlp/up/kernel f32[80,512,1792] optimizer state decoder.py:123" in read
+    facts = audits.fsdp()
+    facts["largest"] += [facts["largest"][0] | {"bytes": k} for k in range(8)]
+    assert "And 5 smaller." in Page(page(facts)).text
+
+
+def test_words_of_an_axis_stand_once() -> None:
+    read = Page(page(audits.too_large())).text
+    assert "tpu:v5e:16x16: a torus of 16 x 16 chips. Axis" in read
+    assert read.count("data (16) lies on dim y.") == 1
+
+
+def test_sources_are_short_and_whole_in_their_title() -> None:
+    facts = audits.fsdp()
+    facts["collectives"][0] |= {"source": "/home/me/models/decoder.py:175", "cause": "all-gather of w (weights)"}
+    facts["lints"][0]["source"] = "/home/me/models/decoder.py:208"
+    text = page(facts)
+    assert 'title="/home/me/models/decoder.py:175">models/decoder.py:175</code>' in text
+    assert 'title="/home/me/models/decoder.py:208">models/decoder.py:208</code>' in text
+    assert "83.4 GiB beside compute w (weights) models/decoder.py:175" in Page(text).text
 
 
 def test_forty_collectives_and_the_rest() -> None:
@@ -191,6 +235,7 @@ def test_forty_collectives_and_the_rest() -> None:
     assert "permute stage 35 2.1 GiB" in read
     assert "waits 1.10 ms" in read
     assert ">= is in a loop of unknown length." in read
+    assert ("scale 22 of" in read, "scale 23 of" in read) == (True, False)
     facts["collectives"] = facts["collectives"][:40]
     assert "more, " not in Page(page(facts)).text
 
