@@ -9,6 +9,7 @@ from typing import Any
 from shardlab.plan.text import columns, human_bytes
 from shardlab.report.audit_words import (
     TIERS,
+    alike,
     axes_text,
     bandwidth_text,
     command,
@@ -21,14 +22,18 @@ from shardlab.report.audit_words import (
     plan_words,
     seconds_text,
     sent,
+    shape_text,
     share_text,
+    short_source,
     subject,
     verdict,
+    why,
+    with_rest,
 )
 
 _WIDTH = 120
 _BAR = 40
-_BUFFERS, _COLLECTIVES, _DRAWN = 10, 20, 24  # lines of each; more would hide what they are to show
+_BUFFERS, _COLLECTIVES, _DRAWN, _PARTS = 10, 20, 24, 9  # lines of each; more would hide what they are to show
 
 
 def audit_text(facts: Mapping[str, Any]) -> str:
@@ -91,11 +96,18 @@ def _memory(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _largest(facts: Mapping[str, Any]) -> list[str]:
+    found = alike(facts["largest"])
     rows = [
-        (human_bytes(one["bytes"]), one["what"], cut(one["shape"], 28), one["category"], cut(one["source"], 28))
-        for one in facts["largest"][:_BUFFERS]
+        (
+            human_bytes(one["bytes"]) if count == 1 else f"{count} x {human_bytes(one['bytes'])}",
+            one["what"],
+            cut(shape_text(one["shape"]), 28),
+            one["category"],
+            cut(short_source(one["source"]), 28),
+        )
+        for count, one in found[:_BUFFERS]
     ]
-    more = len(facts["largest"]) - len(rows)
+    more = len(facts["largest"]) - sum(count for count, _ in found[:_BUFFERS])
     lines = _plain(_narrowed(rows, 1), right=(0,)) if rows else ["not known"]
     return [*lines, f"and {more} smaller"] if more > 0 else lines
 
@@ -145,7 +157,7 @@ def _collectives(facts: Mapping[str, Any]) -> list[str]:
             human_bytes(row["wire_bytes"]),
             "beside compute" if row["async"] else "waited for",
             "" if row["exposed_seconds"] is None else seconds_text(row["exposed_seconds"]),
-            row["cause"],
+            why(row),
         )
         for row in found[:_COLLECTIVES]
     ]
@@ -169,14 +181,10 @@ def _time(facts: Mapping[str, Any]) -> list[str]:
     if estimate is None:
         return [f"not estimated: {not_estimated(facts)}"]
     total = estimate["seconds"]
+    parts = with_rest([(part["name"], part["seconds"]) for part in estimate["parts"]], _PARTS)
     rows = [
-        (
-            cut(part["name"], 50),
-            seconds_text(part["seconds"]),
-            share_text(part["seconds"], total),
-            bar(part["seconds"], total),
-        )
-        for part in estimate["parts"]
+        (cut(name, 50), seconds_text(seconds), share_text(seconds, total), bar(seconds, total))
+        for name, seconds in parts
     ]
     rows.append(("total", seconds_text(total), "", ""))
     hidden = seconds_text(estimate["overlapped_seconds"])
@@ -192,7 +200,8 @@ def _lints(facts: Mapping[str, Any]) -> list[str]:
     for one in facts["lints"]:
         cost = cost_words(one)
         path = f" {one['path']}" if one["path"] else ""
-        text = f"{one['code']}{path}: {one['message']}{f' [{cost}]' if cost else ''}"
+        line = f" ({short_source(one['source'])})" if one.get("source") else ""
+        text = f"{one['code']}{path}{line}: {one['message']}{f' [{cost}]' if cost else ''}"
         lines += textwrap.wrap(text, _WIDTH - 2, subsequent_indent="      ")
         lines += textwrap.wrap(f"fix: {one['fix']}", _WIDTH - 2, initial_indent="      ", subsequent_indent=" " * 11)
     if not lines and facts["wire_bytes"] is None:

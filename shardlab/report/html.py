@@ -13,6 +13,7 @@ from typing import Any
 from shardlab.plan.text import human_bytes
 from shardlab.report.audit_words import (
     TIERS,
+    alike,
     axes_text,
     bandwidth_text,
     command,
@@ -24,24 +25,26 @@ from shardlab.report.audit_words import (
     not_estimated,
     plan_words,
     seconds_text,
+    shape_text,
     share_text,
+    short_source,
     subject,
     verdict,
+    why,
+    with_rest,
 )
 from shardlab.report.html_style import STYLE
 from shardlab.report.text import plan_schedule
 from shardlab.report.timeline_svg import NAMES, kinds, timeline_svg
 
-_COLLECTIVES = 40
+_COLLECTIVES, _BUFFERS, _PARTS = 40, 16, 9  # that are listed
 _COLOURS = {
     "parameters": 0,
     "optimizer state": 1,
-    "batch": 2,
     "gradients": 3,
     "activations": 4,
     "gathered weights": 5,
     "communication": 6,
-    "other temporaries": 7,
     "code": 8,
 }
 
@@ -160,13 +163,15 @@ def _remedies(facts: Mapping[str, Any]) -> str:
 
 
 def _memory(facts: Mapping[str, Any]) -> str:
-    parts = [(name, size, _COLOURS.get(name, 8)) for name, size in facts["categories"].items() if size]
+    colours = _category_colours(facts["categories"])
+    parts = [(name, size, colours[name]) for name, size in facts["categories"].items() if size]
     held, capacity = facts["hbm_bytes"], facts["hbm_capacity_bytes"]
     if not parts:
         bar = _soft("What holds it is not known: the compiler left no program.")
     else:
-        free = max(capacity - held, 0) if capacity is not None else 0
-        bar = _bar(parts, max(held, capacity or 0), free=("free", free))
+        # In a bar of a device nearly empty there is nothing to see: it is of what is held then.
+        free = 0 if capacity is None or held < capacity / 20 else max(capacity - held, 0)
+        bar = _bar(parts, held + free, free=("free", free))
         if capacity is not None and held > capacity:
             # Beyond the middle there is no room for the words on the right of the mark.
             right = capacity > held / 2
@@ -175,27 +180,40 @@ def _memory(facts: Mapping[str, Any]) -> str:
             words = f"a device ends here: {human_bytes(capacity)}"
             bar += f'<div class="mark"><span{side} style="{place}">{_e(words)}</span></div>'
         bar += _legend([(name, human_bytes(size), share_text(size, held), colour) for name, size, colour in parts])
-    return f"{_soft(_sentence(verdict(facts)[1]))}\n{bar}\n{_largest(facts)}"
+    of = " The bar is of what is held." if parts and capacity is not None and held < capacity / 20 else ""
+    return f"{_soft(_sentence(verdict(facts)[1]) + of)}\n{bar}\n{_largest(facts)}"
+
+
+def _category_colours(names: Iterable[str]) -> dict[str, int]:
+    """A colour for each category; those without one of their own get what is left, the last that there is again."""
+    left = [2, 7, *(colour for name, colour in _COLOURS.items() if name not in names)]
+    found: dict[str, int] = {}
+    for name in names:
+        found[name] = _COLOURS[name] if name in _COLOURS else left.pop(0) if len(left) > 1 else left[0]
+    return found
 
 
 def _largest(facts: Mapping[str, Any]) -> str:
     if not facts["largest"]:
         return "<h3>Largest buffers</h3>" + _soft("Not known: the compiler says nothing of single buffers here.")
     most = max(one["bytes"] for one in facts["largest"])
+    colours, found = _category_colours(facts["categories"]), alike(facts["largest"])
     rows = [
         (
-            _e(human_bytes(one["bytes"])),
-            _length(one["bytes"], most, _COLOURS.get(one["category"], 8)),
+            _e(human_bytes(one["bytes"]) if count == 1 else f"{count} x {human_bytes(one['bytes'])}"),
+            _length(one["bytes"], most, colours.get(one["category"], 7)),
             _e(one["what"]),
-            f"<code>{_e(one['shape'])}</code>",
+            f"<code>{_e(shape_text(one['shape']))}</code>",
             _e(one["category"]),
-            f"<code>{_e(one['source'])}</code>" if one["source"] else '<span class="soft">no line</span>',
+            _line(one["source"]) or '<span class="soft">no line</span>',
         )
-        for one in facts["largest"]
+        for count, one in found[:_BUFFERS]
     ]
+    more = len(facts["largest"]) - sum(count for count, _ in found[:_BUFFERS])
+    note = f'<p class="soft note">And {more} smaller.</p>' if more > 0 else ""
     header = ("Bytes", "", "What", "Shape", "Category", "Line")
-    kinds_ = ("number", "length", "long", "tight", "tight", "tight")
-    return "<h3>Largest buffers at the peak</h3>" + _table(header, rows, kinds_)
+    looks = ("number", "length", "long", "tight", "tight", "tight")
+    return "<h3>Largest buffers at the peak</h3>" + _table(header, rows, looks) + note
 
 
 def _time(facts: Mapping[str, Any]) -> str:
@@ -203,11 +221,9 @@ def _time(facts: Mapping[str, Any]) -> str:
     if estimate is None:
         return _soft(f"Not estimated: {not_estimated(facts)}.")
     total = estimate["seconds"]
-    names = [part["name"] for part in estimate["parts"]]
-    parts = [
-        (part["name"], part["seconds"], colour)
-        for part, colour in zip(estimate["parts"], _time_colours(names), strict=True)
-    ]
+    shown = with_rest([(part["name"], part["seconds"]) for part in estimate["parts"]], _PARTS)
+    colours = _time_colours([name for name, _ in shown])
+    parts = [(name, seconds, colour) for (name, seconds), colour in zip(shown, colours, strict=True)]
     legend = [(name, seconds_text(size), share_text(size, total), colour) for name, size, colour in parts]
     flops = f"the model's own arithmetic is {flops_text(estimate['model_flops'])}"
     lead = f"{seconds_text(total)} a step, from {estimate['basis']}; {flops} on all devices together."
@@ -221,7 +237,13 @@ def _time_colours(names: Sequence[str]) -> list[int]:
     """Compute in blue, what is waited for in warm colours, the bubble grey."""
     compute, waited = iter((0, 4, 1, 2) * len(names)), iter((3, 5, 6, 2) * len(names))
     return [
-        7 if "bubble" in name else next(waited) if "exposed" in name or " over " in name else next(compute)
+        7
+        if "bubble" in name
+        else 8
+        if "smaller" in name
+        else next(waited)
+        if "exposed" in name or " over " in name
+        else next(compute)
         for name in names
     ]
 
@@ -239,7 +261,7 @@ def _links(facts: Mapping[str, Any]) -> str:
         return f"<b>{_e(name)}</b>", _e(size), tag, _e(speed), _e(bytes_), bar, _e(words)
 
     if layout is None:
-        rows = [row(axis, str(size), "", "not known", "") for axis, size in facts["mesh"].items()]
+        rows = [row(axis, str(size), "", "not known", "not known") for axis, size in facts["mesh"].items()]
         words = f"On which links the axes lie is not known for {facts['target']}."
         drawing = ""
     else:
@@ -253,9 +275,10 @@ def _links(facts: Mapping[str, Any]) -> str:
             )
             for one in layout["axes"]
         ]
-        words = layout["words"]
+        own = {one["words"] for one in layout["axes"]}  # of the axes: these stand in the table
+        words = " ".join(line for line in layout["words"].splitlines() if line not in own)
         drawing = f"<pre>{_e(layout['drawing'])}</pre>" if layout["drawing"].strip() else ""
-    rows += [row(axes, "", "", "", "both together") for axes in by_axis if axes not in facts["mesh"]]
+    rows += [row(axes, "", "", "", "over these together") for axes in by_axis if axes not in facts["mesh"]]
     header = ("Axis", "Size", "Link", "A device sends", "Sent a step", "", "Where")
     looks = ("tight", "number", "tight", "number", "number", "length", "long")
     return f"{_soft(words)}{_table(header, rows, looks)}{drawing}"
@@ -266,7 +289,7 @@ def _pipeline(facts: Mapping[str, Any]) -> str:
     if plan["stages"] == 1:
         return ""
     schedule = plan_schedule(plan)
-    svg, left_out = timeline_svg(schedule)
+    svg, cut = timeline_svg(schedule)
     each = f", {plan['virtual']} virtual stages on each device" if plan["virtual"] > 1 else ""
     lead = (
         f"Schedule {plan['schedule']}: {plan['stages']} devices{each}, {plan['microbatches']} microbatches, "
@@ -276,7 +299,7 @@ def _pipeline(facts: Mapping[str, Any]) -> str:
     legend = [(NAMES[kind], "", "", names[kind]) for kind in kinds(schedule)]
     held = ", ".join(map(str, plan["peak_in_flight"]))
     flight = f'<p class="note">Microbatches in flight at most, by device: {_e(held)}.</p>'
-    note = f"<p>Left out of the picture: {_e(left_out)}.</p>" if left_out else ""
+    note = f"<p>In the picture, {_e(cut)}.</p>" if cut else ""
     return f"{_soft(lead)}{svg}{note}{_legend(legend)}{flight}"
 
 
@@ -295,7 +318,7 @@ def _collectives(facts: Mapping[str, Any]) -> str:
             _e(human_bytes(row["wire_bytes"])),
             _length(row["wire_bytes"], most, 0),
             _waiting(row),
-            f"{_e(row['cause'])}{_line(row['source'])}",
+            f"{_e(why(row))} {_line(row['source'])}",
         )
         for row in found[:_COLLECTIVES]
     ]
@@ -351,7 +374,8 @@ def _findings(facts: Mapping[str, Any]) -> str:
 def _finding(one: Mapping[str, Any]) -> str:
     cost = cost_words(one)
     path = f"<code>{_e(one['path'])}</code> " if one["path"] else ""
-    title = f'<span class="tag">{_e(one["code"])}</span> {path}{f"<b>{_e(cost)}</b>" if cost else ""}'
+    code, line = f'<span class="tag">{_e(one["code"])}</span>', _line(one.get("source", ""))
+    title = f"{code} {path}{f'<b>{_e(cost)}</b> ' if cost else ''}{line}"
     message = _e(_sentence(one["message"]))
     return f'<div class="finding"><p>{title}</p><p>{message}</p><p><b>Fix:</b> {_e(one["fix"])}</p></div>'
 
@@ -431,7 +455,7 @@ def _length(size: float, most: float, colour: int) -> str:
 
 
 def _line(source: str) -> str:
-    return f' <code class="soft">{_e(source)}</code>' if source else ""
+    return f'<code class="soft" title="{_e(source)}">{_e(short_source(source))}</code>' if source else ""
 
 
 def _soft(text: str) -> str:

@@ -48,11 +48,10 @@ ul { margin: 0; padding-left: 20px; }
 .tile .value.words { font-size: 20px; line-height: 1.75; }
 .tile .more { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
 section { padding: 18px 20px 20px; margin: 14px 0; }
-.bar { display: flex; height: 34px; border-radius: 7px; overflow: hidden; background: var(--rest); margin: 10px 0; }
-.bar > span { display: block; height: 100%; min-width: 1px; border-right: 2px solid var(--card); overflow: hidden;
-  color: #fff; font-size: 12px; line-height: 34px; text-align: center; white-space: nowrap; }
-.bar > span:last-child { border-right: 0; }
-.bar > .free { color: var(--soft); }
+.bar { display: flex; gap: 2px; height: 34px; border-radius: 7px; overflow: hidden; margin: 10px 0; }
+.bar > span { display: block; height: 100%; min-width: 1px; overflow: hidden; color: #fff; font-size: 12px;
+  line-height: 34px; text-align: center; white-space: nowrap; }
+.bar > .free { color: var(--soft); background: var(--rest); }
 @media screen and (prefers-color-scheme: dark) { .bar > span { color: #0d1014; } .bar > .free { color: var(--soft); } }
 .meter { position: relative; height: 10px; border-radius: 5px; background: var(--rest); margin: 8px 0 6px; }
 .meter > i { position: absolute; inset: 0 auto 0 0; border-radius: 5px; background: var(--good); }
@@ -88,7 +87,7 @@ pre { background: var(--page); border: 1px solid var(--line); border-radius: 8px
 .tag.beside { color: var(--good); background: var(--good-back); }
 .finding { border-left: 3px solid var(--c5); padding: 2px 0 2px 14px; margin: 14px 0 0; break-inside: avoid; }
 .finding p { margin: 2px 0; }
-svg { display: block; width: 100%; height: auto; margin: 12px 0 8px; }
+svg { display: block; width: 100%; height: auto; overflow: visible; margin: 12px 0 8px; }
 svg text { font-size: 10px; fill: #fff; text-anchor: middle; dominant-baseline: central; }
 svg .row { fill: var(--soft); text-anchor: start; font-size: 12px; }
 svg .idle { fill: var(--rest); }

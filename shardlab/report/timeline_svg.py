@@ -12,20 +12,20 @@ NAMES: dict[Kind, str] = {
     "I": "gradient of the input",
     "W": "gradient of the weights",
 }
-_MOST_BARS, _MOST_ROWS = 1200, 64  # more are neither read nor quickly drawn
+_MOST_BARS, _MOST_ROWS = 2000, 64  # more are neither read nor quickly drawn
 _WIDTH, _LEFT = 1000, 80
 _LABELLED = 14  # the least width of a bar that holds its microbatch's number
 
 
 def timeline_svg(schedule: Schedule) -> tuple[str, str]:
-    """The picture as an ``<svg>`` element, and what of the schedule it leaves out, "" where that is nothing.
+    """The picture as an ``<svg>`` element, and in words what of the schedule is not in it, "" where all is.
 
     On the lockstep clock with a backward twice as long as a forward. Where there are too many bars, actions of one
     kind that follow one another are one; where there are still too many, the picture ends early.
 
     >>> from shardlab.pipeline.schedules import make_schedule
-    >>> svg, left_out = timeline_svg(make_schedule("gpipe", stages=2, microbatches=2))
-    >>> svg.count("<rect class=\\"F\\""), svg.count("<rect class=\\"B\\""), left_out
+    >>> svg, cut = timeline_svg(make_schedule("gpipe", stages=2, microbatches=2))
+    >>> svg.count("<rect class=\\"F\\""), svg.count("<rect class=\\"B\\""), cut
     (4, 4, '')
     """
     timeline = times(schedule)
