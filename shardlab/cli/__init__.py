@@ -26,7 +26,6 @@ from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
 from shardlab.cli.search import search, why
 from shardlab.cli.targets import targets
-from shardlab.mesh.emulate import emulate, environment
 from shardlab.mesh.faults import DeclarationError, suggestion
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.run.output import write
