@@ -67,7 +67,7 @@ def link_seconds(parts: Sequence[Part], kind: str, wire_bytes: float, *, count: 
         return 0.0
     if not all(part.one_way for part in parts):
         raise DeclarationError(
-            "links: emulated devices have none, so no time can be told; lay the mesh on a TPU or GPU"
+            "links: of emulated and local devices none are known, so no time can be told; name a TPU or GPU target"
         )
     latency = count * _latency(parts, kind)
     if kind in ("collective-permute", "collective-broadcast"):

@@ -54,16 +54,21 @@ class Layout:
       spec: the mesh.
       dims: the target's physical dims, fastest first.
       axes: the links of every axis, in mesh order.
-      order: for every mesh position, row-major, the place of its device among the target's devices. Places count in
-        the order slice, z, y, x, core on TPU (x and core change first), host and GPU of the host on GPU.
       explanation: the target in a sentence, then one for every axis.
     """
 
     spec: MeshSpec
     dims: tuple[Dim, ...]
     axes: tuple[AxisLinks, ...]
-    order: tuple[int, ...]
     explanation: str
+
+    @functools.cached_property
+    def order(self) -> tuple[int, ...]:
+        """For every mesh position, row-major, the place of its device among the target's devices.
+
+        Places count in the order slice, z, y, x, core on TPU (core and x change first), host, GPU of the host on GPU.
+        """
+        return tuple(_order(self))
 
     def links(self, axis: str) -> AxisLinks:
         """The links of one axis."""
@@ -100,7 +105,7 @@ def lay_out(spec: MeshSpec, *, traffic: Mapping[str, float] | None = None) -> La
     axes = tuple(_links(axis, spec.sizes[axis], taken[axis]) for axis in spec.names)
     words = [links.words for links in axes if links.size > 1]
     words.insert(0, f"{_target_words(spec, dims)} Served in the order {', '.join(served)}.")
-    return Layout(spec, dims, axes, tuple(_order(spec, dims, taken)), "\n".join(words))
+    return Layout(spec, dims, axes, "\n".join(words))
 
 
 def collective_seconds(layout: Layout, kind: str, axes: Sequence[str], wire_bytes: float, *, count: int = 1) -> float:
@@ -226,13 +231,13 @@ def _factors(size: int, free: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield from ((take, *rest) for rest in _factors(size // take, free[1:]))
 
 
-def _order(spec: MeshSpec, dims: Sequence[Dim], taken: Mapping[str, Sequence[Part]]) -> list[int]:
-    """For every mesh position the place of its device."""
-    weight = {dim.name: math.prod(faster.size for faster in dims[:number]) for number, dim in enumerate(dims)}
+def _order(layout: Layout) -> list[int]:
+    sizes = [dim.size for dim in layout.dims]
+    weight = {dim.name: math.prod(sizes[:number]) for number, dim in enumerate(layout.dims)}
     places = [0]
-    for axis in spec.names:
-        steps = [weight[part.name] * part.stride for part in taken[axis]]
-        digits = _digits([part.size for part in taken[axis]], snake=axis == spec.stage)
+    for links in layout.axes:
+        steps = [weight[part.name] * part.stride for part in links.dims]
+        digits = _digits([part.size for part in links.dims], snake=links.axis == layout.spec.stage)
         offsets = [sum(digit * step for digit, step in zip(row, steps, strict=True)) for row in digits]
         places = [place + offset for place in places for offset in offsets]
     return places
@@ -294,7 +299,7 @@ def _cut_words(part: Part) -> str:
 
 def _switch_words(part: Part) -> str:
     if part.dim.tier == "host":
-        return f"{part.size} emulated devices" if part.name == "device" else f"{part.size} GPUs of a host (PCIe)"
+        return f"{part.size} devices" if part.name == "device" else f"{part.size} GPUs of a host (PCIe)"
     if part.dim.tier == "nvlink":
         whole = part.size == part.dim.size
         return f"{'the' if whole else f'{part.size} of the'} {part.dim.size} GPUs of an NVLink island"
@@ -305,9 +310,10 @@ def _switch_words(part: Part) -> str:
 
 def _target_words(spec: MeshSpec, dims: Sequence[Dim]) -> str:
     torus = [dim for dim in dims if dim.torus]
+    if dims[0].name == "device":
+        emulated = spec.machine.platform == "cpu"
+        return f"{spec.target}: {'emulated devices' if emulated else 'devices'}, in JAX's order."
     if not torus:
-        if dims[0].tier == "host" and dims[0].name == "device":
-            return f"{spec.target}: emulated devices, in order."
         name = "NVLink islands" if dims[0].tier == "nvlink" else "hosts"
         if len(dims) == 1:
             return f"{spec.target}: one {name[:-1]} of {dims[0].size} GPUs."

@@ -98,5 +98,5 @@ def test_links_of_emulated_devices() -> None:
     with pytest.raises(DeclarationError) as error:
         link_seconds([Part(Dim("device", 8, "host", 0, 0.0), 8)], "all-gather", 1.0)
     assert str(error.value) == (
-        "links: emulated devices have none, so no time can be told; lay the mesh on a TPU or GPU"
+        "links: of emulated and local devices none are known, so no time can be told; name a TPU or GPU target"
     )

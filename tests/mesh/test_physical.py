@@ -18,7 +18,7 @@ G = 1e9
         ("tpu:v4:4x4x6", "x4 ici 45, y4 ici 45, z6 ici 45"),
         ("2*tpu:v5e:8x16", "x8 ici 45, y16o ici 45, slice2 dcn 3.125"),
         ("tpu:v6e:4x4", "x4 ici 90, y4 ici 90"),
-        ("tpu:v7x:4x4x4", "core2 ici 1080, x4o ici 45, y4o ici 45, z4o ici 45"),
+        ("tpu:v7x:4x4x4", "core2 ici 540, x4o ici 45, y4o ici 45, z4o ici 45"),
         ("gpu:h200:1x8", "gpu8 nvlink 450"),
         ("gpu:h100:8x8", "gpu8 nvlink 450, island8 network 50"),
         ("gpu:h100:8x4", "gpu4 nvlink 450, island8 network 50"),

@@ -49,7 +49,7 @@ def where(layout: Layout) -> dict[str, str]:
         (mesh("tpu:v5e:16x2", "data=8 tensor=4"), "x8/2o @45, x2 y2 @90"),
         (mesh("tpu:v5p:4x8x8", "data=8 stage=4 tensor=8"), "z8o @180, x4o @180, y8o @180"),
         (mesh("tpu:v5p:2x2x2", "data=2 stage=2 tensor=2"), "y2 @90, z2 @90, x2 @90"),
-        (mesh("tpu:v7x:2x2x1", "data=4 tensor=2"), "x2 y2 @90, core2 @1080"),
+        (mesh("tpu:v7x:2x2x1", "data=4 tensor=2"), "x2 y2 @90, core2 @540"),
         (mesh("gpu:h200:8x8", "data=16 tensor=4"), "gpu2/4 island8 @100, gpu4 @450"),
         (mesh("gpu:h200:2x8", "expert=4 tensor=4"), "gpu2/4 island2 @100, gpu4 @450"),
         (mesh("gpu:h200:8x8", "stage=8 tensor=8"), "island8 @50, gpu8 @450"),
@@ -255,8 +255,8 @@ def test_no_time_on_emulated_devices() -> None:
     with pytest.raises(DeclarationError) as error:
         collective_seconds(lay_out(mesh("cpu:8", "data=8")), "all-reduce", ["data"], 1e9)
     assert str(error.value) == (
-        "mesh data=8 (batch) on cpu:8: links: emulated devices have none, so no time can be told; lay the mesh on a "
-        "TPU or GPU"
+        "mesh data=8 (batch) on cpu:8: links: of emulated and local devices none are known, so no time can "
+        "be told; name a TPU or GPU target"
     )
 
 
