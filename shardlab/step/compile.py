@@ -24,6 +24,7 @@ from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.pipelined import pipelined_gradients
 from shardlab.step.region import Region, make_region
+from shardlab.step.scatter import Scatter
 from shardlab.step.spmd import whole_gradients
 from shardlab.step.stage_arrays import diverges, leaves_out
 from shardlab.step.state import (
@@ -78,6 +79,11 @@ class CompiledStep:
         """Shape and dtype of every array of a batch, their tree, and where they lie; compared in every call."""
         shardings, structure = jax.tree.flatten(self.batch_shardings)
         return [(shape, jnp.dtype(dtype)) for _, shape, dtype in self.plan.batch], structure, shardings
+
+    @property
+    def scatters(self) -> tuple[Scatter, ...]:
+        """How gradients are scattered over each batch axis of these devices, and why so."""
+        return make_region(self.plan, self.mesh).scatters
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, every array created in its own sharding.
