@@ -1,7 +1,8 @@
 """Causal attention by JAX's splash kernel on TPU, and in plain JAX elsewhere: never a matrix of scores in memory.
 
 A kernel is closed to XLA's partitioner: heads that lie over a mesh axis are handed to it in a manual region over that
-axis. Its blocks are of 512 by 512, so that it serves examples of a multiple of that and heads of a multiple of 128.
+axis, and where XLA splits anything else, as examples with automatic batch axes, plain JAX takes its place. Its blocks
+are of 512 by 512, so that it serves examples of a multiple of that and heads of a multiple of 128.
 
 The kernel: https://github.com/jax-ml/jax/tree/main/jax/experimental/pallas/ops/tpu/splash_attention (after Dao et al.
 2022, arXiv 2205.14135).
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -31,7 +33,8 @@ def on_tpu(plain: Attend, *, heads_axis: str | None) -> Attend:
     """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        if q.shape[1] % _BLOCK or q.shape[3] % _LANES:
+        others = any(size > 1 for name, size in _automatic().items() if name != heads_axis)
+        if q.shape[1] % _BLOCK or q.shape[3] % _LANES or others:
             return plain(q, k, v)
         by_kernel = functools.partial(over_heads, kernel, heads_axis)
         return _either(plain, by_kernel, q, k, v)
@@ -75,13 +78,23 @@ _either.defvjp(_forward, _backward)
 
 
 def over_heads(attend: Attend, axis: str | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attend` on each device's heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if axis is None or mesh.empty or mesh.shape.get(axis, 1) == 1:
+    """`attend` on each device's heads, with every axis of the mesh manual."""
+    names = _automatic()
+    if not names:
         return attend(q, k, v)
-    spec = P(None, None, axis, None)
-    split = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names={axis}, check_vma=False)
+    spec = P(None, None, axis if axis in names else None, None)
+    mesh = jax.sharding.get_abstract_mesh()
+    split = jax.shard_map(
+        attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names=set(names), check_vma=False
+    )
     return split(q, k, v)
+
+
+def _automatic() -> dict[str, int]:
+    """The automatic axes of the mesh at hand and their sizes: XLA refuses a kernel beside one of size 1 even."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
 
 
 def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:

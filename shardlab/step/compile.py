@@ -26,6 +26,7 @@ from shardlab.step.calls import Calls, Loss
 from shardlab.step.out_of_memory import refused_for_memory
 from shardlab.step.pipelined import pipelined_gradients
 from shardlab.step.region import Region, make_region
+from shardlab.step.scatter import Scatter
 from shardlab.step.spmd import whole_gradients
 from shardlab.step.stage_arrays import diverges, leaves_out
 from shardlab.step.state import (
@@ -95,6 +96,11 @@ class CompiledStep:
         """Shape and dtype of every array of a batch, their tree, and where they lie; compared in every call."""
         shardings, structure = jax.tree.flatten(self.batch_shardings)
         return [(shape, jnp.dtype(dtype)) for _, shape, dtype in self.plan.batch], structure, shardings
+
+    @property
+    def scatters(self) -> tuple[Scatter, ...]:
+        """How gradients are scattered over each batch axis of these devices, and why so."""
+        return make_region(self.plan, self.mesh).scatters
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, every array created in its own sharding.
