@@ -131,7 +131,8 @@ def _layout(facts: Mapping[str, Any]) -> list[str]:
             for one in layout["axes"]
         ]
         words = layout["words"]
-    rows += [(axes, "", "", "", human_bytes(size)) for axes, size in by_axis.items() if axes not in facts["mesh"]]
+    others = {axes: size for axes, size in by_axis.items() if axes not in facts["mesh"]}
+    rows += [(axes_text(axes.split(" x ")), "", "", "", human_bytes(size)) for axes, size in others.items()]
     known = facts["wire_bytes"] is not None
     table = columns(("axis", "size", "link", "of a device", "sent"), rows, right=(1, 3, 4))
     lines += table if known else columns(("axis", "size", "link", "of a device"), [row[:4] for row in rows], (1, 3))
