@@ -113,28 +113,24 @@ def _largest(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _layout(facts: Mapping[str, Any]) -> list[str]:
-    layout, by_axis = facts["layout"], facts["wire_bytes_by_axis"] or {}
-    if layout is None:
-        lines = [f"links of {facts['target']} not known"]
-        rows = [(axis, str(size), "", "", human_bytes(by_axis.get(axis, 0))) for axis, size in facts["mesh"].items()]
-        words = ""
-    else:
-        lines = []
-        rows = [
-            (
-                one["axis"],
-                str(one["size"]),
-                TIERS.get(one["tier"], one["tier"]),
-                bandwidth_text(one["bandwidth"]),
-                human_bytes(by_axis.get(one["axis"], 0)),
-            )
-            for one in layout["axes"]
-        ]
-        words = layout["words"]
-    rows += [(axes, "", "", "", human_bytes(size)) for axes, size in by_axis.items() if axes not in facts["mesh"]]
-    known = facts["wire_bytes"] is not None
-    table = columns(("axis", "size", "link", "of a device", "sent"), rows, right=(1, 3, 4))
-    lines += table if known else columns(("axis", "size", "link", "of a device"), [row[:4] for row in rows], (1, 3))
+    layout, by_axis = facts["layout"], facts["wire_bytes_by_axis"]
+    on = {one["axis"]: one for one in layout["axes"]} if layout else {}
+    header, rows = ["axis", "size"], [[axis, str(size)] for axis, size in facts["mesh"].items()]
+    others = [axes for axes in by_axis if axes not in facts["mesh"]]
+    rows += [[axes_text(axes.split(" x ")), ""] for axes in others]
+    names = [*facts["mesh"], *others]
+    if layout:
+        header += ["link", "of a device"]
+        for name, row in zip(names, rows, strict=True):
+            one = on.get(name)
+            row += [TIERS.get(one["tier"], one["tier"]), bandwidth_text(one["bandwidth"])] if one else ["", ""]
+    if facts["wire_bytes"] is not None:
+        header.append("sent")
+        for name, row in zip(names, rows, strict=True):
+            row.append(human_bytes(by_axis.get(name, 0)))
+    right = [place for place, name in enumerate(header) if name not in ("axis", "link")]
+    words = layout["words"] if layout else f"on which links they lie is not known for {facts['target']}"
+    lines = columns(header, rows, right)
     lines += [line for part in words.splitlines() for line in textwrap.wrap(part, _WIDTH - 2)]
     drawing = layout["drawing"].splitlines() if layout else []
     lines += ["", *(line[: _WIDTH - 2] for line in drawing[:_DRAWN])] if drawing else []

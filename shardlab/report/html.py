@@ -38,6 +38,7 @@ from shardlab.report.text import plan_schedule
 from shardlab.report.timeline_svg import NAMES, kinds, timeline_svg
 
 _COLLECTIVES, _BUFFERS, _PARTS = 40, 16, 9  # that are listed
+_OTHERS = {"?": "between devices that no mesh axes name"}
 _COLOURS = {
     "parameters": 0,
     "optimizer state": 1,
@@ -258,7 +259,7 @@ def _links(facts: Mapping[str, Any]) -> str:
         bytes_ = human_bytes(sent) if known else "not known"
         bar = _length(sent, most, 0) if known and sent else ""
         tag = f'<span class="tag">{_e(link)}</span>' if link else '<span class="soft">not known</span>' * bool(size)
-        return f"<b>{_e(name)}</b>", _e(size), tag, _e(speed), _e(bytes_), bar, _e(words)
+        return f"<b>{_e(axes_text(name.split(' x ')))}</b>", _e(size), tag, _e(speed), _e(bytes_), bar, _e(words)
 
     if layout is None:
         rows = [row(axis, str(size), "", "not known", "not known") for axis, size in facts["mesh"].items()]
@@ -278,7 +279,8 @@ def _links(facts: Mapping[str, Any]) -> str:
         own = {one["words"] for one in layout["axes"]}  # of the axes: these stand in the table
         words = " ".join(line for line in layout["words"].splitlines() if line not in own)
         drawing = f"<pre>{_e(layout['drawing'])}</pre>" if layout["drawing"].strip() else ""
-    rows += [row(axes, "", "", "", "over these together") for axes in by_axis if axes not in facts["mesh"]]
+    others = [axes for axes in by_axis if axes not in facts["mesh"]]
+    rows += [row(axes, "", "", "", _OTHERS.get(axes, "over these together")) for axes in others]
     header = ("Axis", "Size", "Link", "A device sends", "Sent a step", "", "Where")
     looks = ("tight", "number", "tight", "number", "number", "length", "long")
     return f"{_soft(words)}{_table(header, rows, looks)}{drawing}"

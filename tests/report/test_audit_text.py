@@ -119,6 +119,23 @@ def test_what_the_compiler_left_nothing_of_is_said() -> None:
     assert "no single change was found" in audit_text(audits.unread())
 
 
+def test_links_that_are_not_known_have_no_columns() -> None:
+    assert sections(audit_text(audits.unread()))["mesh"] == [
+        "  axis    size",
+        "  ------  ----",
+        "  data      16",
+        "  tensor    16",
+        "  on which links they lie is not known for tpu:v5e:16x16",
+    ]
+
+
+def test_what_crosses_no_product_of_axes_is_said() -> None:
+    facts = audits.fsdp()
+    facts["wire_bytes_by_axis"]["?"] = 2048
+    line = next(line for line in sections(audit_text(facts))["mesh"] if "2.0 KiB" in line)
+    assert line.split() == ["no", "product", "of", "axes", "2.0", "KiB"]
+
+
 def test_twenty_collectives_and_how_many_more() -> None:
     lines = sections(audit_text(audits.pipeline()))["collectives of one device and step, most wire bytes first"]
     assert len(lines) == 2 + 20 + 2

@@ -181,6 +181,9 @@ def test_the_axes_have_their_links_and_bytes() -> None:
     assert re.search(r"stage 4 ICI 90 GB/s 4\.3 GiB +a line along dim 8", read)
     assert re.search(r"data x stage +128\.0 KiB +over these together", read)
     assert "y=7  0  0  1  1" in text
+    facts = audits.pipeline()
+    facts["wire_bytes_by_axis"]["?"] = 2048
+    assert re.search(r"no product of axes +2\.0 KiB +between devices that no mesh axes name", Page(page(facts)).text)
 
 
 def test_a_device_nearly_empty_has_a_bar_of_what_is_held() -> None:
