@@ -231,7 +231,7 @@ def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -
     if chip is None or layout is None:
         beside = overlaps(module, found, lambda one: 0.0, Times((), ()))
     else:
-        seconds = seconds_on(layout)
+        seconds = seconds_on(layout, module)
         compute, beside = step_overlaps(module, found, layout, chip)
         timed = estimate_facts(plan, compute, beside, layout, chip, flops)
     pairs = zip(beside.each, causes, strict=True)

@@ -195,6 +195,9 @@ class _Step:
             return 1.0
         moved = one.payload_bytes * share / one.count / _WIDTHS.get(one.dtype, 4)
         layers = shape.dims[0] if "*" in path and shape.dims else 1
+        devices = math.prod(self.axes.get(axis, 1) for axis in one.axes)
+        if one.group_size < devices:  # one of several that follow each other on parts of an axis
+            return moved / (shape.elements * devices)
         # A device stores a piece; what is moved is that many pieces together as some of the axes have devices.
         for part in (1 / layers, 1.0):
             if any(abs(moved / (shape.elements * part * n) - 1) < _PADDED for n in self.products):
