@@ -4,15 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardlab import report
     from shardlab.mesh.build import abstract_mesh, build_mesh
     from shardlab.mesh.emulate import emulate
     from shardlab.mesh.faults import DeclarationError
+    from shardlab.mesh.offline import compile_devices
     from shardlab.mesh.spec import MeshSpec
     from shardlab.module.functions import Functions
     from shardlab.module.pipeline import Pipeline
     from shardlab.pipeline.schedules import Schedule, make_schedule
     from shardlab.plan.make import make_plan
     from shardlab.plan.plan import Plan
+    from shardlab.report.audit import Audit
     from shardlab.sharding.rules import Rule, Rules
     from shardlab.step.batch_sum import batch_sum
     from shardlab.step.compile import CompiledStep, compile_train_step
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from shardlab.step.verify import Verification, verify
 
 __all__ = [
+    "Audit",
     "CompiledForward",
     "CompiledStep",
     "DeclarationError",
@@ -37,16 +41,19 @@ __all__ = [
     "abstract_mesh",
     "batch_sum",
     "build_mesh",
+    "compile_devices",
     "compile_forward",
     "compile_train_step",
     "cross_entropy",
     "emulate",
     "make_plan",
     "make_schedule",
+    "report",
     "verify",
 ]
 
 _MODULES = {
+    "Audit": "shardlab.report.audit",
     "CompiledForward": "shardlab.step.forward",
     "CompiledStep": "shardlab.step.compile",
     "DeclarationError": "shardlab.mesh.faults",
@@ -62,6 +69,7 @@ _MODULES = {
     "abstract_mesh": "shardlab.mesh.build",
     "batch_sum": "shardlab.step.batch_sum",
     "build_mesh": "shardlab.mesh.build",
+    "compile_devices": "shardlab.mesh.offline",
     "compile_forward": "shardlab.step.forward",
     "compile_train_step": "shardlab.step.compile",
     "cross_entropy": "shardlab.step.cross_entropy",
@@ -74,6 +82,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when first used: `shardlab.pipeline` and `shardlab.hlo` need no JAX."""
+    if name == "report":  # a package that may be called
+        return import_module("shardlab.report")
     if name not in _MODULES:
         raise AttributeError(f"module 'shardlab' has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

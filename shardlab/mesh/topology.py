@@ -139,7 +139,9 @@ def collective_seconds(layout: Layout, kind: str, axes: Sequence[str], wire_byte
         raise DeclarationError(f"mesh {layout.spec}: {error}") from None
 
 
-def group_seconds(layout: Layout, kind: str, group: Sequence[int], wire_bytes: float, *, count: int = 1) -> float | None:
+def group_seconds(
+    layout: Layout, kind: str, group: Sequence[int], wire_bytes: float, *, count: int = 1
+) -> float | None:
     """`collective_seconds` of a group of mesh positions that covers a part of its axes; None where it is no block.
 
     Args:

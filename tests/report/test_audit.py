@@ -10,7 +10,7 @@ import pytest
 
 import shardlab
 from shardlab.hlo import collectives
-from shardlab.report.audit import Audit, audit_refused
+from shardlab.report.audit import Audit, audit_refused, audit_step
 from shardlab.report.estimate import model_flops
 from shardlab.report.memory import memory
 from shardlab.step.compile import CompiledStep, compile_train_step
@@ -30,7 +30,13 @@ def step() -> CompiledStep:
 
 @pytest.fixture(scope="module")
 def audit(step: CompiledStep) -> Audit:
-    return shardlab.report(step)
+    return audit_step(step)
+
+
+def test_the_package_of_reports_may_be_called(step: CompiledStep, audit: Audit) -> None:
+    called = shardlab.report(step)  # type: ignore[operator]
+    assert isinstance(called, Audit)
+    assert called.facts["collectives"] == audit.facts["collectives"]
 
 
 def test_the_memory_by_category_is_all_of_it(step: CompiledStep, audit: Audit) -> None:
