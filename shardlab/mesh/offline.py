@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardlab.mesh.chips import Chip, chip_of
@@ -94,14 +95,19 @@ def compile_devices(target: Target) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    if not _beside_a_tpu():  # There they would keep this process from the TPU that is here.
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
     options = _tpu(target) if target.platform == "tpu" else _gpu(target, chip_of(target))
     try:
         return list(topologies.get_topology_desc(**options).devices)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise DeclarationError(f"target {target}: the compiler refuses it: {reason}; give another shape") from error
+
+
+def _beside_a_tpu() -> bool:
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _tpu(target: Target) -> dict[str, Any]:

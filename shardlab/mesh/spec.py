@@ -33,8 +33,8 @@ class MeshSpec:
       batch: the axes that split the examples, in mesh order.
       stage: the axis whose positions are the pipeline's stages, or None.
       target: the machine, as `parse_target` reads it.
-      dcn: pairs of axis and over how many slices (TPU) or hosts (GPU) it runs: that share of its links is
-        slow.
+      dcn: pairs of axis and over how many slices (TPU) or islands (GPU, often its hosts) it runs: that share of its
+        links is slow.
       links: pairs of axis and the names of the physical dims it is to lie on (`shardlab.mesh.physical`), for axes that
         `shardlab.mesh.topology` is not to choose for; not looked at on CPU, which has none.
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -45,6 +46,20 @@ def test_a_shape_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> N
     assert str(error.value) == (
         "target tpu:v5p:3x5x7: the compiler refuses it: INVALID_ARGUMENT: no such layout; give another shape"
     )
+
+
+@pytest.mark.parametrize(("beside", "expected"), [(False, "localhost"), (True, None)])
+def test_settings_of_this_process_are_left_alone_beside_a_tpu(
+    beside: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in offline._SETTINGS:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **options: SimpleNamespace(devices=[]))
+    monkeypatch.setattr(offline, "compiler_installed", lambda platform: True)
+    monkeypatch.setattr(offline, "_beside_a_tpu", lambda: beside)
+    assert compile_devices(parse_target("tpu:v5p:4x8x8")) == []
+    assert os.environ.get("TPU_WORKER_HOSTNAMES") == expected
 
 
 @pytest.mark.parametrize(
