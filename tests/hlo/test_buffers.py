@@ -126,6 +126,33 @@ def test_tpu_pads_aliases_what_it_says_and_keeps_on_the_chip_what_is_there() -> 
     assert [(one.name, one.padding) for one in found.buffers if one.padding] == [("x", 8 * 28 * 4), ("i", 508)]
 
 
+PLACES = """
+HloModule step, is_scheduled=true
+%minus (p: f32[100]) -> f32[100] {
+  %p = f32[100]{0} parameter(0)
+  ROOT %m = f32[100]{0} negate(%p)
+}
+ENTRY %main (n: s32[], u: f32[1]) -> f32[10] {
+  %n = s32[] parameter(0)
+  %u = f32[1]{0} parameter(1)
+  %a = f32[100]{0} broadcast(%n), dimensions={}
+  %b = f32[100]{0} dynamic-update-slice(%a, %u, %n)
+  %c = f32[100]{0} fusion(%b), kind=kLoop, calls=%minus
+  READ
+  ROOT %d = f32[10]{0} slice(%c), slice={[0:10]}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("read", "most"),
+    [("%e = f32[1]{0} slice(%c), slice={[0:1]}", 404), ("%e = f32[1]{0} slice(%b), slice={[0:1]}", 804)],
+)
+def test_a_result_takes_the_place_of_what_is_not_read_again(read: str, most: int) -> None:
+    """One buffer of 400 B for an array, the same updated, and its negative: two where the updated is read later."""
+    assert live(parse(PLACES.replace("READ", read))).temporary_bytes == most
+
+
 BRANCHES = """
 HloModule step, is_scheduled=true
 %yes (p: f32[10]) -> f32[10] {
