@@ -154,6 +154,34 @@ def test_the_parts_of_a_combined_collective() -> None:
     assert cause(module, mixed).what == "all-reduce of the gradient of head/kernel and others"
 
 
+BRANCHED = """
+HloModule step, num_partitions=2, input_output_alias={ {}: (0, {}, may-alias) }
+%yes (p: (f32[8], f32[8])) -> f32[8] {
+  %p = (f32[8]{0}, f32[8]{0}) parameter(0)
+  %weights = f32[8]{0} get-tuple-element(%p), index=0
+  %gradient = f32[8]{0} get-tuple-element(%p), index=1
+  %whole = f32[16]{0} all-gather(%weights), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %y = f32[8]{0} add(%weights, %gradient)
+}
+%no (q: f32[8]) -> f32[8] {
+  ROOT %q = f32[8]{0} parameter(0)
+}
+ENTRY %main (w: f32[8], g: f32[8], which: pred[]) -> f32[8] {
+  %w = f32[8]{0} parameter(0), metadata={op_name="state.parameters['w']"}
+  %g = f32[8]{0} parameter(1)
+  %which = pred[] parameter(2)
+  %sum = f32[8]{0} all-reduce(%g), channel_id=2, replica_groups={{0,1}}, to_apply=%plus
+  %both = (f32[8]{0}, f32[8]{0}) tuple(%w, %sum)
+  ROOT %after = f32[8]{0} conditional(%which, %both, %w), true_computation=%yes, false_computation=%no
+}
+"""
+
+
+def test_into_branches_and_out_of_them() -> None:
+    assert of(BRANCHED, "whole").what == "all-gather of w (weights)"
+    assert of(BRANCHED, "sum").what == "all-reduce of the gradient of w"
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [
