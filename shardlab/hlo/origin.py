@@ -269,12 +269,17 @@ def _handed(
             if _unchanged(module, caller, index):
                 yield outer, caller.operands[0], index
         elif caller.opcode == "conditional":
-            branches = caller.callees("branch_computations") or (
-                caller.callees("true_computation") + caller.callees("false_computation")
-            )
-            yield from ((outer, caller.operands[k + 1], index) for k, b in enumerate(branches) if b == computation.name)
+            for k, branch in enumerate(_branches(caller), start=1):
+                if branch == computation.name:
+                    yield outer, caller.operands[k], index
         elif number < len(caller.operands):
             yield outer, caller.operands[number], index
+
+
+def _branches(conditional: Instruction) -> tuple[str, ...]:
+    return conditional.callees("branch_computations") or (
+        conditional.callees("true_computation") + conditional.callees("false_computation")
+    )
 
 
 def _unchanged(module: HloModule, loop: Instruction, index: Index) -> bool:
@@ -338,6 +343,9 @@ def _on(
     elif user.opcode == "while":
         body = module.computations[user.callees("body")[0]]
         yield body, body.parameters[0].name, index
+    elif user.opcode == "conditional":
+        branches = [module.computations[name] for name in _branches(user)]
+        yield from ((branches[k - 1], branches[k - 1].parameters[0].name, index) for k in numbers if k > 0)
     elif user.opcode == "call":
         inner = module.computations[user.callees("to_apply")[0]]
         yield from ((inner, inner.parameters[k].name, index) for k in numbers)

@@ -23,7 +23,9 @@ from shardlab.hlo.parse import Computation, HloModule, Instruction
 from shardlab.hlo.work import COLLECTIVES, moved, products, scheduled, target
 
 # Of the published peak and bandwidth, what good kernels reach: 8192^3 bf16 products at 0.69 of an H200's 989 TFLOP/s
-# under its power cap, copies at 0.9 of its 4.8 TB/s.
+# under its power cap, copies at 0.9 of its 4.8 TB/s.  With these, train steps of decoders on one H100 (989 TFLOP/s,
+# 3.35 TB/s, jax 0.11.2, AdamW) are estimated at, of what was measured: 0.97 (8 layers of 2048, 16,384 tokens, cuDNN
+# attention, 100 ms), 1.12 (the same with attention as plain XLA, 164 ms), 0.68 (12 layers of 768, plain XLA, 99 ms).
 COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.9
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -58,7 +60,7 @@ class Rates:
 
     Attributes:
       flops: peak FLOP/s by dtype ("bfloat16", "float32", "float8", "int8"); a dtype that is not there takes float32's,
-        and that the highest.
+        and that the highest.  Where there is "tf32", float32 takes it: XLA:GPU multiplies so by default.
       bandwidth: bytes a second of the device's memory.
       clock: Hz of the compiler's estimated cycles; None where it prints none.
       compute_efficiency: the part of the peak that matmuls reach; of what the compiler estimates nothing is taken off.
@@ -77,6 +79,8 @@ class Rates:
     def peak(self, dtype: str) -> float:
         """FLOP/s reached with operands of an HLO dtype (`bf16`)."""
         name = "float8" if dtype.startswith("f8") else _NAMES.get(dtype, dtype)
+        if name == "float32" and "tf32" in self.flops:
+            name = "tf32"
         known = self.flops.get(name) or self.flops.get("float32") or max(self.flops.values())
         return known * self.compute_efficiency
 

@@ -126,6 +126,33 @@ def test_tpu_pads_aliases_what_it_says_and_keeps_on_the_chip_what_is_there() -> 
     assert [(one.name, one.padding) for one in found.buffers if one.padding] == [("x", 8 * 28 * 4), ("i", 508)]
 
 
+PLACES = """
+HloModule step, is_scheduled=true
+%minus (p: f32[100]) -> f32[100] {
+  %p = f32[100]{0} parameter(0)
+  ROOT %m = f32[100]{0} negate(%p)
+}
+ENTRY %main (n: s32[], u: f32[1]) -> f32[10] {
+  %n = s32[] parameter(0)
+  %u = f32[1]{0} parameter(1)
+  %a = f32[100]{0} broadcast(%n), dimensions={}
+  %b = f32[100]{0} dynamic-update-slice(%a, %u, %n)
+  %c = f32[100]{0} fusion(%b), kind=kLoop, calls=%minus
+  READ
+  ROOT %d = f32[10]{0} slice(%c), slice={[0:10]}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("read", "most"),
+    [("%e = f32[1]{0} slice(%c), slice={[0:1]}", 404), ("%e = f32[1]{0} slice(%b), slice={[0:1]}", 804)],
+)
+def test_a_result_takes_the_place_of_what_is_not_read_again(read: str, most: int) -> None:
+    """One buffer of 400 B for an array, the same updated, and its negative: two where the updated is read later."""
+    assert live(parse(PLACES.replace("READ", read))).temporary_bytes == most
+
+
 BRANCHES = """
 HloModule step, is_scheduled=true
 %yes (p: f32[10]) -> f32[10] {
@@ -193,38 +220,46 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_compiled_programs_beside_the_compilers_assignment(name: str) -> None:
-    """Arguments and outputs to the byte, temporaries to what aligning and tables of pointers add."""
+    """Arguments and outputs to the byte; temporaries never more, and all but the gaps and the tables of pointers."""
     compiled = PROGRAMS[name]().compile()
     found, said = live(parse(compiled.as_text())), compiled.memory_analysis()
     assert found.argument_bytes == said.argument_size_in_bytes
     assert found.output_bytes == pytest.approx(said.output_size_in_bytes - said.alias_size_in_bytes, abs=64)
-    assert found.temporary_bytes == pytest.approx(said.temp_size_in_bytes, rel=0.03, abs=1024)
+    assert 0.95 * said.temp_size_in_bytes - 1024 <= found.temporary_bytes <= said.temp_size_in_bytes
     assert found.peak_bytes == sum(one.bytes for one in found.buffers)
 
 
 PROGRAM = """
-import jax, jax.numpy as jnp, optax
+import jax, jax.numpy as jnp, numpy as np
+from jax import lax
 from jax.experimental import topologies
-import shardlab
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from shardlab.hlo import live, parse
-from shardlab.models.decoder import DecoderConfig, decoder_rules, next_byte_loss
 
-model = DecoderConfig(num_layers=2, model_dim=1024, num_heads=8, num_kv_heads=8, head_dim=128, mlp_dim=4096,
-                      vocab_size=32000)
-batch = {name: jax.ShapeDtypeStruct((32, 1024), jnp.int32) for name in ("tokens", "targets")}
 devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
-for axes, tensor in (({"data": 4}, None), ({"data": 2, "tensor": 2}, "tensor")):
-    plan = shardlab.make_plan(
-        model, mesh=shardlab.MeshSpec(axes, batch="data", target="tpu:v5e:2x2"), rules=decoder_rules(tensor),
-        optimizer=optax.adamw(1e-3), batch=batch, zero=3, dtype="bfloat16", reduce_dtype="bfloat16",
-    )
-    step = shardlab.compile_train_step(model, next_byte_loss, optax.adamw(1e-3), plan, batch, devices=devices)
-    print(live(parse(step.compiled.as_text())).peak_bytes, step.compiled.memory_analysis().peak_memory_in_bytes)
+mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+place = lambda *spec: NamedSharding(mesh, P(*spec))
+
+def loss(w, x):
+    def layer(h, one):
+        one = lax.with_sharding_constraint(one, place())
+        return jnp.tanh(h @ one), None
+    return lax.scan(layer, x, w)[0].astype(jnp.float32).sum()
+
+def step(w, x):
+    return w - 0.1 * jax.grad(loss)(w, x)
+
+w, x = jax.ShapeDtypeStruct((6, 2048, 2048), jnp.float32), jax.ShapeDtypeStruct((65536, 2048), jnp.bfloat16)
+compiled = jax.jit(
+    lambda w, x: step(w.astype(jnp.bfloat16), x).astype(jnp.float32),
+    in_shardings=(place(None, "data"), place("data")), out_shardings=place(None, "data"), donate_argnums=0,
+).lower(w, x).compile()
+print(live(parse(compiled.as_text())).peak_bytes, compiled.memory_analysis().peak_memory_in_bytes)
 """
 
 
 @pytest.mark.tpu
-def test_the_peak_of_tpu_programs_is_the_compilers() -> None:
+def test_the_peak_of_a_tpu_program_is_the_compilers() -> None:
     """Needs libtpu, and no TPU."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -237,7 +272,5 @@ def test_the_peak_of_tpu_programs_is_the_compilers() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(pairs) == 2
-    for ours, theirs in pairs:
-        assert math.isclose(ours, theirs, rel_tol=0.01), pairs
+    ours, theirs = map(int, done.stdout.split())
+    assert math.isclose(ours, theirs, rel_tol=0.01)

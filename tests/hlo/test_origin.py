@@ -49,6 +49,10 @@ ENTRY %main (w: f32[3,8], x0: bf16[1,16], h0: bf16[1,8]) -> bf16[1,16] {
   %half = bf16[3,8]{1,0} convert(%w)
   %state = (s32[], bf16[3,8]{1,0}, bf16[1,16]{1,0}, bf16[1,8]{1,0}) tuple(%n, %half, %x0, %h0)
   %loop = (s32[], bf16[3,8]{1,0}, bf16[1,16]{1,0}, bf16[1,8]{1,0}) while(%state), condition=%condition, body=%body
+  %kept = bf16[3,8]{1,0} get-tuple-element(%loop), index=1
+  %changed = bf16[1,8]{1,0} get-tuple-element(%loop), index=3
+  %after = bf16[6,8]{1,0} all-gather(%kept), channel_id=3, replica_groups={{0,1}}, dimensions={0}
+  %late = bf16[1,16]{1,0} all-gather(%changed), channel_id=4, replica_groups={{0,1}}, dimensions={1}
   ROOT %last = bf16[1,16]{1,0} get-tuple-element(%loop), index=2
 }
 """  # noqa: E501
@@ -63,12 +67,14 @@ def test_back_through_fusions_converts_and_what_a_loop_keeps() -> None:
     found = of(GATHERED, "gathered")
     assert found.what == "all-gather of blocks/*/up/kernel (weights)"
     assert (found.role, found.path) == ("weights", "blocks/*/up/kernel")
+    assert of(GATHERED, "after").path == "blocks/*/up/kernel"
 
 
 def test_what_a_loop_changes_is_no_parameter_although_it_starts_as_one() -> None:
     found = of(GATHERED, "activations")
     assert (found.what, found.role, found.path) == ("all-gather of dot_general (backward)", "activation", None)
     assert found.source == "/home/user/model.py:9"
+    assert of(GATHERED, "late").role == "activation"
 
 
 REDUCED = """
@@ -146,6 +152,34 @@ def test_the_parts_of_a_combined_collective() -> None:
         ("activation", ()),
     ]
     assert cause(module, mixed).what == "all-reduce of the gradient of head/kernel and others"
+
+
+BRANCHED = """
+HloModule step, num_partitions=2, input_output_alias={ {}: (0, {}, may-alias) }
+%yes (p: (f32[8], f32[8])) -> f32[8] {
+  %p = (f32[8]{0}, f32[8]{0}) parameter(0)
+  %weights = f32[8]{0} get-tuple-element(%p), index=0
+  %gradient = f32[8]{0} get-tuple-element(%p), index=1
+  %whole = f32[16]{0} all-gather(%weights), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %y = f32[8]{0} add(%weights, %gradient)
+}
+%no (q: f32[8]) -> f32[8] {
+  ROOT %q = f32[8]{0} parameter(0)
+}
+ENTRY %main (w: f32[8], g: f32[8], which: pred[]) -> f32[8] {
+  %w = f32[8]{0} parameter(0), metadata={op_name="state.parameters['w']"}
+  %g = f32[8]{0} parameter(1)
+  %which = pred[] parameter(2)
+  %sum = f32[8]{0} all-reduce(%g), channel_id=2, replica_groups={{0,1}}, to_apply=%plus
+  %both = (f32[8]{0}, f32[8]{0}) tuple(%w, %sum)
+  ROOT %after = f32[8]{0} conditional(%which, %both, %w), true_computation=%yes, false_computation=%no
+}
+"""
+
+
+def test_into_branches_and_out_of_them() -> None:
+    assert of(BRANCHED, "whole").what == "all-gather of w (weights)"
+    assert of(BRANCHED, "sum").what == "all-reduce of the gradient of w"
 
 
 @pytest.mark.parametrize(

@@ -156,3 +156,7 @@ def test_the_peak_of_a_dtype(dtype: str, peak: float) -> None:
     """Half of the published; of a dtype that has none float32's."""
     rates = Rates({"bfloat16": 100.0, "float32": 10.0, "float8": 200.0}, 1.0, compute_efficiency=0.5)
     assert rates.peak(dtype) == peak
+
+
+def test_float32_products_run_as_tf32_where_there_is_such() -> None:
+    assert Rates({"float32": 10.0, "tf32": 80.0}, 1.0, compute_efficiency=1.0).peak("f32") == 80.0
