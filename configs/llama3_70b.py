@@ -29,6 +29,7 @@ def config() -> Config:
             mlp_dim=28_672,
             rope_base=500_000.0,
             query_chunk=512,
+            splash=True,
             heads_axis="tensor",
         ),
         pipeline=Pipeline(before="embed", blocks="blocks", after="head", context="context"),

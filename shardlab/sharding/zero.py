@@ -10,11 +10,15 @@ from jax.sharding import PartitionSpec as P
 from shardlab.mesh.spec import MeshSpec
 from shardlab.sharding.rules import axes_of, canonical, entry
 
+_LARGE = 2**20  # numbers, of which padding counts
+
 
 def add_axes(spec: P, shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec) -> tuple[P, int | None]:
     """The spec with `axes` on the largest dim that has none and divides by their product, and that dim.
 
-    Of equally large dims the first is taken. Where no dim fits, the spec as it was and None.
+    Of equally large dims the first is taken. Of a large array a dim comes before others if its pieces are whole tiles
+    of XLA:TPU, 128 numbers of the last dim or 8 of another: else every piece is padded to them, in memory and, where
+    gradients are reduce-scattered, on the wire. Where no dim fits, the spec as it was and None.
 
     Args:
       spec: the parameter's spec.
@@ -28,6 +32,8 @@ def add_axes(spec: P, shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec)
     >>> mesh = MeshSpec({"data": 4, "tensor": 2}, batch=("data",))
     >>> add_axes(P(None, "tensor"), (12, 64), ("data",), mesh)
     (P('data', 'tensor'), 0)
+    >>> add_axes(P(), (4 * 2001, 1024), ("data",), mesh)
+    (P(None, 'data'), 1)
     >>> add_axes(P(), (6, 10), ("data",), mesh)
     (P(), None)
     """
@@ -41,7 +47,12 @@ def add_axes(spec: P, shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec)
     ]
     if not fitting or not axes:
         return spec, None
-    dim = max(fitting, key=lambda place: (shape[place], -place))
+
+    def in_tiles(dim: int) -> bool:
+        tile = 128 if dim == len(shape) - 1 else 8
+        return math.prod(shape) >= _LARGE and shape[dim] // product % tile == 0
+
+    dim = max(fitting, key=lambda dim: (in_tiles(dim), shape[dim], -dim))
     entries[dim] = entry(axes)
     return canonical(entries), dim
 

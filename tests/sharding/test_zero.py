@@ -20,6 +20,11 @@ MESH = MeshSpec({"replica": 2, "fsdp": 3, "tensor": 2}, batch=("replica", "fsdp"
         (P(None, "tensor"), (7, 64), ("replica",), P(None, "tensor"), None),
         (P(), (8, 9), ("fsdp",), P(None, "fsdp"), 1),
         (P(), (9, 8), ("fsdp",), P("fsdp"), 0),
+        (P(), (3003, 2400), ("fsdp",), P("fsdp"), 0),  # no piece is whole tiles: 1001 rows, 800 columns
+        (P(), (3003, 1152), ("fsdp",), P(None, "fsdp"), 1),  # three tiles of 128 columns
+        (P(), (1200, 2400), ("fsdp",), P("fsdp"), 0),  # 50 tiles of 8 rows; 800 columns are none
+        (P(), (24, 32), ("fsdp",), P("fsdp"), 0),
+        (P(), (16, 27), ("fsdp",), P(None, "fsdp"), 1),  # a small array
         (P("tensor"), (4,), ("fsdp",), P("tensor"), None),
         (P(), (), ("fsdp",), P(), None),
         (P(), (2,), ("replica", "fsdp"), P(), None),
