@@ -22,7 +22,7 @@ def search(call: Call) -> int:
     if options.mesh:
         raise DeclarationError("--mesh: sizes of the mesh are what --search finds; leave out one of the two")
     target = options.target or config.mesh.target
-    subject, found = run(config, target, top=max(options.top, options.confirm, 1))
+    subject, found = run(config, target, planned=max(options.confirm, 1))
     if options.confirm:
         found = dataclasses.replace(found, confirmed=confirm(config, found.ranked[: options.confirm], target))
     if options.out:
