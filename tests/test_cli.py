@@ -107,7 +107,8 @@ def test_a_verbs_help(call: Call, verb: str) -> None:
     assert (status, err) == (0, "")
     assert "--json" in out
     assert "--debug" in out
-    assert ("--batch-size" in out) == ("CONFIG" in out.splitlines()[0]) == (verb not in ("report", "schedule", "diff"))
+    without = ("report", "schedule", "diff", "targets")
+    assert ("--batch-size" in out) == ("CONFIG" in out.splitlines()[0]) == (verb not in without)
 
 
 def test_help_after_a_config_has_its_options_and_values(call: Call) -> None:
@@ -127,6 +128,45 @@ def test_help_and_schedules_start_no_jax() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr == "0\nFalse\n"
+
+
+# --- targets
+
+
+def test_the_targets_and_where_their_numbers_are_from(call: Call) -> None:
+    rows = {f"{row['platform']}:{row['kind']}": row for row in facts(call, "targets")["targets"]}
+    assert rows["tpu:v5p"]["usable_hbm_bytes"] == int(95.74 * 2**30)
+    assert all(row["sources"] and isinstance(row["compiler_installed"], bool) for row in rows.values())
+    status, out, _ = call("targets")
+    assert status == 0
+    lines = [line for line in out.splitlines() if line.startswith(("tpu:", "gpu:"))]
+    assert [line.split()[0] for line in lines] == list(rows)
+    assert "tpu:v5p         96   95.74  2.77           459  ICI 6 x 90 (3-D), DCN 6.25 " in out
+    assert "gpu:gb200      186  184.31  7.93          2500  NVLink 900 (72 GPUs), network 50 " in out
+
+
+def test_a_compiler_that_is_not_here_is_named_with_its_extra(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardlab.mesh.offline._PLUGINS", {"tpu": ("no_libtpu",), "gpu": ("json",)})
+    out = call("targets")[1]
+    assert "\na compiler that is not here: pip install 'shardlab[tpu]' for tpu:\n" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("tpu:")] == ["no"] * 5
+    assert {line.split()[-1] for line in out.splitlines() if line.startswith("gpu:")} == {"yes"}
+
+
+def test_a_mesh_laid_on_a_target(call: Call) -> None:
+    given = ("targets", "2*tpu:v5e:4x4", "--mesh", "data=2*4,tensor=4")
+    found = facts(call, *given)
+    assert [(axis["axis"], axis["tier"]) for axis in found["axes"]] == [("data", "dcn"), ("tensor", "ici")]
+    assert sorted(found["order"]) == list(range(32))
+    out = call(*given)[1]
+    assert out.startswith("2*tpu:v5e:4x4: 2 slices joined by DCN, each of 4 x 4 chips, without wrap-around.")
+    assert "\n  y 3 3.0 3.1 3.2 3.3\n" in out
+    assert call("targets", "tpu:v5e:4x4")[1].startswith("tpu:v5e:4x4: a slice of 4 x 4 chips")
+
+
+def test_a_target_that_is_not_known(call: Call) -> None:
+    status, _, err = call("targets", "tpu:v9:4x4")
+    assert (status, err[:40]) == (2, "shardlab: target 'tpu:v9:4x4': 'v9' is n")
 
 
 # --- schedule

@@ -50,6 +50,7 @@ def is_fsdp_over(shards: int, plan: Plan) -> bool:
     # Every number of the model and of its optimizer lies on one device alone, but for the scales of the norms.
     return (
         plan.zero == 3
+        and set(plan.kinds) == {0}  # one program for all blocks
         and plan.mesh.sizes["data"] == shards
         and held["parameters"] < 4.01 * plan.num_parameters / shards
     )

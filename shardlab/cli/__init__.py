@@ -25,6 +25,7 @@ from shardlab.cli.configured import Configured, configured, start
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
 from shardlab.cli.search import search, why
+from shardlab.cli.targets import targets
 from shardlab.mesh.faults import DeclarationError, suggestion
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.run.output import write
@@ -43,6 +44,7 @@ Declare a mesh and a PartitionSpec for every parameter of your own Flax model in
   shardlab report RUN        what a run compiled to and came to
   shardlab schedule NAME     a pipeline schedule drawn, its bubble, what is in flight
   shardlab diff A B          what changed between two audits that compile --save wrote
+  shardlab targets           the machines that can be compiled for; with one, how a mesh lies on its links
 
 CONFIG is a Python file with a function config() that returns a shardlab.run.config.Config; configs/ holds some.
 Every scalar of it is an option, and so are the sizes of its mesh's axes:
@@ -242,6 +244,7 @@ VERBS: Mapping[str, Callable[..., int]] = {
     "report": report,
     "schedule": schedule,
     "diff": diff,
+    "targets": targets,
 }
 
 

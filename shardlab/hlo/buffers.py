@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from shardlab.hlo.layout import DEVICE, leaves
 from shardlab.hlo.origin import named
 from shardlab.hlo.parse import Computation, HloModule, Instruction
+from shardlab.hlo.work import IN_PLACE
 
 Index = tuple[int, ...]
 _INDICES = re.compile(r'"indices":\[([^\]]*)\]')
@@ -28,7 +29,7 @@ _OUTPUT_TO_OPERAND = re.compile(r"\{([\d,\s]*)\}:\s*\((\d+),\s*\{([\d,\s]*)\}")
 # What hands on the buffer it reads.
 _SAME = frozenset({"bitcast", "optimization-barrier", "opt-barrier", "domain", "add-dependency"})
 # Elementwise, so a result may take the place of an operand that is not read again.
-_IN_PLACE = frozenset(
+_ELEMENTWISE = frozenset(
     {
         "abs", "add", "and", "ceil", "clamp", "compare", "convert", "copy", "cosine", "divide", "exponential", "floor",
         "log", "maximum", "minimum", "multiply", "negate", "not", "or", "power", "remainder", "rsqrt", "select", "sign",
@@ -111,6 +112,7 @@ class _Walk:
     values: list[_Value] = field(default_factory=list)
     buffer: list[int] = field(default_factory=list)  # union-find over values
     moments: list[Instruction] = field(default_factory=list)
+    candidates: list[tuple[int, int, int]] = field(default_factory=list)  # value, result in its place, time
 
     def make(self, computation: str, instruction: Instruction, skip: Sequence[Index] = ()) -> Leaves:
         """New values for the leaves of an instruction that are not in `skip`."""
@@ -144,8 +146,7 @@ class _Walk:
     def through(self, computation: Computation, arguments: Sequence[Leaves] | None) -> Leaves:
         """Walks a computation; `arguments` None makes values for its parameters.  The leaves of its root."""
         held: dict[str, Leaves] = {}
-        last_reads = _last_reads(computation)
-        for position, instruction in enumerate(computation.instructions.values()):
+        for instruction in computation.instructions.values():
             opcode = instruction.opcode
             if opcode == "parameter":
                 number = int(instruction.operand_text)
@@ -173,7 +174,7 @@ class _Walk:
             for operand in instruction.operands:
                 for value in held.get(operand, {}).values():
                     self.values[value].last = self.time
-            held[instruction.name] = self.result(computation, instruction, held, last_reads, position)
+            held[instruction.name] = self.result(computation, instruction, held)
         ends = held.get(computation.root.name, {})
         for value in ends.values():
             self.values[value].last = self.time
@@ -184,8 +185,6 @@ class _Walk:
         computation: Computation,
         instruction: Instruction,
         held: Mapping[str, Leaves],
-        last_reads: Mapping[str, int],
-        position: int,
     ) -> Leaves:
         opcode, operands = instruction.opcode, [held.get(name, {}) for name in instruction.operands]
         if opcode == "while":
@@ -199,10 +198,33 @@ class _Walk:
             skip = self.start(instruction, operands)
         made = self.make(computation.name, instruction, tuple(skip))
         made.update(skip)
-        for index, value in self.shared(computation, instruction, operands, last_reads, position):
+        for index, value in _shared(instruction, operands):
             if index in made:
                 self.join(value, made[index])
+        for index, value in self.maybe_shared(computation, instruction, operands):
+            if index in made:
+                self.candidates.append((value, made[index], self.time))
         return made
+
+    def settle(self, kept: set[int]) -> None:
+        """Gives results the places of values that nothing reads again; none of those in `kept`."""
+        members: dict[int, list[int]] = {}
+        for number in range(len(self.values)):
+            members.setdefault(self.root(number), []).append(number)
+        for value, result, time in self.candidates:
+            one, other = self.root(value), self.root(result)
+            if one == other or self.values[value].last > time or one in kept:
+                continue
+            # Not where the buffer holds another value while the result lives, as that of a loop's carry may.
+            pairs = ((a, b) for a in members[one] for b in members[other] if (a, b) != (value, result))
+            if any(self._meet(a, b) for a, b in pairs):
+                continue
+            self.join(value, result)
+            members[self.root(value)] = members.pop(one) + members.pop(other)
+
+    def _meet(self, one: int, other: int) -> bool:
+        a, b = self.values[one], self.values[other]
+        return a.first <= b.last and b.first <= a.last
 
     def start(self, instruction: Instruction, operands: Sequence[Leaves]) -> Leaves:
         """The leaves of a start that are its operands; the rest it makes."""
@@ -270,29 +292,11 @@ class _Walk:
                     self.join(end[index], value)
         return result
 
-    def shared(
-        self,
-        computation: Computation,
-        instruction: Instruction,
-        operands: Sequence[Leaves],
-        last_reads: Mapping[str, int],
-        position: int,
+    def maybe_shared(
+        self, computation: Computation, instruction: Instruction, operands: Sequence[Leaves]
     ) -> Iterator[tuple[Index, int]]:
-        """Indices of results that take the place of a value that is read."""
+        """Indices of results that can take the place of a value that is read, if nothing reads that again."""
         opcode, text = instruction.opcode, instruction.attribute_text
-        if opcode == "dynamic-update-slice" and () in operands[0]:
-            yield (), operands[0][()]
-        for out, operand, inside in _OUTPUT_TO_OPERAND.findall(
-            instruction.attributes.get("output_to_operand_aliasing", "")
-        ):
-            leaf = operands[int(operand)].get(_index(inside))
-            if leaf is not None:
-                yield _index(out), leaf
-
-        def dies(k: int) -> bool:
-            # Not read again, nor by a loop around: then it is in the carry, whose value is another.
-            return last_reads.get(instruction.operands[k], position) <= position
-
         _, said, lists = text.partition('"aliasing_operands":')
         if said:
             flat = [(k, value) for k, one in enumerate(operands) for value in one.values()]
@@ -302,13 +306,11 @@ class _Walk:
                 given = [n for n in numbers if n < len(instruction.operands)]
                 taken = [n - len(instruction.operands) for n in numbers if n >= len(instruction.operands)]
                 if len(flat) == len(instruction.operands) and given and taken and taken[0] < len(results):
-                    k, value = flat[given[0]]
-                    if dies(k):
-                        yield results[taken[0]], value
+                    yield results[taken[0]], flat[given[0]][1]
             return
-        if opcode in _IN_PLACE or opcode == "fusion":
+        if opcode in _ELEMENTWISE or opcode == "fusion":
             for index, k in self._fits(instruction, computation):
-                if k < len(operands) and () in operands[k] and dies(k):
+                if () in operands[k]:
                     yield index, operands[k][()]
 
     def _fits(self, instruction: Instruction, computation: Computation) -> Iterator[tuple[Index, int]]:
@@ -351,22 +353,21 @@ def live(module: HloModule) -> Live:
     walk = _Walk(module)
     entry = module.computations[module.entry]
     ends = walk.through(entry, None)
-    donated = module.donated
     arguments = {
         walk.root(n): int(value.instruction.operand_text)
         for n, value in enumerate(walk.values)
         if value.instruction.opcode == "parameter" and value.computation == entry.name and value.size
     }
-    by_number = {number: n for n, number in arguments.items()}
-    outputs: set[int] = set()
-    for index, value in ends.items():
-        given = donated.get(index)
-        if given is not None and given in by_number:
-            walk.join(by_number[given], value)
-        elif walk.values[value].size and walk.root(value) not in arguments:
-            outputs.add(value)
+    walk.settle(set(arguments))
     arguments = {walk.root(n): number for n, number in arguments.items()}
-    outputs = {walk.root(value) for value in outputs} - set(arguments)
+    outputs: set[int] = set()
+    for index, number in ends.items():
+        if walk.root(number) in arguments:
+            continue
+        if module.donated.get(index) in arguments.values():
+            walk.values[number].size = 0  # what was in that buffer before may have been a temporary
+        elif walk.values[number].size:
+            outputs.add(walk.root(number))
     spans: dict[int, list[_Value]] = {}
     for held in walk.values:
         if held.size and held.instruction.opcode != "constant":
@@ -437,18 +438,15 @@ def _merged(members: Sequence[_Value]) -> Iterator[tuple[int, int, int]]:
     yield first, last, size
 
 
-def _last_reads(computation: Computation) -> dict[str, int]:
-    """The position of the last instruction that reads a value, also through those that only hand it on."""
-    found: dict[str, int] = {}
-    end = len(computation.instructions)
-    for position, instruction in reversed(list(enumerate(computation.instructions.values()))):
-        if instruction.is_root:
-            found[instruction.name] = end
-        handed = instruction.opcode in _SAME or instruction.opcode in ("get-tuple-element", "tuple")
-        at = found.get(instruction.name, position) if handed else position
-        for operand in instruction.operands:
-            found[operand] = max(found.get(operand, -1), at)
-    return found
+def _shared(instruction: Instruction, operands: Sequence[Leaves]) -> Iterator[tuple[Index, int]]:
+    """Indices of results that are in the place of a value that is read."""
+    if instruction.opcode in IN_PLACE and () in operands[0]:
+        yield (), operands[0][()]
+    said = instruction.attributes.get("output_to_operand_aliasing", "")
+    for out, operand, inside in _OUTPUT_TO_OPERAND.findall(said):
+        leaf = operands[int(operand)].get(_index(inside))
+        if leaf is not None:
+            yield _index(out), leaf
 
 
 def _elementwise(inner: Computation, k: int, place: int) -> bool:
@@ -465,8 +463,8 @@ def _elementwise(inner: Computation, k: int, place: int) -> bool:
             if user.name in seen or user.opcode == "tuple":
                 continue
             seen.add(user.name)
-            updated = user.opcode == "dynamic-update-slice" and user.operands[0] == value.name
-            if not (user.opcode in _IN_PLACE or user.opcode in ("bitcast", "reshape") or updated):
+            updated = user.opcode in IN_PLACE and user.operands[0] == value.name
+            if not (user.opcode in _ELEMENTWISE or user.opcode in ("bitcast", "reshape") or updated):
                 return False
             waiting.append(user)
     return met

@@ -204,16 +204,27 @@ def _listed(paths: tuple[str, ...]) -> str:
 
 
 def _activation(module: HloModule, instruction: Instruction, op_name: str) -> str:
-    computation = module.home[instruction.name]
-    named = next((one for one in _nearest(module, instruction, computation) if one.op_name), instruction)
-    _, function = user_source(module, named)
+    part, phase = part_of(module, instruction)
     words = op_name.rpartition("/")[2] or "a value"
-    backward = "transpose(" in op_name
-    again = "rematted_computation" in op_name
-    phase = "recomputed" if again else "backward" if backward else ""
-    function = function.partition(".<locals>")[0].removesuffix(".__call__")
-    inside = f" in {function}" if function and function != "<module>" else ""
-    return f"{words}{inside}" + (f" ({phase})" if phase else "")
+    return words + (f" in {part}" if part else "") + (f" ({phase})" if phase != "forward" else "")
+
+
+def part_of(module: HloModule, instruction: Instruction) -> tuple[str, str]:
+    """The class or function of the model an instruction stands in ("Attention"), and its phase.
+
+    What shardlab itself does is of the module that does it ("shardlab.step.update").
+    """
+    home = module.home[instruction.name]
+    one = next((one for one in _nearest(module, instruction, home) if one.op_name), instruction)
+    place, function = user_source(module, one)
+    phase = "forward"
+    if "rematted_computation" in one.op_name:
+        phase = "recomputed"
+    elif "transpose(" in one.op_name:
+        phase = "backward"
+    if ours := _SHARDLAB.search(place):
+        return ours[0][1:].partition(".py")[0].replace("/", "."), phase
+    return function.partition(".<locals>")[0].removesuffix(".__call__").strip("<>"), phase
 
 
 def _origins(module: HloModule, computation: Computation, value: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from shardlab.hlo.collectives import Collective
 from shardlab.hlo.loops import Visit, visits
 from shardlab.hlo.parse import Computation, HloModule, Instruction
+from shardlab.hlo.time import Times
 from shardlab.hlo.work import scheduled
 
 _CHAIN = re.compile(r'\bchain_id="(\d+)"')
@@ -85,7 +86,7 @@ def overlaps(
     module: HloModule,
     found: Sequence[Collective],
     seconds: Callable[[Collective], float],
-    compute: Mapping[tuple[str, str], float],
+    compute: Times,
     *,
     links: Callable[[Collective], Hashable] = same_axes,
 ) -> Overlaps:
@@ -94,11 +95,10 @@ def overlaps(
     Args:
       found: `collectives(module, axes)`.
       seconds: of a collective, all its executions together, as its bytes are.
-      compute: seconds of one execution of an instruction, by the names of its computation and its own
-        (`shardlab.hlo.time.seconds_once`).
+      compute: `times(module, rates)`.
       links: what collectives must have in common to share links; the mesh axes they cross.
 
-    >>> from shardlab.hlo import collectives, parse
+    >>> from shardlab.hlo import Rates, collectives, parse, times
     >>> module = parse('''
     ... HloModule step, is_scheduled=true, num_partitions=2
     ... ENTRY %main (x: f32[4], y: f32[4]) -> (f32[8], f32[4]) {
@@ -110,32 +110,23 @@ def overlaps(
     ...   ROOT %both = (f32[8]{0}, f32[4]{0}) tuple(%done, %z)
     ... }
     ... ''')
-    >>> one = overlaps(module, collectives(module, {"data": 2}), lambda one: 5.0, {("main", "z"): 3.0}).each[0]
+    >>> compute = times(module, Rates({}, 16.0, memory_efficiency=1.0))  # 48 bytes: 3 s
+    >>> one = overlaps(module, collectives(module, {"data": 2}), lambda one: 5.0, compute).each[0]
     >>> one.asynchronous, one.hidden_seconds, one.exposed_seconds
     (True, 3.0, 2.0)
     """
     spans = _spans(module, found)
-    step = visits(module, lambda where, i: compute.get((where, i.name), 0.0))
-    once = [one.seconds for one in (_Seconds(seconds(c), max(c.count, 1)) for c in found)]
-    walk = _Walk(module, found, once, spans, step, compute, links)
+    pieces = {(piece.computation, piece.name): piece.seconds / piece.executions for piece in compute.pieces}
+    step = visits(module, lambda where, i: pieces.get((where, i.name), 0.0))
+    once = [seconds(one) / max(one.count, 1) for one in found]
+    walk = _Walk(module, found, once, spans, step, pieces, links)
     total = walk.through(module.computations[module.entry])
     each = []
     for k, one in enumerate(found):
-        runs = max(one.count, 0)
-        exposed = walk.exposed.get(k, once[k]) * runs
-        whole = once[k] * runs
+        exposed = walk.exposed.get(k, once[k]) * one.count
+        whole = once[k] * one.count
         each.append(Overlap(one, spans[k].asynchronous if k in spans else False, whole, whole - exposed, exposed))
     return Overlaps(tuple(each), total.compute)
-
-
-@dataclass(frozen=True)
-class _Seconds:
-    total: float
-    runs: int
-
-    @property
-    def seconds(self) -> float:
-        return self.total / self.runs
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,18 @@ class HloModule:
 
         Only where XLA prints a table of stack frames; a frame names its caller by number, one more than it is.
         """
-        frame = re.search(r"\bstack_frame_id=(\d+)", instruction.attributes.get("metadata", ""))
-        number, found = int(frame[1]) if frame else 0, []
+        frame = re.search(r"\bstack_frame_id=(\d+)", instruction.attribute_text)
+        number = int(frame[1]) if frame else 0
+        if number not in self._stacks:
+            self._stacks[number] = self._frames(number)
+        return self._stacks[number]
+
+    @cached_property
+    def _stacks(self) -> dict[int, tuple[tuple[str, str], ...]]:
+        return {}
+
+    def _frames(self, number: int) -> tuple[tuple[str, str], ...]:
+        found = []
         while number and (row := self.tables.get("StackFrames", {}).get(number)):
             location = self._row("FileLocations", row, "file_location_id")
             line = re.search(r"\bline=(\d+)", location)

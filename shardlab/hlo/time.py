@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shardlab.hlo.loops import visits
+from shardlab.hlo.origin import named, part_of
 from shardlab.hlo.parse import Computation, HloModule, Instruction
 from shardlab.hlo.work import COLLECTIVES, moved, products, scheduled, target
 
@@ -47,7 +48,8 @@ _FREE = frozenset(
         "add-dependency",
     }
 )
-_NO_WORK = frozenset({"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"})
+# Custom calls that name what is there.
+_NO_WORK = frozenset({"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"})
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Piece:
       estimated: whether the seconds are the compiler's estimate.
       op_name: the JAX operation it came from.
       source: `file:line` of the user's code.
+      part: the class or function of the model it stands in ("Attention"), or the module of shardlab's.
+      phase: "forward", "recomputed" or "backward".
     """
 
     computation: str
@@ -108,11 +112,13 @@ class Piece:
     estimated: bool
     op_name: str
     source: str
+    part: str
+    phase: str
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An instruction whose time nothing tells: its seconds count as 0."""
+    """An instruction whose time nothing tells: it counts 0 seconds, or those of its bytes."""
 
     computation: str
     name: str
@@ -148,7 +154,7 @@ class Times:
         return sum(piece.seconds for piece in self.pieces if piece.bound == which)
 
     def by(self, key: Callable[[Piece], str]) -> dict[str, float]:
-        """Seconds by a name made of each piece, most first."""
+        """Seconds by a name made of each piece, most first: `times.by(lambda piece: piece.part)`."""
         found: dict[str, float] = {}
         for piece in self.pieces:
             found[key(piece)] = found.get(key(piece), 0.0) + piece.seconds
@@ -184,6 +190,8 @@ def times(module: HloModule, rates: Rates) -> Times:
         instruction, n = module.computations[where].instructions[name], visit.executions
         if one.reason:
             left_out.append(LeftOut(where, name, n, one.reason, instruction.op_name))
+        op_name, source = named(module, instruction)
+        part, phase = part_of(module, instruction)
         pieces.append(
             Piece(
                 computation=where,
@@ -195,8 +203,10 @@ def times(module: HloModule, rates: Rates) -> Times:
                 flops=one.flops * n,
                 bytes=one.bytes * n,
                 estimated=one.estimated,
-                op_name=instruction.op_name,
-                source=module.source(instruction),
+                op_name=op_name,
+                source=source,
+                part=part,
+                phase=phase,
             )
         )
     return Times(tuple(sorted(pieces, key=lambda piece: -piece.seconds)), tuple(left_out))
@@ -238,7 +248,7 @@ def _once(module: HloModule, computation: Computation, instruction: Instruction,
         return None
     count, size = sum(n for _, n in made), moved(module, computation, instruction)
     if opcode.endswith("-start"):
-        return Once(0.0, "memory", 0, size, estimated=False, reason="runs beside the compute")
+        return Once(0.0, "memory", 0, size, estimated=False, reason="an asynchronous copy, beside the compute")
     computing = sum(n / rates.peak(dtype) for dtype, n in made)
     moving = size / (rates.bandwidth * rates.memory_efficiency)
     bound = "compute" if computing > moving else "memory"
@@ -253,7 +263,7 @@ def _once(module: HloModule, computation: Computation, instruction: Instruction,
     if opcode == "custom-call" and target(instruction) in _NO_WORK:
         return None
     if opcode == "custom-call" and not count:
-        return Once(0.0, "memory", 0, size, estimated=False, reason=f"a kernel, {target(instruction)}")
+        return Once(moving, "memory", 0, size, estimated=False, reason=f"a kernel, {target(instruction)}: bytes alone")
     return Once(max(computing, moving), bound, count, size, estimated=False, reason="")
 
 

@@ -36,6 +36,8 @@ COLLECTIVES = frozenset(
 )
 # Only their result's bytes are read of their first operand.
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+# Their first operand is changed where it lies.
+IN_PLACE = frozenset({"dynamic-update-slice", "scatter"})
 _RENAMES = frozenset({"bitcast", "get-tuple-element", "reshape"})
 
 
@@ -170,8 +172,8 @@ def moved(module: HloModule, computation: Computation, instruction: Instruction)
     opcode = instruction.opcode
     if opcode in _SLICES:
         return 2 * _here(instruction.type_text)
-    if opcode == "dynamic-update-slice":
-        update = computation.instructions.get(instruction.operands[1])
+    if opcode in IN_PLACE:
+        update = computation.instructions.get(instruction.operands[-1 if opcode == "scatter" else 1])
         return 2 * _here(update.type_text) if update else 0
     read = 0
     if opcode == "fusion":
@@ -200,8 +202,8 @@ def _read(module: HloModule, inner: Computation, value: Instruction) -> int:
             read += _read(module, inner, user)
         elif user.opcode in _SLICES and user.operands[0] == value.name:
             read += sum(one.stored for one in stored(user.type_text))
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name and _ends(inner, user):
-            read += 0
+        elif user.opcode in IN_PLACE and user.operands[0] == value.name and _ends(inner, user):
+            continue
         elif user.opcode == "fusion":
             nested = module.computations[user.callees("calls")[0]]
             for number, name in enumerate(user.operands):
@@ -239,8 +241,9 @@ def _update(module: HloModule, inner: Computation, made: Instruction) -> int | N
     """Bytes of what a value that is updated in place is updated with; None for any other."""
     while made.opcode in _RENAMES and made.operands[0] in inner.instructions:
         made = inner.instructions[made.operands[0]]
-    if made.opcode == "dynamic-update-slice":
-        return sum(one.stored for one in stored(inner.instructions[made.operands[1]].type_text))
+    if made.opcode in IN_PLACE:
+        update = inner.instructions[made.operands[-1 if made.opcode == "scatter" else 1]]
+        return sum(one.stored for one in stored(update.type_text))
     if made.opcode == "fusion":
         nested = module.computations[made.callees("calls")[0]]
         return _update(module, nested, nested.root)

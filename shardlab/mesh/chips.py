@@ -216,11 +216,12 @@ _CHIPS = (
         devices_per_chip=2,
         ici_bandwidth=90 * _G,
         ici_links=6,
-        core_bandwidth=6 * 2 * 90 * _G,
+        core_bandwidth=6 * 90 * _G,
         dcn_bandwidth=100 / 8 / 2 * _G,
         sources=(
             "https://cloud.google.com/tpu/docs/tpu7x: HBM, peak, DCN 100 Gb/s, all of a chip, which is two devices",
             "ICI: the same page gives 1200 GB/s a chip as for v5p, whose link the scaling book puts at 90 GB/s",
+            "between the devices of a chip: the same page, about six times one ICI link",
             _COMPILER,
             _CLOCK,
         ),

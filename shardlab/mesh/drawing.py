@@ -57,7 +57,8 @@ def _slice(dims: Sequence[Dim], labels: Sequence[str]) -> list[str]:
 
     shapes = [f"a {'ring' if dim.wrap else 'line'} of {dim.size}" for dim in torus]
     ways = zip(torus, _WAYS, shapes, strict=False)
-    head = [", ".join(f"{dim.name} {way} ({shape})" for dim, way, shape in ways)]
+    head = [", ".join(f"{dim.name} {way} ({shape})" for dim, way, shape in ways if dim.size > 1)]
+    head = [line for line in head if line]
     if cores > 1:
         head.append("the two devices of a chip are written a|b")
     if dims[-1].tier == "dcn":

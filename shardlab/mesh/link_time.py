@@ -1,13 +1,14 @@
 """How long a collective takes on the links its axes cover, were nothing else running.
 
-Legend: b bytes of the operand of an all-to-all, V of the gathered result or the reduced operand, on N devices; W bytes
-a second that one device sends over the links of one level (`shardlab.mesh.physical`), n places on the level.
+Legend: b bytes of the operand of an all-to-all, V of the gathered result or the reduced operand, on P devices; W bytes
+a second that one device sends over the links of one level (`shardlab.mesh.physical`), n places on the level, N on the
+faster levels together, M on the slower ones.
 
-    all-gather, reduce-scatter   V (n-1) / (n N' W) on every level, N' places on the faster ones: the slowest counts
+    all-gather, reduce-scatter   on TPU V (n-1) / (n N W), summed over the levels; on GPU V (P-1) / P over the least N W
     all-reduce                   twice that
-    all-to-all, on a torus       b/N'' floor(n^2/4) / (n W) on every dim, N'' places on the slower levels; the slowest
-                                 dim counts: a message goes a quarter of the way round a ring on average
-    all-to-all, on a switch      b/N'' (n-1) / (n W)
+    all-to-all, on a torus       b/M floor(n^2/4) / (n W) on every dim, the slowest counts: a message goes a quarter of
+                                 the way round a ring on average
+    all-to-all, on a switch      b/M (n-1) / (n W)
     collective-permute           the payload over one link, of the slowest dim
 
 Which links W sums depends on what XLA:TPU makes of a collective over several dims of a torus (from the
@@ -58,14 +59,15 @@ def link_seconds(parts: Sequence[Part], kind: str, wire_bytes: float, *, count: 
     1.0
     """
     if kind not in KINDS:
-        raise DeclarationError(f"collective {kind!r}: is not one of {', '.join(KINDS)}; {suggestion(kind, KINDS)}")
+        known = ", ".join(KINDS)
+        raise DeclarationError(f"collective {kind!r}: is not one of {known}; {suggestion(kind, KINDS)}name one of them")
     parts = merged(parts)
     places = math.prod(part.size for part in parts)
     if places == 1:
         return 0.0
     if not all(part.one_way for part in parts):
         raise DeclarationError(
-            "links: emulated devices have none, so no time can be told; lay the mesh on a TPU or GPU"
+            "links: of emulated and local devices none are known, so no time can be told; name a TPU or GPU target"
         )
     latency = count * _latency(parts, kind)
     if kind in ("collective-permute", "collective-broadcast"):

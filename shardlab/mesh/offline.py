@@ -57,6 +57,11 @@ def compiler_installed(platform: str) -> bool:
     return platform == "cpu" or any(_there(name) for name in _PLUGINS[platform])
 
 
+def extra_of(platform: str) -> str:
+    """What to install for the compiler of a platform ("tpu", "gpu")."""
+    return _EXTRAS[platform]
+
+
 def _there(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None

@@ -116,7 +116,12 @@ def dims_of(target: Target) -> tuple[Dim, ...]:
 
 
 def wraps_of(target: Target) -> tuple[bool, ...]:
-    """For each dim of a TPU slice, whether it has wrap-around links; the rule is in the module's docstring."""
+    """For each dim of a TPU slice, whether it has wrap-around links; the rule is in the module's docstring.
+
+    >>> from shardlab.mesh.targets import parse_target
+    >>> wraps_of(parse_target("tpu:v5e:8x16")), wraps_of(parse_target("tpu:v5p:2x4x4"))
+    ((False, True), (False, False, False))
+    """
     if len(target.shape) == 2:
         return tuple(size == _POD for size in target.shape)
     cubes = all(size % _CUBE == 0 for size in target.shape)
@@ -181,17 +186,24 @@ def one_ring(parts: Sequence[Part]) -> float:
 
 
 def gather_share(parts: Iterable[Part], speed: Callable[[Sequence[Part]], float] = all_links) -> float:
-    """Seconds that a byte of the result of a gather takes: those of the level that takes longest.
+    """Seconds that a byte of the result of a gather takes.
 
-    With n places on a level and N on the faster ones together, a device sends (n - 1) / (n N) of the result over that
-    level: the faster ones pass the pieces on.
+    Legend: n places on a level, N on the faster ones together, W its bytes a second, P places of the group.
+
+    TPU: level after level, as XLA makes it of several slices: the sum of (n - 1) / (n N W), as the faster levels pass
+    on what has come over a slower one. GPU: NCCL's rings through all the group's GPUs, every byte over every hop, with
+    an adapter for each of an island's N GPUs: (P - 1) / P over the least of N W.
     """
-    inside, slowest = 1, 0.0
-    for level in levels(parts):
-        places, bandwidth = math.prod(part.size for part in level), speed(level)
-        slowest = max(slowest, (places - 1) / (places * inside * bandwidth) if bandwidth else math.inf)
-        inside *= places
-    return slowest
+    found = levels(parts)
+    places = [math.prod(part.size for part in level) for level in found]
+    inside = [math.prod(places[:number]) for number in range(len(places))]
+    speeds = [speed(level) for level in found]
+    if not all(speeds):
+        return math.inf
+    if any(level[0].dim.tier in ("nvlink", "host", "network") for level in found):
+        group = math.prod(places)
+        return (group - 1) / group / min(N * W for N, W in zip(inside, speeds, strict=True))
+    return sum((n - 1) / (n * N * W) for n, N, W in zip(places, inside, speeds, strict=True))
 
 
 def ring_bandwidth(parts: Iterable[Part]) -> float:

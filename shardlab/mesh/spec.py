@@ -127,14 +127,15 @@ class MeshSpec:
         """The same declaration with other sizes; a declared axis that is not named gets size 1.
 
         Args:
-          sizes: by axis, or as text: ``"data=2,stage=2,tensor=2"``; one may be -1.
+          sizes: by axis, or as text: ``"data=2,stage=2,tensor=2"``; one may be -1. An axis written ``data=2*16`` has
+            size 32 and runs over 2 slices: with one so written the text is all that is said of `dcn`.
           target: another machine, or None to keep it.
 
         Raises:
           DeclarationError: an axis that is not declared (nearest name given), or sizes that do not fit the
             target.
         """
-        pairs = _read_sizes(sizes) if isinstance(sizes, str) else _pairs(sizes)
+        pairs, slow = _read_sizes(sizes) if isinstance(sizes, str) else (_pairs(sizes), ())
         faults = [
             _undeclared(f"mesh axis {axis!r}", self.names, axis, advice="only declared axes can be given a size")
             for axis, _ in pairs
@@ -143,7 +144,18 @@ class MeshSpec:
         raise_faults(faults)
         wanted = dict(pairs)
         axes = tuple((axis, wanted.get(axis, 1)) for axis in self.names)
-        return dataclasses.replace(self, axes=axes, target=self.target if target is None else target)
+        target = self.target if target is None else target
+        return dataclasses.replace(self, axes=axes, target=target, dcn=slow or self.dcn)
+
+    @classmethod
+    def from_text(cls, sizes: str, *, target: str) -> MeshSpec:
+        """The mesh of axes and sizes written as for `override`, without roles.
+
+        >>> MeshSpec.from_text("data=2*16,tensor=16", target="2*tpu:v5e:16x16").dcn
+        (('data', 2),)
+        """
+        axes, slow = _read_sizes(sizes)
+        return cls(axes, target=target, dcn=slow)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; `from_json` gives the spec back."""
@@ -183,14 +195,21 @@ def _pairs(axes: Mapping[str, int] | Iterable[tuple[str, int]]) -> Pairs:
     return tuple((name, size) for name, size in items)
 
 
-def _read_sizes(text: str) -> Pairs:
-    """Pairs of ``"data=2,tensor=4"``."""
+def _read_sizes(text: str) -> tuple[Pairs, Pairs]:
+    """Pairs of ``"data=2*16,tensor=4"``: axes and sizes, and axes and the slices they run over.
+
+    >>> _read_sizes("data=2*16,tensor=4")
+    ((('data', 32), ('tensor', 4)), (('data', 2),))
+    """
     pairs: list[tuple[str, int]] = []
+    slow: list[tuple[str, int]] = []
     faults = []
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
+        parts, star, each = size.rpartition("*")
         try:
-            pairs.append((name, int(size)))
+            pairs.append((name, int(each) * (int(parts) if star and int(each) > 0 else 1)))
+            slow += [(name, int(parts))] if star else []
         except ValueError:
             faults.append(
                 Fault(f"mesh {text!r}", f"{part.strip()!r} is not axis=size", "write it like data=2,tensor=4")
@@ -198,7 +217,7 @@ def _read_sizes(text: str) -> Pairs:
     for name in _repeated([name for name, _ in pairs]):
         faults.append(Fault(f"mesh {text!r}", f"axis {name!r} is given twice", "give it one size"))
     raise_faults(faults)
-    return tuple(pairs)
+    return tuple(pairs), tuple(slow)
 
 
 def _repeated(names: Sequence[str]) -> list[str]:
@@ -315,7 +334,9 @@ def _slice_faults(pairs: Pairs, slow: Pairs, machine: Target) -> list[Fault]:
     declared = ", ".join(f"{axis}={count}" for axis, count in slow)
     problem = f"target {machine} is {machine.slices} slices joined by slow links, "
     problem += f"dcn ({declared}) splits the mesh in {parts}" if slow else "and dcn names no axis for them"
-    return [Fault("mesh", problem, f"declare dcn={{{pairs[0][0]!r}: {machine.slices}}}, or another axis")]
+    axis, size = pairs[0]
+    written = f"--mesh {axis}={machine.slices}*{max(1, size // machine.slices)}"
+    return [Fault("mesh", problem, f"declare dcn={{{axis!r}: {machine.slices}}} ({written}), or another axis")]
 
 
 def _link_faults(

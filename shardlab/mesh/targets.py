@@ -20,6 +20,10 @@ from shardlab.mesh.faults import Fault, nearest, raise_faults, suggestion
 # Dims of the torus, in chips. A chip is one JAX device (v4 and v5p join their two cores: "megacore"), but on v7x two.
 TPU_KINDS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "v7x": 3}
 DEVICES_PER_CHIP = {"v7x": 2}
+# Chips of a pod, the largest slice: https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x. A pod of v5e and v6e is
+# 16 x 16, and libtpu 0.0.42.1 ends the process on a longer dim of v5e.
+_POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "v7x": 9216}
+_LONGEST = {"v5e": 16, "v6e": 16}
 GPU_KINDS = ("a100", "h100", "h200", "b200", "gb200", "a6000")  # Those of which `shardlab.mesh.chips` has a record.
 
 
@@ -81,8 +85,7 @@ def read_target(text: str) -> tuple[Target | None, list[Fault]]:
         return Target(jax.default_backend(), "", jax.device_count(), text, (jax.device_count(),)), []
     if platform not in ("cpu", "tpu", "gpu"):
         if "*" in platform:
-            problem = f"{text.partition('*')[0]!r} slices of {text.partition('*')[2]!r} are not known"
-            return None, [Fault(where, problem, "several slices are written 2*tpu:v5e:16x16; " + forms)]
+            return None, [Fault(where, "is not slices of a TPU", "write several slices like 2*tpu:v5e:16x16")]
         near = nearest(platform, ("cpu", "tpu", "gpu", "local"))
         hint = f"did you mean {near!r}? " if near else ""
         return None, [Fault(where, f"{platform!r} is no platform", hint + forms)]
@@ -99,8 +102,20 @@ def read_target(text: str) -> tuple[Target | None, list[Fault]]:
         sizes = "1 size" if dims == 1 else f"{dims} sizes"
         return None, [Fault(where, f"{rest[-1]!r} is not {sizes} of 1 or more", f"write it like {example}")]
     shape = tuple(int(size) for size in rest[-1].split("x"))
+    if platform == "tpu" and (fault := _beyond_a_pod(where, kind, shape)):
+        return None, [fault]
     devices = slices * math.prod(shape) * DEVICES_PER_CHIP.get(kind, 1)
     return Target(platform, kind, devices, text, shape, slices), []
+
+
+def _beyond_a_pod(where: str, kind: str, shape: tuple[int, ...]) -> Fault | None:
+    chips, most = math.prod(shape), _POD[kind]
+    slices = "several slices are written 2*tpu:v5e:16x16"
+    if max(shape) > _LONGEST.get(kind, max(shape)):
+        return Fault(where, f"has a dim of {max(shape)} chips, a pod of {kind} has 16 x 16", slices)
+    if chips > most:
+        return Fault(where, f"has {chips} chips in a slice, a pod of {kind} has {most}", slices)
+    return None
 
 
 def _unknown(where: str, kind: str, kinds: tuple[str, ...]) -> Fault:

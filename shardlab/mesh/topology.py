@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -54,16 +55,21 @@ class Layout:
       spec: the mesh.
       dims: the target's physical dims, fastest first.
       axes: the links of every axis, in mesh order.
-      order: for every mesh position, row-major, the place of its device among the target's devices. Places count in
-        the order slice, z, y, x, core on TPU (x and core change first), host and GPU of the host on GPU.
       explanation: the target in a sentence, then one for every axis.
     """
 
     spec: MeshSpec
     dims: tuple[Dim, ...]
     axes: tuple[AxisLinks, ...]
-    order: tuple[int, ...]
     explanation: str
+
+    @functools.cached_property
+    def order(self) -> tuple[int, ...]:
+        """For every mesh position, row-major, the place of its device among the target's devices.
+
+        Places count in the order slice, z, y, x, core on TPU (core and x change first), host, GPU of the host on GPU.
+        """
+        return tuple(_order(self))
 
     def links(self, axis: str) -> AxisLinks:
         """The links of one axis."""
@@ -94,19 +100,20 @@ def lay_out(spec: MeshSpec, *, traffic: Mapping[str, float] | None = None) -> La
     for axis in traffic or ():
         spec.size(axis)
     dims = dims_of(spec.machine)
+    raise_faults(_dcn_faults(spec, dims))
     served = _served(spec, traffic or {})
     taken = _assign(spec, dims, served, traffic or {})
     axes = tuple(_links(axis, spec.sizes[axis], taken[axis]) for axis in spec.names)
     words = [links.words for links in axes if links.size > 1]
     words.insert(0, f"{_target_words(spec, dims)} Served in the order {', '.join(served)}.")
-    return Layout(spec, dims, axes, tuple(_order(spec, dims, taken)), "\n".join(words))
+    return Layout(spec, dims, axes, "\n".join(words))
 
 
 def collective_seconds(layout: Layout, kind: str, axes: Sequence[str], wire_bytes: float, *, count: int = 1) -> float:
     """Seconds that collectives take on the links of their axes, were nothing else running.
 
     The model and its sources are in `shardlab.mesh.link_time`: a collective drives the links of several dims at once
-    where XLA does; over links of different tiers the slowest counts, each with the bytes that must cross it.
+    where XLA does; over links of different tiers each tier takes what must cross it.
 
     Args:
       layout: of the mesh.
@@ -130,6 +137,32 @@ def collective_seconds(layout: Layout, kind: str, axes: Sequence[str], wire_byte
         return link_seconds(parts, kind, wire_bytes, count=count)
     except DeclarationError as error:
         raise DeclarationError(f"mesh {layout.spec}: {error}") from None
+
+
+def group_seconds(layout: Layout, kind: str, group: Sequence[int], wire_bytes: float, *, count: int = 1) -> float | None:
+    """`collective_seconds` of a group of mesh positions that covers a part of its axes; None where it is no block.
+
+    Args:
+      group: the mesh positions, row-major, as a program numbers its devices.
+
+    >>> layout = lay_out(MeshSpec({"data": 256}, batch="data", target="tpu:v5p:4x8x8"))
+    >>> round(group_seconds(layout, "all-gather", range(4), 180e9), 3)  # a ring of dim x
+    1.0
+    """
+    places = [layout.order[position] for position in group]
+    parts, weight = [], 1
+    for dim in layout.dims:
+        found = sorted({place // weight % dim.size for place in places})
+        weight *= dim.size
+        if len(found) == 1:
+            continue
+        stride = found[1] - found[0]
+        if any(after - before != stride for before, after in itertools.pairwise(found)):
+            return None
+        parts.append(Part(dim, len(found), stride))
+    if math.prod(part.size for part in parts) != len(places):
+        return None
+    return link_seconds(parts, kind, wire_bytes, count=count)
 
 
 def _served(spec: MeshSpec, traffic: Mapping[str, float]) -> list[str]:
@@ -192,19 +225,24 @@ def _allowed(spec: MeshSpec, dims: Sequence[Dim], axis: str, factors: Sequence[i
     )
 
 
-def _misfit(spec: MeshSpec, dims: Sequence[Dim]) -> Fault:
+def _dcn_faults(spec: MeshSpec, dims: Sequence[Dim]) -> list[Fault]:
+    """`spec.dcn` splits the mesh as the target's slow links do; emulated devices have none."""
     slow = dims[-1].size if dims[-1].tier in ("dcn", "network") else 1
-    if spec.dcn and slow != math.prod(count for _, count in spec.dcn):
-        split = ", ".join(f"{axis}={count}" for axis, count in spec.dcn)
-        parts = "slice" if spec.machine.platform == "tpu" else "NVLink island"
-        has = f"{slow} {parts}{'' if slow == 1 else 's'}"
-        way_out = f"declare parts that multiply to {slow}"
-        if spec.machine.platform == "tpu":
-            way_out += ", or a target of several slices, like 2*tpu:v5e:16x16"
-        return Fault(f"mesh {spec}", f"dcn ({split}) is not how {spec.target} is split: it has {has}", way_out)
-    links = "; ".join(f"{axis} on {', '.join(names)}" for axis, names in spec.links)
+    if not spec.dcn or dims[-1].name == "device" or slow == math.prod(count for _, count in spec.dcn):
+        return []
+    split = ", ".join(f"{axis}={count}" for axis, count in spec.dcn)
+    tpu = spec.machine.platform == "tpu"
+    has = f"{slow} {'slice' if tpu else dims[-1].name if slow > 1 else 'island'}{'' if slow == 1 else 's'}"
+    way_out = f"declare parts that multiply to {slow}" if slow > 1 else "declare no dcn"
+    way_out += ", or a target of several slices, like 2*tpu:v5e:16x16" if tpu else ""
+    return [Fault(f"mesh {spec}", f"dcn ({split}) is not how {spec.target} is split: it has {has}", way_out)]
+
+
+def _misfit(spec: MeshSpec, dims: Sequence[Dim]) -> Fault:
+    said = [f"{axis} on {', '.join(names)}" for axis, names in spec.links]
+    said += [f"{axis} in {count} parts" for axis, count in spec.dcn]
     sizes = ", ".join(f"{dim.name} {dim.size}" for dim in dims)
-    problem = f"links ({links}) leave no way to lay the axes on the dims ({sizes})"
+    problem = f"what is declared ({'; '.join(said)}) leaves no way to lay the axes on the dims ({sizes})"
     return Fault(f"mesh {spec}", problem, "name more dims for an axis, or leave it out of links")
 
 
@@ -220,13 +258,13 @@ def _factors(size: int, free: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield from ((take, *rest) for rest in _factors(size // take, free[1:]))
 
 
-def _order(spec: MeshSpec, dims: Sequence[Dim], taken: Mapping[str, Sequence[Part]]) -> list[int]:
-    """For every mesh position the place of its device."""
-    weight = {dim.name: math.prod(faster.size for faster in dims[:number]) for number, dim in enumerate(dims)}
+def _order(layout: Layout) -> list[int]:
+    sizes = [dim.size for dim in layout.dims]
+    weight = {dim.name: math.prod(sizes[:number]) for number, dim in enumerate(layout.dims)}
     places = [0]
-    for axis in spec.names:
-        steps = [weight[part.name] * part.stride for part in taken[axis]]
-        digits = _digits([part.size for part in taken[axis]], snake=axis == spec.stage)
+    for links in layout.axes:
+        steps = [weight[part.name] * part.stride for part in links.dims]
+        digits = _digits([part.size for part in links.dims], snake=links.axis == layout.spec.stage)
         offsets = [sum(digit * step for digit, step in zip(row, steps, strict=True)) for row in digits]
         places = [place + offset for place in places for offset in offsets]
     return places
@@ -288,7 +326,7 @@ def _cut_words(part: Part) -> str:
 
 def _switch_words(part: Part) -> str:
     if part.dim.tier == "host":
-        return f"{part.size} emulated devices" if part.name == "device" else f"{part.size} GPUs of a host (PCIe)"
+        return f"{part.size} devices" if part.name == "device" else f"{part.size} GPUs of a host (PCIe)"
     if part.dim.tier == "nvlink":
         whole = part.size == part.dim.size
         return f"{'the' if whole else f'{part.size} of the'} {part.dim.size} GPUs of an NVLink island"
@@ -299,9 +337,10 @@ def _switch_words(part: Part) -> str:
 
 def _target_words(spec: MeshSpec, dims: Sequence[Dim]) -> str:
     torus = [dim for dim in dims if dim.torus]
+    if dims[0].name == "device":
+        emulated = spec.machine.platform == "cpu"
+        return f"{spec.target}: {'emulated devices' if emulated else 'devices'}, in JAX's order."
     if not torus:
-        if dims[0].tier == "host" and dims[0].name == "device":
-            return f"{spec.target}: emulated devices, in order."
         name = "NVLink islands" if dims[0].tier == "nvlink" else "hosts"
         if len(dims) == 1:
             return f"{spec.target}: one {name[:-1]} of {dims[0].size} GPUs."

@@ -8,6 +8,7 @@ No layer names a dtype: the dtype of the parameters decides what is computed in.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from shardlab.models.splash import Attend, on_tpu
 from shardlab.sharding.rules import Rule, Rules
 
 Angles = tuple[jax.Array, jax.Array]
@@ -37,6 +39,11 @@ class DecoderConfig:
       dropout: rate on the embedding and on what each half of a block adds; 0 draws nothing.
       tied: the embedding is the output kernel too.
       query_chunk: queries that attention takes at a time, which bounds its memory; 0 takes all. Divides S.
+      loss_chunk: tokens of an example whose logits are made at a time, and again for the backward; the decoder returns
+        each token's cross-entropy then, for `token_loss`, and never all logits. 0 returns the logits. Divides S.
+      splash: whether attention is a kernel on TPU (`shardlab.models.splash`), with `query_chunk` for elsewhere.
+      heads_axis: mesh axis that attention's heads are split over, said to XLA where tokens are split between blocks
+        (it would attend with parts of the tokens); None leaves it to XLA.
       rope_base: the longest rotary wavelength is about ``2 pi rope_base`` tokens.
 
     >>> DecoderConfig(num_layers=1, model_dim=32)(nnx.Rngs(0)).tokens.embedding.shape
@@ -54,6 +61,9 @@ class DecoderConfig:
     tied: bool = False
     rope_base: float = 10_000.0
     query_chunk: int = 0
+    loss_chunk: int = 0
+    splash: bool = False
+    heads_axis: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -108,9 +118,23 @@ class Decoder(nnx.Module):
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
 
     def head(self, x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """The logits, [B, S, V]."""
-        x = self.norm(x)
-        return self.tokens.attend(x) if self.config.tied else self.unembed(x)
+        """The logits, [B, S, V]; or, with `loss_chunk`, the cross-entropy of every target, [B, S]."""
+        x, chunk = self.norm(x), self.config.loss_chunk
+        if not chunk:
+            return self.tokens.attend(x) if self.config.tied else self.unembed(x)
+        kernel = self.tokens.embedding[...].T if self.config.tied else self.unembed.kernel[...]
+        if self.config.heads_axis is not None:
+            # Chunks of tokens that lie over an axis would be gathered one by one.
+            x = jax.lax.with_sharding_constraint(x, P(P.UNCONSTRAINED, None, None))
+
+        def losses(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+            return None, cross_entropies(at[0] @ kernel, at[1])
+
+        in_chunks = [
+            jnp.moveaxis(one.reshape(one.shape[0], -1, chunk, *one.shape[2:]), 1, 0) for one in (x, batch["targets"])
+        ]
+        _, found = jax.lax.scan(jax.checkpoint(losses), None, tuple(in_chunks))
+        return jnp.moveaxis(found, 0, 1).reshape(x.shape[:2])
 
 
 class Block(nnx.Module):
@@ -134,6 +158,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.head_dim, self.query_chunk = config.head_dim, config.query_chunk
+        self.heads_axis, self.splash = config.heads_axis, config.splash
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = nnx.Linear(config.model_dim, queries, use_bias=False, rngs=rngs)
         self.k = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
@@ -141,9 +166,17 @@ class Attention(nnx.Module):
         self.o = nnx.Linear(queries, config.model_dim, use_bias=False, kernel_init=residual_init(config), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
-        q, k, v = (heads(layer(x), self.head_dim) for layer in (self.q, self.k, self.v))
-        out = causal_attention(rotate(q, c), rotate(k, c), v, query_chunk=self.query_chunk)
-        return self.o(out.reshape(*x.shape[:2], -1))
+        q, k, v = (self.over_heads(heads(layer(x), self.head_dim)) for layer in (self.q, self.k, self.v))
+        attend: Attend = functools.partial(causal_attention, query_chunk=self.query_chunk)
+        attend = on_tpu(attend, heads_axis=self.heads_axis) if self.splash else attend
+        out = attend(rotate(q, c), rotate(k, c), v)
+        return self.o(self.over_heads(out).reshape(*x.shape[:2], -1))
+
+    def over_heads(self, x: jax.Array) -> jax.Array:
+        """x [B, S, heads, K], its heads split over `heads_axis`."""
+        if self.heads_axis is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, P(P.UNCONSTRAINED, None, self.heads_axis, None))
 
 
 class GatedMLP(nnx.Module):
@@ -244,14 +277,31 @@ def next_byte_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[j
     >>> f"{total / weight:.4f} nats over {weight:.0f} targets"
     '5.5452 nats over 6 targets'
     """
+    return token_loss(cross_entropies(logits, batch["targets"]), batch)
+
+
+def token_loss(losses: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`next_byte_loss` of a decoder that returns the cross-entropy of every target: their sum, and how many count.
+
+    Args:
+      losses: [B, S], of every target, as a decoder with `loss_chunk` returns them.
+      batch: with ``targets`` [B, S] of int32; one of -1 counts for nothing.
+
+    >>> [float(one) for one in token_loss(jnp.ones((1, 3)), {"targets": jnp.array([[5, -1, 0]])})]
+    [2.0, 2.0]
+    """
+    counted = (batch["targets"] >= 0).astype(losses.dtype)
+    return jnp.sum(losses * counted), jnp.sum(counted)
+
+
+def cross_entropies(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The cross-entropy of every target in nats, [B, S], by logits [B, S, V]; in float32 or wider."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    targets = batch["targets"]
     # Not take_along_axis: gathering from logits sharded over the vocabulary aborts XLA's partitioner when a
     # second axis is automatic too. A masked sum is partitioned like any other sum.
     vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     picked = jnp.where(vocabulary == targets[..., None], logits, 0).sum(axis=-1)
-    counted = (targets >= 0).astype(logits.dtype)
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * counted), jnp.sum(counted)
+    return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def decoder_rules(axis: str | None = "tensor", *, tied: bool = False) -> Rules:

@@ -37,8 +37,8 @@ def choice_faults(**given: Any) -> list[Fault]:
         "dtype": DTYPES,
         "reduce_dtype": ("auto", *DTYPES),
         "head": HEADS,
-        "gather": ("step", "layer"),
-        "accumulate": ("full", "sharded"),
+        "gather": ("auto", "step", "layer"),
+        "accumulate": ("auto", "full", "sharded"),
         "sends": ("auto", "direct", "delayed"),
         "batch_axes": ("manual", "automatic"),
     }
@@ -242,16 +242,18 @@ def _table_faults(schedule: Schedule, mesh: MeshSpec, stages: int, microbatches:
     return faults
 
 
+def in_shards(blocks: Sequence[Parameter], mesh: MeshSpec, which: str) -> bool:
+    """Whether the batch axes cut some parameter of a block in its ``"storage"`` or ``"state"``."""
+    several = {axis for axis in mesh.batch if mesh.sizes[axis] > 1}
+    return any(several & axes_in(getattr(block, which)) for block in blocks)
+
+
 def sharding_faults(
     blocks: Sequence[Parameter], mesh: MeshSpec, zero: int, gather: str, accumulate: str
 ) -> list[Fault]:
     """Choices about shards of blocks that lie in none."""
-
-    def cut(which: str) -> bool:
-        return any(set(mesh.batch) & axes_in(getattr(block, which)) for block in blocks)
-
     faults = []
-    if gather == "layer" and not cut("storage"):
+    if gather == "layer" and not in_shards(blocks, mesh, "storage"):
         faults.append(
             Fault(
                 "gather='layer'",
@@ -260,7 +262,7 @@ def sharding_faults(
                 "gather='step'",
             )
         )
-    if accumulate == "sharded" and (zero < 2 or not cut("state")):
+    if accumulate == "sharded" and (zero < 2 or not in_shards(blocks, mesh, "state")):
         faults.append(
             Fault(
                 "accumulate='sharded'",

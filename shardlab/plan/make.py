@@ -34,6 +34,7 @@ from shardlab.plan.check import (
     dtype_faults,
     fault_of,
     flow_faults,
+    in_shards,
     layer_faults,
     padding_faults,
     random_faults,
@@ -136,10 +137,11 @@ def make_plan(
         stage's part and all examples, and gives that part of the logits, of which the loss makes nothing but
         `shardlab.cross_entropy`. `before` is spread by example where that divides.
       gather: when weights that lie in shards (ZeRO 3) are gathered. ``"step"``: all once a step, a whole working copy;
-        ``"layer"``: each block's whenever it is used, in every tick.
+        ``"layer"``: each block's whenever it is used, in every tick. ``"auto"``: by layer with one stage, which would
+        hold the whole model, and else once a step.
       accumulate: how gradients add up over microbatches (from ZeRO 2). ``"full"``: each shard's own, reduced once a
         step; ``"sharded"``: each block's reduce-scattered in every backward, to a piece on each device, and those of
-        what comes before and after the blocks with every microbatch.
+        what comes before and after the blocks with every microbatch. ``"auto"``: sharded, from ZeRO 2.
       sends: when what a tick makes for another stage is sent. ``"direct"``: at its end; ``"delayed"``: during the next
         tick, beside what that computes, to be read in the one after. ``"auto"``: as `schedule` says; by name, direct.
       scatter: how gradients are reduce-scattered over a batch axis. ``"whole"``: at once, of which XLA:TPU makes an
@@ -211,7 +213,12 @@ def make_plan(
     parameters: list[Parameter] = []
     if not (resolution.faults or untrained or choices):
         parameters = _parameters(model, resolution.placements, mesh, zero, dtype, head)
-        faults += sharding_faults([one for one in parameters if one.path in inside], mesh, zero, gather, accumulate)
+        of_blocks = [one for one in parameters if one.path in inside]
+        if gather == "auto":
+            gather = "layer" if devices == 1 and manual and in_shards(of_blocks, mesh, "storage") else "step"
+        if accumulate == "auto":
+            accumulate = "sharded" if zero > 1 and manual and in_shards(of_blocks, mesh, "state") else "full"
+        faults += sharding_faults(of_blocks, mesh, zero, gather, accumulate)
         faults += padding_faults(optimizer, model, parameters)
     flows = {"activation": activation, "saved_activation": saved_activation}
     wrong_axes = [fault for option, spec in flows.items() for fault in activation_faults(option, spec, model, mesh)]

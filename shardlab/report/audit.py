@@ -20,6 +20,7 @@ from shardlab.hlo.collectives import Collective, collectives
 from shardlab.hlo.origin import Cause, cause, path_of
 from shardlab.hlo.overlap import Overlap, overlaps
 from shardlab.hlo.parse import HloModule, parse
+from shardlab.hlo.time import Times
 from shardlab.mesh.chips import Chip, chip_of
 from shardlab.mesh.topology import Layout, lay_out
 from shardlab.plan.plan import Parameter, Plan
@@ -228,9 +229,9 @@ def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -
     timed: dict[str, Any] = dict.fromkeys(("estimate_seconds", "mfu", "bound_by", "estimate"))
     seconds: Callable[[Collective], float] | None = None
     if chip is None or layout is None:
-        beside = overlaps(module, found, lambda one: 0.0, {})
+        beside = overlaps(module, found, lambda one: 0.0, Times((), ()))
     else:
-        seconds = seconds_on(layout)
+        seconds = seconds_on(layout, module)
         compute, beside = step_overlaps(module, found, layout, chip)
         timed = estimate_facts(plan, compute, beside, layout, chip, flops)
     pairs = zip(beside.each, causes, strict=True)

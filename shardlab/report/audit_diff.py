@@ -113,7 +113,11 @@ def _parameters(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Differen
 def _memory(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
     yield from _plain("memory", "fits", a["fits"], b["fits"], matters=True, show=lambda fits: "yes" if fits else "no")
     yield from _plain("memory", "capacity", a["hbm_capacity_bytes"], b["hbm_capacity_bytes"], show=human_bytes)
-    rows = [("total", a["hbm_bytes"], b["hbm_bytes"]), *_both(a["categories"], b["categories"])]
+    rows = [("total", a["hbm_bytes"], b["hbm_bytes"])]
+    if a["categories"] and b["categories"]:
+        rows += _both(a["categories"], b["categories"])
+    else:
+        yield from _known("memory", "by category", bool(a["categories"]), bool(b["categories"]))
     for name, before, after in rows:
         if (before or 0) == (after or 0):
             continue
@@ -122,15 +126,11 @@ def _memory(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
 
 
 def _links(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
-    known = a["wire_bytes"] is not None and b["wire_bytes"] is not None
-    if known:
+    if _read(a) and _read(b):
         by_axis = [{"all axes": facts["wire_bytes"], **facts["wire_bytes_by_axis"]} for facts in (a, b)]
         for name, before, after in _both(*by_axis):
             if (before or 0) != (after or 0):
                 yield Difference("links", f"sent over {name}", before, after, _sizes(before or 0, after or 0), True)
-    else:
-        before, after = a["wire_bytes"], b["wire_bytes"]
-        yield from _plain("links", "sent over all axes", before, after, matters=True, show=human_bytes)
     axes = [{one["axis"]: one for one in facts["layout"]["axes"]} if facts["layout"] else {} for facts in (a, b)]
     for axis, before, after in _both(*axes):
         if before and after:  # an axis that is new or gone is a difference of the mesh
@@ -139,6 +139,9 @@ def _links(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
 
 
 def _collectives(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
+    if not (_read(a) and _read(b)):
+        yield from _known("collectives", "all of them", _read(a), _read(b))
+        return
     for (kind, axes, cause), before, after in _both(_by_cause(a["collectives"]), _by_cause(b["collectives"])):
         what = f"{kind} over {axes_text(axes)}, {cause}"
         if before is None or after is None:
@@ -193,6 +196,10 @@ def _time(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
 
 
 def _findings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
+    if not (_read(a) and _read(b)):
+        yield from _known("findings", "all of them", _read(a), _read(b))
+        return
+
     def table(facts: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
         found: dict[tuple[str, str], list[str]] = {}
         for one in facts["lints"]:
@@ -208,6 +215,15 @@ def _findings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference
         else:
             text = f"{'; '.join(before)} -> {'; '.join(after)}"
         yield Difference("findings", what, before, after, text, True)
+
+
+def _read(facts: Mapping[str, Any]) -> bool:
+    """Whether the compiler left a program to read."""
+    return facts["wire_bytes"] is not None
+
+
+def _known(part: str, what: str, before: bool, after: bool) -> Iterator[Difference]:
+    yield from _plain(part, what, before, after, matters=True, show=lambda known: "known" if known else "not known")
 
 
 def _both(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> Iterator[tuple[Any, Any, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from shardlab.plan.text import columns, human_bytes
 from shardlab.report.audit_words import (
     TIERS,
+    alike,
     axes_text,
     bandwidth_text,
     command,
@@ -16,18 +17,23 @@ from shardlab.report.audit_words import (
     count_bound,
     idle,
     merged,
+    not_estimated,
     pace,
     plan_words,
     seconds_text,
     sent,
+    shape_text,
     share_text,
+    short_source,
     subject,
     verdict,
+    why,
+    with_rest,
 )
 
 _WIDTH = 120
 _BAR = 40
-_BUFFERS, _COLLECTIVES, _DRAWN = 10, 20, 24  # lines of each; more would hide what they are to show
+_BUFFERS, _COLLECTIVES, _DRAWN, _PARTS = 10, 20, 24, 9  # lines of each; more would hide what they are to show
 
 
 def audit_text(facts: Mapping[str, Any]) -> str:
@@ -90,38 +96,41 @@ def _memory(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _largest(facts: Mapping[str, Any]) -> list[str]:
+    found = alike(facts["largest"])
     rows = [
-        (human_bytes(one["bytes"]), one["what"], cut(one["shape"], 28), one["category"], cut(one["source"], 28))
-        for one in facts["largest"][:_BUFFERS]
+        (
+            human_bytes(one["bytes"]) if count == 1 else f"{count} x {human_bytes(one['bytes'])}",
+            one["what"],
+            cut(shape_text(one["shape"]), 28),
+            one["category"],
+            cut(short_source(one["source"]), 28),
+        )
+        for count, one in found[:_BUFFERS]
     ]
-    more = len(facts["largest"]) - len(rows)
+    more = len(facts["largest"]) - sum(count for count, _ in found[:_BUFFERS])
     lines = _plain(_narrowed(rows, 1), right=(0,)) if rows else ["not known"]
     return [*lines, f"and {more} smaller"] if more > 0 else lines
 
 
 def _layout(facts: Mapping[str, Any]) -> list[str]:
-    layout, by_axis = facts["layout"], facts["wire_bytes_by_axis"] or {}
-    if layout is None:
-        lines = [f"links of {facts['target']} not known"]
-        rows = [(axis, str(size), "", "", human_bytes(by_axis.get(axis, 0))) for axis, size in facts["mesh"].items()]
-        words = ""
-    else:
-        lines = []
-        rows = [
-            (
-                one["axis"],
-                str(one["size"]),
-                TIERS.get(one["tier"], one["tier"]),
-                bandwidth_text(one["bandwidth"]),
-                human_bytes(by_axis.get(one["axis"], 0)),
-            )
-            for one in layout["axes"]
-        ]
-        words = layout["words"]
-    rows += [(axes, "", "", "", human_bytes(size)) for axes, size in by_axis.items() if axes not in facts["mesh"]]
-    known = facts["wire_bytes"] is not None
-    table = columns(("axis", "size", "link", "of a device", "sent"), rows, right=(1, 3, 4))
-    lines += table if known else columns(("axis", "size", "link", "of a device"), [row[:4] for row in rows], (1, 3))
+    layout, by_axis = facts["layout"], facts["wire_bytes_by_axis"]
+    on = {one["axis"]: one for one in layout["axes"]} if layout else {}
+    header, rows = ["axis", "size"], [[axis, str(size)] for axis, size in facts["mesh"].items()]
+    others = [axes for axes in by_axis if axes not in facts["mesh"]]
+    rows += [[axes_text(axes.split(" x ")), ""] for axes in others]
+    names = [*facts["mesh"], *others]
+    if layout:
+        header += ["link", "of a device"]
+        for name, row in zip(names, rows, strict=True):
+            one = on.get(name)
+            row += [TIERS.get(one["tier"], one["tier"]), bandwidth_text(one["bandwidth"])] if one else ["", ""]
+    if facts["wire_bytes"] is not None:
+        header.append("sent")
+        for name, row in zip(names, rows, strict=True):
+            row.append(human_bytes(by_axis.get(name, 0)))
+    right = [place for place, name in enumerate(header) if name not in ("axis", "link")]
+    words = layout["words"] if layout else f"on which links they lie is not known for {facts['target']}"
+    lines = columns(header, rows, right)
     lines += [line for part in words.splitlines() for line in textwrap.wrap(part, _WIDTH - 2)]
     drawing = layout["drawing"].splitlines() if layout else []
     lines += ["", *(line[: _WIDTH - 2] for line in drawing[:_DRAWN])] if drawing else []
@@ -144,7 +153,7 @@ def _collectives(facts: Mapping[str, Any]) -> list[str]:
             human_bytes(row["wire_bytes"]),
             "beside compute" if row["async"] else "waited for",
             "" if row["exposed_seconds"] is None else seconds_text(row["exposed_seconds"]),
-            row["cause"],
+            why(row),
         )
         for row in found[:_COLLECTIVES]
     ]
@@ -166,16 +175,12 @@ def _collectives(facts: Mapping[str, Any]) -> list[str]:
 def _time(facts: Mapping[str, Any]) -> list[str]:
     estimate = facts["estimate"]
     if estimate is None:
-        return [f"not estimated for {facts['target']}: no published speeds, or no program was left"]
+        return [f"not estimated: {not_estimated(facts)}"]
     total = estimate["seconds"]
+    parts = with_rest([(part["name"], part["seconds"]) for part in estimate["parts"]], _PARTS)
     rows = [
-        (
-            cut(part["name"], 50),
-            seconds_text(part["seconds"]),
-            share_text(part["seconds"], total),
-            bar(part["seconds"], total),
-        )
-        for part in estimate["parts"]
+        (cut(name, 50), seconds_text(seconds), share_text(seconds, total), bar(seconds, total))
+        for name, seconds in parts
     ]
     rows.append(("total", seconds_text(total), "", ""))
     hidden = seconds_text(estimate["overlapped_seconds"])
@@ -191,7 +196,8 @@ def _lints(facts: Mapping[str, Any]) -> list[str]:
     for one in facts["lints"]:
         cost = cost_words(one)
         path = f" {one['path']}" if one["path"] else ""
-        text = f"{one['code']}{path}: {one['message']}{f' [{cost}]' if cost else ''}"
+        line = f" ({short_source(one['source'])})" if one.get("source") else ""
+        text = f"{one['code']}{path}{line}: {one['message']}{f' [{cost}]' if cost else ''}"
         lines += textwrap.wrap(text, _WIDTH - 2, subsequent_indent="      ")
         lines += textwrap.wrap(f"fix: {one['fix']}", _WIDTH - 2, initial_indent="      ", subsequent_indent=" " * 11)
     if not lines and facts["wire_bytes"] is None:

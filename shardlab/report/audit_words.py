@@ -6,6 +6,7 @@ is None there, and a sentence here.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def plan_words(facts: Mapping[str, Any]) -> str:
     plan = facts["plan"]
     parts = [
         f"{count_text(plan['num_parameters'])} parameters",
+        f"{facts['num_devices']:,} devices",
         mesh_text(facts["mesh"]),
         plan["dtype"],
         f"ZeRO {plan['zero']}",
@@ -131,6 +133,27 @@ def pace(facts: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def not_estimated(facts: Mapping[str, Any]) -> str:
+    """Why there is no estimate."""
+    if facts["wire_bytes"] is None:
+        return "the compiler left no program"
+    if facts["layout"] is None or facts["hbm_capacity_bytes"] is None:
+        return f"no speeds are known for {facts['target']}"
+    return f"the program for {facts['target']} does not say enough"
+
+
+def flops_text(flops: float) -> str:
+    """Floating point operations with three digits.
+
+    >>> flops_text(4.61e20), flops_text(2.5e12), flops_text(1000)
+    ('461 EFLOP', '2.50 TFLOP', '0.00 GFLOP')
+    """
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
+        if flops >= size:
+            return f"{_three(flops / size)} {unit}FLOP"
+    return f"{_three(flops / 1e9)} GFLOP"
+
+
 def sent(facts: Mapping[str, Any]) -> str:
     """What a device sends a step, in both kinds of units: links are sold in powers of 1000.
 
@@ -182,6 +205,60 @@ def axes_text(axes: Iterable[str]) -> str:
     """
     names = list(axes)
     return "no product of axes" if "?" in names else " x ".join(names) or "one device"
+
+
+def why(row: Mapping[str, Any]) -> str:
+    """The cause of a collective, without its kind, which stands beside it.
+
+    >>> why({"cause": "all-gather of blocks/*/mlp/up/kernel (weights)"}), why({"cause": "the gradients' norm"})
+    ('blocks/*/mlp/up/kernel (weights)', "the gradients' norm")
+    """
+    return re.sub(r"^(all|reduce|collective|ragged)-[a-z-]+ of ", "", row["cause"])
+
+
+def short_source(source: str) -> str:
+    """The file and line of a source without the way to them.
+
+    >>> short_source("/home/me/project/models/decoder.py:109"), short_source("decoder.py:109")
+    ('models/decoder.py:109', 'decoder.py:109')
+    """
+    return "/".join(source.split("/")[-2:])
+
+
+def shape_text(shape: str) -> str:
+    """A shape as XLA writes it, without the layout in memory.
+
+    >>> shape_text("f32[4,32,96]{2,1,0:T(8,128)}")
+    'f32[4,32,96]'
+    """
+    return re.sub(r"\{[^}]*\}", "", shape)
+
+
+def alike(buffers: Iterable[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Buffers with how many of them read the same, as the moments of an optimizer do.
+
+    >>> one = {"bytes": 64, "what": "state of a", "shape": "f32[16]", "category": "state", "source": ""}
+    >>> [(count, buffer["bytes"]) for count, buffer in alike([one, one, one | {"bytes": 32}])]
+    [(2, 64), (1, 32)]
+    """
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for one in buffers:
+        key = one["bytes"], one["what"], shape_text(one["shape"]), one["category"], one["source"]
+        found.setdefault(key, []).append(one)
+    return [(len(group), group[0]) for group in found.values()]
+
+
+def with_rest(parts: Sequence[tuple[str, float]], most: int) -> list[tuple[str, float]]:
+    """The parts of a whole, the smallest of them together where there are more than `most`.
+
+    >>> with_rest([("a", 5), ("b", 1), ("c", 7), ("d", 2)], 3)
+    [('a', 5), ('c', 7), ('2 smaller parts', 3)]
+    """
+    if len(parts) <= most:
+        return list(parts)
+    kept = sorted(range(len(parts)), key=lambda place: -parts[place][1])[: most - 1]
+    rest = [size for place, (_, size) in enumerate(parts) if place not in kept]
+    return [*(parts[place] for place in sorted(kept)), (f"{len(rest)} smaller parts", sum(rest))]
 
 
 def count_bound(row: Mapping[str, Any]) -> str:

@@ -9,18 +9,19 @@ exposed as far as the program's schedule puts no compute beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from shardlab.hlo.collectives import Collective
+from shardlab.hlo.collectives import Collective, replica_groups
 from shardlab.hlo.overlap import Overlaps, overlaps
 from shardlab.hlo.parse import HloModule
-from shardlab.hlo.time import Rates, Times, seconds_once, times
+from shardlab.hlo.time import Rates, Times, times
 from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.chips import Chip
-from shardlab.mesh.topology import Layout, collective_seconds
+from shardlab.mesh.topology import Layout, collective_seconds, group_seconds
 from shardlab.module.flops import trained_flops
 from shardlab.module.model import Model
 from shardlab.pipeline.cost import idle_fraction
@@ -32,21 +33,28 @@ _TIERS = {"ici": "ICI", "dcn": "DCN", "nvlink": "NVLink", "network": "the networ
 
 def step_overlaps(module: HloModule, found: Sequence[Collective], layout: Layout, chip: Chip) -> tuple[Times, Overlaps]:
     """The compute of a step, and its collectives beside it."""
-    rates = Rates(chip.flops, chip.hbm_bandwidth, chip.clock_hz)
-    once = {place: one.seconds for place, one in seconds_once(module, rates).items()}
+    compute = times(module, Rates(chip.flops, chip.hbm_bandwidth, chip.clock_hz))
 
     def links(one: Collective) -> Hashable:
         # Axes of a torus have links of their own; whatever leaves an island or a slice shares what leads out of it.
         tiers = {axis.tier for axis in layout.axes if axis.axis in one.axes} - {"ici"}
         return frozenset(tiers) or one.axes
 
-    return times(module, rates), overlaps(module, found, seconds_on(layout), once, links=links)
+    return compute, overlaps(module, found, seconds_on(layout, module), compute, links=links)
 
 
-def seconds_on(layout: Layout) -> Callable[[Collective], float]:
+def seconds_on(layout: Layout, module: HloModule) -> Callable[[Collective], float]:
     """Seconds of a collective, all its executions together, over the links that its axes lie on."""
+    sizes = layout.spec.sizes
 
     def seconds(one: Collective) -> float:
+        if one.group_size < math.prod(sizes.get(axis, 1) for axis in one.axes):
+            groups = module.home[one.name].instructions[one.name].attributes.get("replica_groups", "")
+            found = replica_groups(groups) and group_seconds(
+                layout, one.kind, replica_groups(groups)[0], one.wire_bytes, count=one.count
+            )
+            if found:
+                return found
         return collective_seconds(layout, one.kind, one.axes, one.wire_bytes, count=one.count)
 
     return seconds
@@ -81,7 +89,8 @@ def estimate_facts(
     bound: dict[str, float] = {}
     for _, by, part in parts:
         bound[by] = bound.get(by, 0.0) + part
-    peak = chip.flops["bfloat16" if plan.dtype == "bfloat16" else "float32"] * plan.mesh.num_devices
+    # TPUs multiply float32 in passes of bfloat16, and publish no peak of it.
+    peak = chip.flops.get(plan.dtype, chip.flops["bfloat16"]) * plan.mesh.num_devices
     left_out = sorted({f"{one.reason} ({one.name})" for one in compute.left_out if one.reason.startswith("a kernel")})
     estimated = any(piece.estimated for piece in compute.pieces)
     return {

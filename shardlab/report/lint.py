@@ -23,7 +23,7 @@ from typing import NamedTuple
 from shardlab.hlo.buffers import Buffer, Live, live
 from shardlab.hlo.collectives import Collective, collectives, is_sliced
 from shardlab.hlo.loops import visits
-from shardlab.hlo.origin import Cause, cause, parts, path_of
+from shardlab.hlo.origin import Cause, cause, parts, path_of, user_source
 from shardlab.hlo.parse import HloModule, Instruction
 from shardlab.hlo.work import products, scheduled
 from shardlab.plan.text import human_bytes
@@ -195,6 +195,9 @@ class _Step:
             return 1.0
         moved = one.payload_bytes * share / one.count / _WIDTHS.get(one.dtype, 4)
         layers = shape.dims[0] if "*" in path and shape.dims else 1
+        devices = math.prod(self.axes.get(axis, 1) for axis in one.axes)
+        if one.group_size < devices:  # one of several that follow each other on parts of an axis
+            return moved / (shape.elements * devices)
         # A device stores a piece; what is moved is that many pieces together as some of the axes have devices.
         for part in (1 / layers, 1.0):
             if any(abs(moved / (shape.elements * part * n) - 1) < _PADDED for n in self.products):
@@ -279,7 +282,8 @@ def _gathered_activations(step: _Step, batch: Sequence[str]) -> Iterator[Finding
     def key(f: _Found) -> Hashable | None:
         wanted = _asked(f.why) or (f.one.axes in apart and not set(f.one.axes) & set(batch))
         gathers = f.one.kind == "all-gather" and f.why.role == "activation"
-        return (f.why.what, f.why.source, f.one.axes) if gathers and not wanted else None
+        counts = gathers and not wanted and not _recut(step, f)
+        return (f.why.what, f.why.source, f.one.axes) if counts else None
 
     for group in step.grouped(key):
         one, why = group[0]
@@ -295,30 +299,44 @@ def _gathered_activations(step: _Step, batch: Sequence[str]) -> Iterator[Finding
         )
 
 
+def _recut(step: _Step, f: _Found) -> bool:
+    """Whether an activation is gathered of which every device then keeps a slice."""
+    if f.one.kind != "all-gather" or f.why.role != "activation" or _asked(f.why):
+        return False
+    computation, instruction = step.module.home[f.one.name], step.instruction(f.one)
+    return any(n > 1 and is_sliced(step.module, computation, instruction, n) for n in step.products)
+
+
 def _involuntary(step: _Step, compiler_said: str) -> Iterator[Finding]:
     way_out = "constrain the value before and after to specs that differ in one dim (jax.lax.with_sharding_constraint)"
-    for one, why in step.found:
-        instruction = step.instruction(one)
-        computation = step.module.home[one.name]
-        if one.kind != "all-gather" or why.role != "activation" or _asked(why):
-            continue
-        if any(n > 1 and is_sliced(step.module, computation, instruction, n) for n in step.products):
-            yield Finding(
-                "SL005",
-                f"{why.what} {_over(one)}, of which every device keeps a slice: {human_bytes(one.wire_bytes)} on the "
-                "wire, where an all-to-all or a permute would do",
-                why.op_name or one.name,
-                why.source,
-                one.wire_bytes,
-                step.seconds([_Found(one, why)]),
-                way_out,
-            )
-    for op_name, source, before, after in involuntary(compiler_said):
+
+    def key(f: _Found) -> Hashable | None:
+        return (f.why.what, f.why.source) if _recut(step, f) else None
+
+    seen = set()
+    for group in step.grouped(key):
+        one, why = group[0]
+        seen.add(why.op_name)
         yield Finding(
             "SL005",
-            f"the partitioner replicates it in full to cut it again, from {before} to {after}",
+            f"{why.what} {_over(one)}, of which every device keeps a slice, {sum(f.one.count for f in group)} a step: "
+            f"{human_bytes(_wire(group))} on the wire, where an all-to-all or a permute would do",
+            why.op_name or one.name,
+            why.source,
+            _wire(group),
+            step.seconds(group),
+            way_out,
+        )
+    for op_name, source, before, after in involuntary(compiler_said):
+        if op_name in seen:
+            continue
+        named = (i for c in step.module.computations.values() for i in c.instructions.values() if i.op_name == op_name)
+        sources = (user_source(step.module, one)[0] for one in named) if not source else iter((source,))
+        yield Finding(
+            "SL005",
+            f"the partitioner makes it whole on every device to cut it again, from {before} to {after}",
             op_name,
-            source,
+            next(sources, ""),
             0,
             None,
             way_out,
@@ -328,22 +346,20 @@ def _involuntary(step: _Step, compiler_said: str) -> Iterator[Finding]:
 def involuntary(compiler_said: str) -> tuple[tuple[str, str, str, str], ...]:
     """Operation, `file:line`, sharding before and after of each full rematerialization that the compiler wrote of.
 
-    >>> involuntary('''spmd_partitioner.cc:652] [SPMD] Involuntary full rematerialization. The compiler cannot go from
+    >>> involuntary('''spmd_partitioner.cc:656] [SPMD] Involuntary full rematerialization. The compiler cannot go from
     ... sharding {devices=[2,1]<=[2]} to {devices=[1,2]<=[2]} efficiently for HLO operation %a = f32[4,4] add(%b, %c),
     ... sharding={devices=[2,1]<=[2]}, metadata={op_name="jit(f)/add" source_file="m.py" source_line=3}.''')
     (('jit(f)/add', 'm.py:3', '{devices=[2,1]<=[2]}', '{devices=[1,2]<=[2]}'),)
     """
     found = []
     for said in re.split(r"(?=Involuntary full rematerialization)", compiler_said)[1:]:
-        change = re.search(r"from sharding (\{.*?\}) to (\{.*?\})(?= efficiently|\s)", said, re.DOTALL)
-        op = re.search(r"HLO operation:?\s*%?([\w.\-]+)", said)
-        name, file = (
-            re.search(r'op_name="([^"]*)"', said),
-            re.search(r'source_file="([^"]*)".*?source_line=(\d+)', said),
-        )
+        change = re.search(r"from\s+sharding\s+(\{.*?\})\s+to\s+(\{.*?\})\s+(?:efficiently|without)", said, re.DOTALL)
+        operation = re.search(r"HLO\s+operation:?\s+%?([\w.\-]+)", said)
+        name = re.search(r'op_name="([^"]*)"', said)
+        file = re.search(r'source_file="([^"]*)".*?source_line=(\d+)', said)
         found.append(
             (
-                name[1] if name else op[1] if op else "an operation",
+                name[1] if name else operation[1] if operation else "an operation",
                 f"{file[1]}:{file[2]}" if file else "",
                 change[1] if change else "?",
                 change[2] if change else "?",

@@ -131,8 +131,10 @@ class Config:
       dtype: what the step computes in: float32, bfloat16, float64.
       reduce_dtype: what gradients are summed over the batch axes in: auto (float32, or a wider dtype), bfloat16.
       head: how the parts before and after the blocks are spread: examples, last_stage, vocab, auto; see `make_plan`.
-      gather: when weights in shards are gathered: step (all once a step) or layer (each when it is used).
-      accumulate: gradients over the microbatches: full (reduced once a step) or sharded (in every backward).
+      gather: when weights in shards are gathered: step (all once a step), layer (each when it is used), or auto (by
+        layer with one stage).
+      accumulate: gradients over the microbatches: full (reduced once a step), sharded (in every backward), or auto
+        (sharded from ZeRO 2).
       sends: when what a tick makes for another stage is sent: direct (at its end) or delayed (during the next tick,
         beside what that computes).
       scatter: how gradients are scattered over a batch axis: whole, in parts as data=32x8, or auto (what is faster on

@@ -19,13 +19,14 @@ from shardlab.mesh.faults import Fault, raise_faults
 from shardlab.module.functions import path_of
 from shardlab.module.model import Model, abstract, computed, read_model
 from shardlab.plan.check import random_faults, traced_in
-from shardlab.plan.layout import optimizer_shapes, optimizer_tree
+from shardlab.plan.layout import axes_in, optimizer_shapes, optimizer_tree
 from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.out_of_memory import refused_for_memory
 from shardlab.step.pipelined import pipelined_gradients
 from shardlab.step.region import Region, make_region
+from shardlab.step.scatter import Scatter
 from shardlab.step.spmd import whole_gradients
 from shardlab.step.stage_arrays import diverges, leaves_out
 from shardlab.step.state import (
@@ -95,6 +96,11 @@ class CompiledStep:
         """Shape and dtype of every array of a batch, their tree, and where they lie; compared in every call."""
         shardings, structure = jax.tree.flatten(self.batch_shardings)
         return [(shape, jnp.dtype(dtype)) for _, shape, dtype in self.plan.batch], structure, shardings
+
+    @property
+    def scatters(self) -> tuple[Scatter, ...]:
+        """How gradients are scattered over each batch axis of these devices, and why so."""
+        return make_region(self.plan, self.mesh).scatters
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, every array created in its own sharding.
@@ -386,9 +392,11 @@ def _same_as_declared(compiled: Any, declared: Any) -> None:
 def options_for(plan: Plan, mesh: Mesh, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Of XLA, for a step or forward pass of `plan`: what it needs, and what was given."""
     options: dict[str, Any] = {}
-    if mesh.devices.flat[0].platform == "tpu" and diverges(plan):
-        # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes, of which none may stand in
-        # a branch that not all devices take.
+    flows_in_parts = plan.activation_spec is not None and axes_in(plan.activation_spec) - {*plan.mesh.batch}
+    if mesh.devices.flat[0].platform == "tpu" and (diverges(plan) or flows_in_parts):
+        # XLA:TPU overlaps a matmul with its gather or scatter by turning that into permutes. None may stand in a branch
+        # that not all devices take; and of what flows in parts each matmul would gather x anew: 19 times a layer of a
+        # decoder in place of 11.
         options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1 << 30
     return {**options, **(given or {})} or None
 

@@ -222,7 +222,8 @@ def _sum(
     for dim, entry in enumerate(spec):
         leaving = [name for name in axes_of(entry) if name in remaining]
         for name in leaving:
-            value = scattered(value, name, parts.get(name, (mesh.shape[name],)), dim)
+            on_tpu = mesh.devices.flat[0].platform == "tpu"
+            value = scattered(value, name, parts.get(name, (mesh.shape[name],)), dim, on_tpu=on_tpu)
             remaining.remove(name)
         others = axes_of(split[dim]) if dim < len(split) else ()
         pieces, blocks = (math.prod(mesh.shape[name] for name in names) for names in (leaving, others))

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from shardlab.plan.scatter import read_parts
@@ -62,8 +63,12 @@ def scatters(mesh: Mesh, axes: tuple[str, ...], asked: str) -> tuple[Scatter, ..
     return tuple(Scatter(axis, given.get(axis, (mesh.shape[axis],)), "as declared") for axis in axes)
 
 
-def scattered(value: jax.Array, axis: str, parts: tuple[int, ...], dim: int) -> jax.Array:
+def scattered(value: jax.Array, axis: str, parts: tuple[int, ...], dim: int, *, on_tpu: bool = False) -> jax.Array:
     """The sum over `axis` of what each device holds, of which each keeps its piece of `dim`; in a manual region."""
+    if on_tpu and value.ndim > 1:
+        # Of a dim that lies innermost in memory XLA:TPU makes an all-reduce too.
+        others = tuple(place for place in range(value.ndim) if place != dim)
+        value = with_layout_constraint(value, Layout((dim, *others)))
     if len(parts) == 1:
         return jax.lax.psum_scatter(value, axis, scatter_dimension=dim, tiled=True)
     for part in range(len(parts)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -273,6 +274,10 @@ def whole(subject: Subject) -> Subject:
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "decoder": _decoder,
     "decoder-dropout": lambda: _decoder(dropout=0.25),
+    "decoder-heads": lambda: _decoder(heads_axis="tensor"),
+    "decoder-chunks": lambda: dataclasses.replace(
+        _decoder(loss_chunk=2, query_chunk=3, heads_axis="tensor"), loss=decoder.token_loss
+    ),
     "decoder-tied": lambda: _decoder(tied=True),
     "decoder-10-layers": lambda: _decoder(num_layers=10),
     "decoder-24-layers-dropout": lambda: _decoder(num_layers=24, dropout=0.25),
@@ -382,7 +387,10 @@ CASES: dict[str, Case] = {
     "data-2-tensor-2-zero-3": case("decoder", data=2, tensor=2, zero=3, microbatches=2),
     "sequence-parallel": case("decoder", data=2, tensor=2, activation=P("data", "tensor")),
     "sequence-parallel-stages": case(
-        "decoder", data=2, stage=2, tensor=2, microbatches=2, activation=P("data", "tensor")
+        "decoder-heads", data=2, stage=2, tensor=2, microbatches=2, activation=P("data", "tensor")
+    ),
+    "loss-in-chunks": case(
+        "decoder-chunks", data=2, stage=2, tensor=2, microbatches=2, activation=P("data", "tensor"), zero=3
     ),
     # Pipelines.
     "stage-2": case("decoder", stage=2, microbatches=4),
@@ -704,13 +712,7 @@ CASES: dict[str, Case] = {
 
 DAILY = (
     *("one-device", "one-device-whole", "data-8-zero-1", "replica-2-data-2-zero-3"),
-    *(
-        "data-4-whole-zero-3-accumulation",
-        "scatter-in-parts",
-        "tensor-4-linen",
-        "sequence-parallel-stages",
-        "stage-8-microbatch-1",
-    ),
+    *("data-4-whole-zero-3-accumulation", "tensor-4-linen", "sequence-parallel-stages", "stage-8-microbatch-1"),
     *("stage-2-conditioned", "zb-v-conditioned-tied", "hybrid", "hybrid-mixer", "hybrid-replicated-rules"),
     *(
         "stages-listed-virtual",

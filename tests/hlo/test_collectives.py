@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardlab.hlo import collectives, totals
+from shardlab.hlo import collectives, parse, totals
 from shardlab.hlo.collectives import replica_groups
 
 CUBE = {"data": 2, "stage": 2, "tensor": 2}
@@ -507,3 +508,87 @@ def test_groups_in_a_new_form_are_an_error() -> None:
 def test_the_mesh_of_another_program_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"compiled for 8 devices, the mesh \(data=2, tensor=3\) has 6; give the axes"):
         collectives(ONE.format(devices=8, groups="{}"), ODD)
+
+
+def test_a_parsed_module_is_as_good_as_its_text() -> None:
+    text = manual(lambda x: lax.psum(x, "data"), P("data"), P(), jax.ShapeDtypeStruct((8, 4), jnp.float32))
+    assert collectives(parse(text), CUBE) == collectives(text, CUBE)
+
+
+def counted(text: str, devices: int) -> tuple[int, int]:
+    """Collectives and their wire bytes by another road: lines taken apart by patterns, each computation's total by hand
+    over to those that call it, as often as they do.
+    """
+    width = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "f64": 8, "pred": 1}
+    share: dict[str, Callable[[int, int], int]] = {
+        "all-reduce": lambda n, size: 2 * (n - 1) * size // n,
+        "all-gather": lambda n, size: (n - 1) * size // n,
+        "reduce-scatter": lambda n, size: (n - 1) * size,
+        "all-to-all": lambda n, size: (n - 1) * size // n,
+        "collective-permute": lambda n, size: size,
+    }
+    own: dict[str, list[tuple[int, int]]] = {}
+    calls: dict[str, list[tuple[int, str]]] = {}
+    here = entry = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
+            here = header[2]
+            entry = here if header[1] else entry
+            own[here], calls[here] = [], []
+        elif found := re.match(rf" .* = (.*?) ({'|'.join(share)})(?:-start)?\(", line):
+            result, kind = found[1], found[2]
+            size = 0
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
+                size += width[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+            groups = re.search(r"replica_groups=(\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\].*?\{(.*?)\})", line)
+            n = devices
+            if groups and groups[2]:
+                n = int(groups[2])
+            elif groups and groups[3]:
+                n = len(groups[3].split(","))
+            elif groups and groups[4]:
+                sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[4]))
+                n = math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", groups[5]))
+            own[here].append((1, share[kind](n, size)))
+        elif loop := re.search(r"while\(.*body=%([\w.\-]+).*\"known_trip_count\":\{\"n\":\"(\d+)\"", line):
+            calls[here].append((int(loop[2]), loop[1]))
+        elif call := re.search(r" call\(.*to_apply=%([\w.\-]+)", line):
+            calls[here].append((1, call[1]))
+
+    def total(name: str) -> tuple[int, int]:
+        inner = [(times, total(callee)) for times, callee in calls[name]]
+        return (
+            sum(n for n, _ in own[name]) + sum(times * n for times, (n, _) in inner),
+            sum(size for _, size in own[name]) + sum(times * size for times, (_, size) in inner),
+        )
+
+    return total(entry)
+
+
+def test_totals_beside_an_independent_count_of_a_compiled_step() -> None:
+    """Layers over `tensor`, examples over `data`, in each microbatch a send over `stage`: to the byte."""
+    mesh = build_mesh(CUBE)
+
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        whole = lax.all_gather(w, "data", axis=0, tiled=True)
+        return jnp.tanh(lax.psum(x @ whole, "tensor")), None
+
+    def microbatch(x: jax.Array, _: None, w: jax.Array) -> tuple[jax.Array, None]:
+        y, _ = lax.scan(layer, x, w)
+        return lax.ppermute(y, "stage", [(0, 1), (1, 0)]), None
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        y, _ = lax.scan(lambda c, i: microbatch(c, i, w), x, None, length=5)
+        return lax.psum((y**2).sum(), ("data", "stage"))
+
+    def step(w: jax.Array, x: jax.Array) -> jax.Array:
+        w = w - 0.1 * jax.grad(loss)(w, x)
+        return w
+
+    spec = P(None, "data", "tensor")
+    f = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(spec, P("data")), out_specs=spec, check_vma=False))
+    shapes = jax.ShapeDtypeStruct((3, 16, 32), jnp.float32), jax.ShapeDtypeStruct((4, 16), jnp.float32)
+    text = f.lower(*shapes).compile().as_text() or ""
+    found = collectives(text, CUBE)
+    assert len(found) >= 5
+    assert (sum(one.count for one in found), sum(one.wire_bytes for one in found)) == counted(text, 8)

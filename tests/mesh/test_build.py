@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from shardlab.mesh.build import abstract_mesh, build_mesh
 from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
+from shardlab.mesh.topology import lay_out
 
 
 def test_every_axis_is_auto_and_in_the_declared_order() -> None:
@@ -44,6 +45,7 @@ def test_4096_devices_without_starting_jax() -> None:
     code = """
 from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.spec import MeshSpec
+from shardlab.mesh.topology import lay_out
 spec = MeshSpec({"data": -1, "tensor": 16}, target="tpu:v5p:16x16x16")
 mesh = abstract_mesh(spec)
 from jax._src.xla_bridge import backends_are_initialized
@@ -139,3 +141,65 @@ def test_a_slice_of_another_shape_is_laid_on_its_links(monkeypatch: pytest.Monke
     monkeypatch.setattr(mesh_utils, "create_device_mesh", create)
     _grid(monkeypatch, MeshSpec({"data": 2, "tensor": 2}, target="tpu:v5e:1x4"), _tpus(1, 4))
     assert asked == {"shape": (2, 2), "allow_split_physical_axes": True}
+
+
+# --- laid out as explained
+
+
+def _built(monkeypatch: pytest.MonkeyPatch, spec: MeshSpec, devices: list[Any]) -> list[int]:
+    """Ids of the devices in mesh order."""
+    made: dict[str, Any] = {}
+    monkeypatch.setattr("jax.sharding.Mesh", lambda grid, names, axis_types: made.update(grid=grid))
+    build_mesh(spec, devices)
+    assert made["grid"].shape == spec.shape
+    return [device.id for device in made["grid"].flat]
+
+
+def test_tpus_of_the_target_lie_as_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MeshSpec({"data": 4, "tensor": 2}, batch="data", target="2*tpu:v5e:2x2", dcn={"data": 2})
+    devices = _tpus(2, 4)  # numbered as places count: slice, y, x
+    assert lay_out(spec).order == (0, 1, 2, 3, 4, 5, 6, 7)
+    links = MeshSpec(
+        {"data": 4, "tensor": 2}, batch="data", target="2*tpu:v5e:2x2", dcn={"data": 2}, links={"tensor": "y"}
+    )
+    assert lay_out(links).order == (0, 2, 1, 3, 4, 6, 5, 7)
+    for declared in (spec, links):
+        assert _built(monkeypatch, declared, devices) == list(lay_out(declared).order)
+        assert _built(monkeypatch, declared, devices[::-1]) == list(lay_out(declared).order)
+
+
+def test_both_devices_of_a_chip_are_found_by_their_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MeshSpec({"data": 4, "tensor": 2}, batch="data", target="tpu:v7x:2x2x1")
+    devices = [
+        SimpleNamespace(id=n, platform="tpu", process_index=0, coords=[n // 2 % 2, n // 4, 0], core_on_chip=n % 2)
+        for n in range(8)
+    ]
+    assert _built(monkeypatch, spec, devices[::-1]) == list(lay_out(spec).order) == list(range(8))
+
+
+def _gpus(hosts: int, gpus: int, each: int = 0) -> list[Any]:
+    """Stand-ins for GPUs, a process for every `each` of them (a host's unless given), shuffled."""
+    devices = [
+        SimpleNamespace(id=n, platform="gpu", process_index=n // (each or gpus), slice_index=n // gpus)
+        for n in range(hosts * gpus)
+    ]
+    return devices[1::2] + devices[::2]
+
+
+@pytest.mark.parametrize("each", [4, 2, 1])
+def test_gpus_lie_host_by_host(monkeypatch: pytest.MonkeyPatch, each: int) -> None:
+    spec = MeshSpec({"data": 2, "stage": 2, "tensor": 2}, batch="data", stage="stage", target="gpu:h100:2x4")
+    assert _built(monkeypatch, spec, _gpus(2, 4, each)) == list(lay_out(spec).order) == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def test_gpus_in_other_hosts_are_left_to_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def create(shape: tuple[int, ...], outer: tuple[int, ...], devices: list[Any], **options: Any) -> Any:
+        asked.update(shape=shape, outer=outer)
+        return np.array(devices, dtype=object).reshape(shape[0] * outer[0], -1)
+
+    monkeypatch.setattr(mesh_utils, "create_hybrid_device_mesh", create)
+    spec = MeshSpec({"data": 6, "tensor": 2}, batch="data", target="gpu:h100:3x4", dcn={"data": 2})
+    _built(monkeypatch, spec, _gpus(2, 6))
+    assert asked == {"shape": (3, 2), "outer": (2, 1)}

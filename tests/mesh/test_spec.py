@@ -101,6 +101,35 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "mesh: data=1 is 1 device, target cpu:2 has 2; make the sizes multiply to 2, or declare target='cpu:1' "
         "(--target cpu:1)",
     ),
+    "slices and no dcn": (
+        {"axes": {"data": 32}, "target": "2*tpu:v5e:4x4"},
+        "mesh: target 2*tpu:v5e:4x4 is 2 slices joined by slow links, and dcn names no axis for them; declare "
+        "dcn={'data': 2} (--mesh data=2*16), or another axis",
+    ),
+    "other slices than dcn says": (
+        {"axes": {"data": 32}, "target": "2*tpu:v5e:4x4", "dcn": {"data": 4}},
+        "mesh: target 2*tpu:v5e:4x4 is 2 slices joined by slow links, dcn (data=4) splits the mesh in 4; declare "
+        "dcn={'data': 2} (--mesh data=2*16), or another axis",
+    ),
+    "links on no dim": (
+        {"axes": {"data": 16}, "target": "tpu:v5e:4x4", "links": {"data": "z"}},
+        "links of axis 'data': 'z' is not a dim of target tpu:v5e:4x4 (x, y); name dims that it has, or leave the axis "
+        "out",
+    ),
+    "links on a dim of another name": (
+        {"axes": {"data": 16}, "target": "gpu:h100:2x8", "links": {"data": ("gpu", "isle")}},
+        "links of axis 'data': 'isle' is not a dim of target gpu:h100:2x8 (gpu, island); did you mean 'island'? name "
+        "dims that it has, or leave the axis out",
+    ),
+    "links of no axis": (
+        {"axes": {"data": 16}, "target": "tpu:v5e:4x4", "links": {"dat": "x"}},
+        "links of axis 'dat': is not an axis of the mesh (data); did you mean 'data'? name a declared axis, or declare "
+        "this one",
+    ),
+    "links that are empty": (
+        {"axes": {"data": 16}, "target": "tpu:v5e:4x4", "links": {"data": ()}},
+        "links of axis 'data': names no dim; name some of x, y, or leave the axis out",
+    ),
     "product on a pod": (
         {"axes": {"data": 64}, "target": "tpu:v5p:4x8x8"},
         "mesh: data=64 is 64 devices, target tpu:v5p:4x8x8 has 256; make the sizes multiply to 256, or "
@@ -165,7 +194,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "5 faults in the declaration:\n"
         "  1. mesh axis 'data': has size 0; give it a positive size, or -1 to infer it\n"
-        "  2. target 'tpu:v9:2': 'v9' is not one of v4, v5e, v5p, v6e; write one of them\n"
+        "  2. target 'tpu:v9:2': 'v9' is not one of v4, v5e, v5p, v6e, v7x; write one of them\n"
         "  3. batch axis 'dat': is not an axis of the mesh (data, tensor); did you mean 'data'? name a "
         "declared "
         "axis, or declare this one\n"
@@ -214,3 +243,25 @@ def test_size_of_an_axis_that_is_not_there() -> None:
         "mesh axis 'stages': is not an axis of the mesh (data, stage, tensor); did you mean 'stage'? name a "
         "declared axis, or declare this one"
     )
+
+
+def test_links_are_kept_and_written() -> None:
+    spec = MeshSpec({"data": 4, "tensor": 4}, batch="data", target="tpu:v5e:4x4", links={"tensor": "y"})
+    assert spec.links == (("tensor", ("y",)),)
+    assert spec.to_json()["links"] == {"tensor": ["y"]}
+    assert MeshSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert spec.override("data=8,tensor=2").links == spec.links
+    assert "links" not in HYBRID.to_json()
+
+
+def test_links_are_not_looked_at_on_emulated_devices() -> None:
+    spec = MeshSpec({"data": 4, "tensor": 4}, batch="data", target="tpu:v5e:4x4", links={"tensor": "y"})
+    assert spec.override("data=4,tensor=2", target="cpu:8").links == spec.links
+
+
+def test_slices_are_written_into_the_sizes() -> None:
+    spec = HYBRID.override("data=2*16,tensor=4", target="2*tpu:v5e:8x8")
+    assert (spec.sizes, spec.dcn) == ({"data": 32, "stage": 1, "tensor": 4}, (("data", 2),))
+    assert spec.override("data=32,tensor=4").dcn == (("data", 2),)
+    assert spec.override("data=-1,tensor=8").sizes["data"] == 16
+    assert MeshSpec.from_text("data=2*-1,tensor=4", target="2*tpu:v5e:8x8").sizes == {"data": 32, "tensor": 4}

@@ -288,7 +288,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gather": (
         {"gather": "tick"},
-        "gather='tick': is not one of step, layer; write one of them",
+        "gather='tick': is not one of auto, step, layer; write one of them",
     ),
     "weights gathered by layer that lie whole": (
         {"gather": "layer", "zero": 2},

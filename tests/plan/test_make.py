@@ -386,6 +386,21 @@ def test_sends_are_direct_unless_they_are_said_to_be_delayed() -> None:
     assert "delayed" not in str(direct)
 
 
+def test_when_weights_are_gathered_and_gradients_cut_follows_from_stages_and_zero() -> None:
+    def found(mesh: dict[str, int], zero: int) -> tuple[str, str]:
+        plan = planned(mesh=mesh, zero=zero, gather="auto", accumulate="auto", microbatches=2)
+        return plan.gather, plan.accumulate
+
+    assert [found({"data": 2}, zero) for zero in range(4)] == [
+        *[("step", "full")] * 2,
+        ("step", "sharded"),
+        ("layer", "sharded"),
+    ]
+    assert found({"data": 2, "stage": 2}, 3) == ("step", "sharded")
+    assert found({"stage": 2}, 3) == ("step", "full")  # no batch axis cuts anything
+    assert found({"data": 1}, 3) == ("step", "full")
+
+
 def test_a_table_says_whether_its_sends_are_delayed_if_nothing_else_does() -> None:
     late = make_schedule("1f1b", stages=2, microbatches=4, delayed=True)
     for sends, expected in (("auto", "delayed"), ("delayed", "delayed"), ("direct", "direct")):

@@ -325,8 +325,13 @@ def pipeline() -> dict[str, Any]:
 
 
 def too_large() -> dict[str, Any]:
-    """The same model on 16 chips of another kind, in plain data parallelism with sharded optimizer state."""
+    """The same model on as many chips with less memory, its weights over one axis only."""
     facts = fsdp()
+    collectives = [
+        _collective("all-reduce", ["tensor"], 320, 21 * 10**9, "activations of blocks/*/mlp"),
+        _collective("reduce-scatter", ["data"], 80, 4 * 10**9, "gradient of blocks/*/mlp/up/kernel"),
+        _collective("all-gather", ["data"], 1, 2 * 10**9, "weights of blocks/*/mlp/up/kernel", **{"async": False}),
+    ]
     return {
         **facts,
         "overrides": {"mesh": "data=16,tensor=16", "zero": 1},
@@ -348,6 +353,24 @@ def too_large() -> dict[str, Any]:
             "other temporaries": 160 * MIB,
             "code": 32 * MIB,
         },
+        "largest": [
+            _buffer(2240 * MIB, "parameters of blocks/*/mlp/gate/kernel", "f32[80,8192,1792]{2,1,0}", "parameters"),
+            _buffer(2240 * MIB, "parameters of blocks/*/mlp/up/kernel", "f32[80,8192,1792]{2,1,0}", "parameters"),
+            _buffer(140 * MIB, "moments of blocks/*/mlp/up/kernel", "f32[80,512,1792]{2,1,0}", "optimizer state"),
+            _buffer(140 * MIB, "moments of blocks/*/mlp/up/kernel", "f32[80,512,1792]{2,1,0}", "optimizer state"),
+        ],
+        "collectives": collectives,
+        "wire_bytes": 27 * 10**9,
+        "wire_bytes_by_axis": {"tensor": 21 * 10**9, "data": 6 * 10**9},
+        "layout": {
+            "words": "tpu:v5e:16x16: a torus of 16 x 16 chips.\ndata (16) lies on dim y.\ntensor (16) lies on dim x.",
+            "drawing": "\n".join(f"y {y:2} {' '.join(f'{y}.{x}' for x in range(4))} ..." for y in range(4)),
+            "axes": [
+                {"axis": "data", "size": 16, "tier": "ici", "bandwidth": 90e9, "words": "data (16) lies on dim y."},
+                {"axis": "tensor", "size": 16, "tier": "ici", "bandwidth": 90e9, "words": "tensor (16) lies on dim x."},
+            ],
+        },
+        "lints": [],
         "estimate_seconds": None,
         "mfu": None,
         "bound_by": None,

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardlab.step.scatter import scattered, scatters
+from shardlab.step.scatter import Scatter, scattered, scatters
+from tests.equivalence.cases import case, compiled
 
 pytestmark = pytest.mark.versions
 
@@ -81,3 +82,9 @@ def test_every_device_keeps_its_piece_of_the_sum(parts: tuple[int, ...], dim: in
         check_vma=False,
     )
     np.testing.assert_array_equal(jax.jit(run)(values), values.sum(axis=0))
+
+
+def test_a_step_says_how_it_scatters() -> None:
+    this = compiled(case("mlp", data=4, zero=2, scatter="data=2x2"))
+    assert [str(one) for one in this.scatters] == ["data 2x2: as declared"]
+    assert compiled(case("mlp", data=2, zero=2)).scatters == (Scatter("data", (2,), "one reduce-scatter"),)
