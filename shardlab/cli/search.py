@@ -22,14 +22,15 @@ def search(call: Call) -> int:
     if options.mesh:
         raise DeclarationError("--mesh: sizes of the mesh are what --search finds; leave out one of the two")
     target = options.target or config.mesh.target
-    subject, found = run(config, target, top=max(options.top, options.confirm, 1))
+    scalars = {name: value for name, value in call.given.items() if name not in ("mesh", "target")}
+    subject, found = run(config, target, planned=max(options.confirm, 1))
     if options.confirm:
-        found = dataclasses.replace(found, confirmed=confirm(config, found.ranked[: options.confirm], target))
+        best = found.ranked[: options.confirm]
+        found = dataclasses.replace(found, confirmed=confirm(path, config, scalars, best, target))
     if options.out:
         if not found.ranked:
             raise DeclarationError(f"--out {options.out}: no plan fits, and there is none to write; see without --out")
         overrides = found.ranked[0].choice.overrides(target)
-        scalars = {name: value for name, value in call.given.items() if name not in ("mesh", "target")}
         write_plan(options.out, PlanFile(path, scalars, overrides, changed(config, overrides).plan()))
     lines = [*(f"note: {remark}" for remark in call.remarks), text(found, subject, config_path=path, top=options.top)]
     if options.out:

@@ -171,6 +171,30 @@ def program(schedule: Schedule) -> Program:
     )
 
 
+def slot_counts(schedule: Schedule) -> tuple[int, int, int]:
+    """Slots of a program's buffers for mail, residuals and cuts, as `program` has them, without its tables.
+
+    >>> from shardlab.pipeline.schedules import make_schedule
+    >>> slot_counts(make_schedule("1f1b", stages=4, microbatches=32))
+    (2, 7, 0)
+    """
+    iterations = iterations_of(schedule)
+    slots = _allocate(schedule, iterations, _arrivals(schedule, iterations))
+    return max(_num_slots(slots.mail), 1), _num_slots(slots.residuals), _num_slots(slots.cuts)
+
+
+def phase_iterations(schedule: Schedule) -> tuple[tuple[Iteration, ...], ...]:
+    """The iterations of each phase of a program.
+
+    >>> from shardlab.pipeline.schedules import make_schedule
+    >>> [len(phase) for phase in phase_iterations(make_schedule("1f1b", stages=4, microbatches=32))]
+    [3, 32, 3]
+    """
+    iterations = iterations_of(schedule)
+    pairs = zip(iterations, _headless(schedule, iterations), strict=True)
+    return tuple(tuple(iteration for iteration, _ in group) for _, group in itertools.groupby(pairs, key=_group))
+
+
 def breadth_first(schedule: Schedule, *, microbatches: int) -> Schedule:
     """All forwards of a schedule's stages, then all backwards, on its devices, for any number of microbatches.
 

@@ -4,6 +4,9 @@
     storage       ZeRO 0 to 3; at 3 weights gathered once a step or by layer, from 2 on gradients whole or in pieces
     pipeline      schedules with their virtual stages, microbatches
     remat         everything kept, every block's input, products, or a stage's input
+
+and, of the best of these alone, since they change little:
+
     x             as the config says, and whole
     parameters    the rules as they are, and with an axis left out for one kind of parameter outside blocks
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from jax.sharding import PartitionSpec
 
@@ -26,13 +30,23 @@ from shardlab.search.subject import Subject
 from shardlab.sharding.rules import Rules
 
 VIRTUAL = (2, 4)
-MOST_MICROBATCHES = 64
+MOST_MICROBATCHES = 16
 
 
 def candidates(subject: Subject) -> Iterator[Choice]:
-    """All of them; the config's own among them where the target has its devices."""
+    """All plans but the variations of the best."""
     for mesh in meshes(subject):
         yield from _of_mesh(subject, mesh)
+
+
+def variations(subject: Subject, choice: Choice) -> Iterator[Choice]:
+    """A plan with x and single kinds of parameters laid otherwise; not the plan itself."""
+    automatic = [axis for axis in subject.automatic if choice.sizes[axis] > 1]
+    for activation, saved in _flows(subject.config, automatic):
+        for whole in _whole(subject.config, automatic):
+            other = replace(choice, activation=activation, saved_activation=saved, whole=whole)
+            if other != choice:
+                yield other
 
 
 def meshes(subject: Subject) -> Iterator[tuple[tuple[str, int], ...]]:
@@ -70,32 +84,26 @@ def _of_mesh(subject: Subject, mesh: tuple[tuple[str, int], ...]) -> Iterator[Ch
     stages = sizes[config.mesh.stage] if config.mesh.stage else 1
     parted = subject.model.parts is not None
     per_shard = subject.rows // shards
-    counts = [
-        count for count in _powers(per_shard) if count <= max(MOST_MICROBATCHES, 4 * stages) and per_shard % count == 0
-    ]
-    automatic = [axis for axis in subject.automatic if sizes[axis] > 1]
+    # More than four times as many microbatches as stages shorten the bubble by little, and leave each few examples.
+    least, most = (stages, 4 * stages) if stages > 1 else (1, MOST_MICROBATCHES)
+    counts = [count for count in _powers(per_shard) if least <= count <= most and per_shard % count == 0]
     for zero, gather, accumulate in _stores(shards, parted):
         for schedule, virtual in _schedules(stages, len(subject.kinds)):
             for microbatches in counts:
-                if stages > 1 and microbatches < stages:
-                    continue
                 for remat in _remats(config, stages):
-                    for activation, saved in _flows(config, automatic):
-                        for whole in _whole(config, automatic):
-                            yield Choice(
-                                mesh=mesh,
-                                zero=zero,
-                                schedule=schedule,
-                                virtual=virtual,
-                                microbatches=microbatches,
-                                remat=remat,
-                                gather=gather,
-                                accumulate=accumulate,
-                                head=config.head,
-                                activation=activation,
-                                saved_activation=saved,
-                                whole=whole,
-                            )
+                    yield Choice(
+                        mesh=mesh,
+                        zero=zero,
+                        schedule=schedule,
+                        virtual=virtual,
+                        microbatches=microbatches,
+                        remat=remat,
+                        gather=gather,
+                        accumulate=accumulate,
+                        head=config.head,
+                        activation=config.activation,
+                        saved_activation=config.saved_activation,
+                    )
 
 
 def _stores(shards: int, parted: bool) -> Iterator[tuple[int, str, str]]:

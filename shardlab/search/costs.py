@@ -125,10 +125,11 @@ class Costs:
 
     Args:
       parts: the parts, which are traced when they are first asked for.
+      merges: whether the compiler makes one sum of two that are added; XLA:CPU does not.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, parts: Parts, *, merges: bool = True) -> None:
+        self.parts, self.merges = parts, merges
         self._traced = functools.cache(self._trace)
         self.ends = functools.cache(self._ends)
         self.block = functools.cache(self._block)
@@ -229,6 +230,15 @@ class Costs:
         )
         return Cost(flops, moved, fed, sends, live), works
 
+    def work(self, part: Part, split: Split) -> Work:
+        """Of one trace of a block under `full` remat, what its backward does."""
+        assert part.backward is not None
+        x = Laid(
+            _dims(split.flow, len(part.forward.program.values[part.forward.program.outs[0]].shape), dict(split.sizes))
+        )
+        kept = [x for what, _ in part.backward.ins if what == "kept"]
+        return self._work(part.backward, split, kept, "")
+
     def _work(self, traced: Traced, split: Split, kept: list[Laid], only: str) -> Work:
         """One propagation, from how the inputs lie to how the results must."""
         sizes, compute = dict(split.sizes), dict(split.compute)
@@ -249,7 +259,7 @@ class Costs:
                 ins.append(next(left))
             else:
                 ins.append(laid(ndim, {}))
-        return propagate(program, ins, sizes, wanted=self._wanted(traced, split, only))
+        return propagate(program, ins, sizes, self._wanted(traced, split, only), merges=self.merges)
 
     def _wanted(self, traced: Traced, split: Split, only: str) -> list[Any]:
         """How each result is to lie, or None where it may lie as it comes."""

@@ -84,6 +84,7 @@ class Estimator:
         self.mesh = functools.cache(self._mesh)
         self.storage = functools.cache(self._storage)
         self.layout = functools.cache(self._layout)
+        self.doubled = functools.cache(self._doubled)
         self.pace = functools.cache(self._pace)
         self.split = functools.cache(self._split)
         self.cells = functools.cache(self._cells)
@@ -109,6 +110,22 @@ class Estimator:
             return 0.0, 0.0
         start = collective_seconds(self.layout(mesh), kind, axes, 0.0)
         return (collective_seconds(self.layout(mesh), kind, axes, 1e9) - start) / 1e9, start
+
+    def _doubled(self, mesh: tuple[tuple[str, int], ...], axes: Axes) -> bool:
+        """Whether XLA:TPU makes an all-reduce of a reduce-scatter over these axes.
+
+        It does over all dims of a torus (libtpu 0.0.42: 4x4, 8x8 and 16x16 of v5e and v6e, every v4 and v5p), but for a
+        dim of 2 and for dims of which one alone is a ring; of three dims `scatter="auto"` makes two steps.
+        """
+        if self.subject.target.platform != "tpu":
+            return False
+        parts = [part for axis in axes for part in self.layout(mesh).links(axis).dims if part.dim.torus]
+        dims = {part.name for part in parts}
+        if len(dims) < len(self.subject.target.shape):
+            return False
+        if len(dims) > 2:
+            return self.subject.config.scatter == "whole"
+        return len({part.wrap for part in parts}) == 1 and min(part.size for part in parts) > 2
 
     def _layout(self, mesh: tuple[tuple[str, int], ...]) -> Layout:
         return lay_out(self.mesh(mesh))
@@ -159,14 +176,6 @@ class Estimator:
             for (kind, axes), (count, payload) in cost.sends.items()
         }
 
-    def lasting(self, sent: Sent, choice: Choice) -> float:
-        """Seconds of collectives."""
-        total = 0.0
-        for (kind, axes), (size, count) in sent.items():
-            pace, start = self.pace(choice.mesh, kind, axes)
-            total += pace * size + start * count
-        return total
-
     # A plan.
 
     def estimate(self, choice: Choice) -> Estimate:
@@ -201,6 +210,8 @@ class _Plan:
         self.shared = self.stage is not None and choice.head in ("auto", "examples") and self.rows % self.stages == 0
         self.head = "vocab" if self.vocabulary else "examples" if self.shared else "last_stage"
         self.held = estimator.storage(choice.mesh, choice.zero, choice.whole, self.head)
+        self.by_layer = choice.gather == "layer" or (choice.gather == "auto" and self.held.sharded)
+        self.pieces = choice.accumulate == "sharded" or (choice.accumulate == "auto" and self.held.reduced)
         self.split = estimator.split(choice.mesh, choice.activation, choice.saved_activation, choice.whole, False)
         self.wires: dict[tuple[str, Axes], float] = {}
         self.seconds = dict.fromkeys(
@@ -213,10 +224,15 @@ class _Plan:
         self.rooms = estimator.rooms(self.stages * self.virtual)
 
     def add(self, cause: str, sent: Sent, times: float = 1.0) -> float:
-        """Counts what is sent; the seconds that it takes once."""
-        for (_, axes), (size, _) in sent.items():
+        """Counts what is sent so often; the seconds that it takes once."""
+        mesh, lasting = self.choice.mesh, 0.0
+        for (kind, axes), (size, count) in sent.items():
+            if kind == "reduce-scatter" and self.of.doubled(mesh, axes):
+                kind, size = "all-reduce", 2 * size
             self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
-        return self.of.lasting(sent, self.choice)
+            pace, start = self.of.pace(mesh, kind, axes)
+            lasting += pace * size + start * count
+        return lasting
 
     def estimate(self) -> Estimate:
         subject = self.subject
@@ -248,8 +264,8 @@ class _Plan:
         kept = crossing = 0.0
         for kind, room in enumerate(self.rooms):
             cost, group = costs[kind], self.held.blocks[kind]
-            gathers = group.gathers if choice.gather == "layer" else {}
-            reduces = group.reduces if choice.accumulate == "sharded" else {}
+            gathers = group.gathers if self.by_layer else {}
+            reduces = group.reduces if self.pieces else {}
             for cell, half in (("F", cost.forward), ("B", cost.backward), ("I", cost.first), ("W", _rest(cost))):
                 runs = table.cells.get(cell, 0)
                 if not runs:
@@ -304,7 +320,7 @@ class _Plan:
 
     def sums(self, group: Group) -> float:
         """Bytes of the accumulators of a group."""
-        return group.pieces if self.choice.accumulate == "sharded" else group.accumulated
+        return group.pieces if self.pieces else group.accumulated
 
     def holds(self, where: str, size: float) -> None:
         """Notes what a part of the step makes and holds at once."""
@@ -350,10 +366,9 @@ class _Plan:
             made = [group for read, group in self.held.outside.items() if _READ[name] in read]
             whole, summed = (sum(getattr(group, size) for group in made) for size in ("whole", "summed"))
             held = cost.live.at(each)
-            pieces = choice.accumulate == "sharded"
             if (self.loops and name == "after") or name == "finish":
                 # As in blocks; of those to be scattered what is summed replaces what they were made of.
-                held = max(held, whole + summed) if pieces else held - whole
+                held = max(held, whole + summed) if self.pieces else held - whole
             self.holds(name, max(held, 0.0))
         if self.stage:
             stage = (self.stage,)
@@ -388,15 +403,13 @@ class _Plan:
 
     def outer(self) -> None:
         """What a step sends of weights and gradients once, and the optimizer."""
-        choice = self.choice
-        by_layer, pieces = choice.gather == "layer", choice.accumulate == "sharded"
         numbers = 0.0
         for group, count, inside in self.groups():
-            if not (inside and by_layer):
+            if not (inside and self.by_layer):
                 self.seconds["weights"] += self.add("weights", group.gathers, count) * count
-            if not (inside and pieces):
+            if not (inside and self.pieces):
                 # Pieces of what is outside blocks are summed whenever a microbatch has passed it.
-                times = self.table.after if pieces else count
+                times = self.table.after if self.pieces else count
                 self.seconds["gradients"] += self.add("gradients", group.reduces, times) * times
             self.seconds["weights"] += self.add("weights", group.updates, count) * count
             numbers += group.numbers * count
@@ -405,12 +418,11 @@ class _Plan:
 
     def stored(self) -> dict[str, float]:
         """What is held throughout the step."""
-        choice = self.choice
         found = dict.fromkeys(_HELD, 0.0)
         for group, count, inside in self.groups():
             found["parameters"] += group.stored * count
             found["optimizer_state"] += group.state * count
-            if inside and choice.gather == "layer" and group.cut:
+            if inside and self.by_layer and group.cut:
                 found["working_copy"] += group.shard * count if group.cast else 0.0
             elif (group.cast or group.cut) and (inside or self.loops):
                 # Without a loop what is outside blocks is made where it is used, and its gradient takes its place.

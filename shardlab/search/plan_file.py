@@ -44,11 +44,12 @@ class PlanFile:
         Raises:
           DeclarationError: with what differs.
         """
-        lines = self.plan.diff(plan)
+        # What was chosen stands before what it made of every parameter.
+        lines = sorted(self.plan.diff(plan), key=lambda line: line.startswith(("parameters ", "optimizer_state ")))
         if lines:
-            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+            shown = ", ".join(lines[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
             raise DeclarationError(
-                f"plan {where!r}: the plan made of its overrides is not the one it holds: {lines[0]}{more}; leave out "
+                f"plan {where!r}: the plan made of its overrides is not the one it holds: {shown}; leave out "
                 "options that change the plan, or write the file anew with shardlab plan --search ... --out"
             )
 

@@ -6,7 +6,7 @@ is made of. Where an axis splits a dim that is summed, every device has a part o
     taken at once     all-reduce, where the next operation needs it whole
     kept in parts     reduce-scatter, where what it meets next lies in shards of that axis
     waited for        where it is only added to another part of a sum: one collective for both, as XLA:GPU and XLA:TPU
-                      merge them
+                      merge them and XLA:CPU does not (`merges`)
 
 and a value that an operation needs otherwise than it lies is gathered, once for all that need it so. Of two dims that
 one axis would split, a weight keeps it; else the one that is not summed over. This is less than GSPMD knows (it looks
@@ -82,7 +82,12 @@ class Work:
 
 
 def propagate(
-    program: Program, ins: Sequence[Laid], sizes: Mapping[str, int], wanted: Sequence[Any] | None = None
+    program: Program,
+    ins: Sequence[Laid],
+    sizes: Mapping[str, int],
+    wanted: Sequence[Any] | None = None,
+    *,
+    merges: bool = True,
 ) -> Work:
     """What one device does of `program`.
 
@@ -90,6 +95,7 @@ def propagate(
       program: traced with whole shapes.
       ins: how its inputs lie.
       sizes: of the automatic axes.
+      merges: whether the compiler makes one sum of two that are added.
       wanted: for each result a function from its number of dims to how it is to lie; None: as it comes.
 
     >>> import jax, jax.numpy as jnp
@@ -101,7 +107,7 @@ def propagate(
     >>> dict(work.flops), work.outs[0].partial
     ({'float32': 1024.0}, ('tensor',))
     """
-    return _Walk(program, sizes).run(ins, wanted)
+    return _Walk(program, sizes, merges).run(ins, wanted)
 
 
 def laid(ndim: int, dims: Mapping[int, tuple[str, ...]], *, weight: bool = False) -> Laid:
@@ -226,8 +232,8 @@ _JOINED = frozenset({"add", "add_any", "sub"})
 class _Walk:
     """One walk over a program."""
 
-    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
-        self.program, self.sizes, self.values = program, sizes, program.values
+    def __init__(self, program: Program, sizes: Mapping[str, int], merges: bool) -> None:
+        self.program, self.sizes, self.values, self.merges = program, sizes, program.values, merges
         self.at: dict[int, Laid] = {}
         self.work = Work()
         self.whole: dict[tuple[int, Dims], Laid] = {}  # gathered before
@@ -353,7 +359,8 @@ class _Walk:
         parts = {lay.partial for lay in lays}
         one = len(parts) == 1 and lays[0].partial
         if one and (
-            (op.name in _LINEAR and len(ins) == 1) or (op.name in _JOINED and len(full) == len(ins) == len(op.ins))
+            (op.name in _LINEAR and len(ins) == 1)
+            or (self.merges and op.name in _JOINED and len(full) == len(ins) == len(op.ins))
         ):
             dims = self._merged(full)
             for number in full:
@@ -658,12 +665,12 @@ class _Walk:
                 dims = self.gathered(number, ((), *dims[1:])).dims
             weight = number >= 0 and self.at[number].weight
             inside.append(Laid(dims[1:] if sliced else dims, weight=weight))
-        work = propagate(body, inside, self.sizes)
+        work = propagate(body, inside, self.sizes, merges=self.merges)
         # What is carried goes on as it comes out; one more pass settles it.
         carry = [self._settled(lay) for lay in work.outs[:carried]]
         if any(a.dims != b.dims for a, b in zip(carry, inside[constants : constants + carried], strict=True)):
             inside[constants : constants + carried] = carry
-            work = propagate(body, inside, self.sizes)
+            work = propagate(body, inside, self.sizes, merges=self.merges)
         outs = list(work.outs)
         length = op.params["length"]
         self.work.add(work, length)
@@ -699,7 +706,7 @@ class _Walk:
             given = [self.at[number] if number >= 0 else Laid(()) for number in op.ins[-count:]] if count else []
             if len(given) != count or any(len(lay.dims) != len(body.values[k].shape) for k, lay in enumerate(given)):
                 given = [Laid(((),) * len(value.shape)) for value in body.values[:count]]
-            work = propagate(body, given, self.sizes)
+            work = propagate(body, given, self.sizes, merges=self.merges)
             held = max(held, work.live)
             if best is None or sum(work.flops.values()) >= sum(best.flops.values()):
                 best = work

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shardlab.mesh.chips import chip_of
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import Config
-from shardlab.search.candidates import candidates
+from shardlab.search.candidates import candidates, variations
 from shardlab.search.choice import Choice, changed
 from shardlab.search.estimate import Estimate, Estimator
 from shardlab.search.subject import Subject
+
+VARIED = 100
+"""Of how many of the best plans the variations are looked at."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,13 @@ class Found:
     confirmed: dict[Choice, Any] = field(default_factory=dict)
 
 
-def search(config: Config, target: str, *, top: int = 10) -> tuple[Subject, Found]:
+def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, Found]:
     """The best plans of a config on a target.
 
     Args:
       config: its mesh says which axes there are and what each is for; its sizes, and what `Choice` lists, are searched.
       target: as `shardlab.mesh.targets` reads it.
-      top: how many of the first are made into plans, which `make_plan` may refuse.
+      planned: how many of the first are made into plans, which `make_plan` may refuse; `refusal` knows most reasons.
 
     Raises:
       DeclarationError: what is wrong with the config whatever the plan.
@@ -59,45 +64,56 @@ def search(config: Config, target: str, *, top: int = 10) -> tuple[Subject, Foun
     fitting: list[Estimate] = []
     least: Estimate | None = None
     searched = 0
-    stage = config.mesh.stage
-    for choice in candidates(subject):
-        searched += 1
-        refused = refusal(estimator, choice)
-        if refused:
-            dropped[refused] += 1
-            continue
-        found = estimator.estimate(choice)
-        if found.hbm_bytes > room:
+
+    def look(choices: Iterable[Choice]) -> None:
+        nonlocal searched, least
+        for choice in choices:
+            searched += 1
+            if refused := refusal(estimator, choice):
+                dropped[refused] += 1
+                continue
+            found = estimator.estimate(choice)
+            if found.hbm_bytes <= room:
+                fitting.append(found)
+                continue
             dropped["does not fit"] += 1
             if least is None or found.hbm_bytes < least.hbm_bytes:
                 least = found
-            continue
-        fitting.append(found)
-    fitting.sort(key=lambda one: (one.total_seconds, one.hbm_bytes, one.choice.zero))
+
+    look(candidates(subject))
+    best = heapq.nsmallest(VARIED, fitting, key=_rank) or ([least] if least else [])
+    for one in best:
+        look(variations(subject, one.choice))
+    fitting.sort(key=_rank)
     ranked: list[Estimate] = []
+    stage = config.mesh.stage
     for found in fitting:
-        if len(ranked) < top:
-            problem = refused_by_make_plan(config, found.choice, target)
+        if len(ranked) < planned:
+            problem = refused_by_make_plan(subject, found.choice)
             if problem:
                 dropped[f"make_plan: {problem}"] += 1
                 continue
         ranked.append(found)
 
-    def best(piped: bool) -> Estimate | None:
+    def first(piped: bool) -> Estimate | None:
         if stage is None:
             return None if piped else next(iter(ranked), None)
         return next((one for one in ranked if (one.choice.sizes[stage] > 1) == piped), None)
 
-    found_ = Found(
+    return subject, Found(
         ranked=tuple(ranked),
         searched=searched,
         dropped=dict(dropped.most_common()),
         least=None if ranked else least,
-        piped=best(True),
-        flat=best(False),
+        piped=first(True),
+        flat=first(False),
         seconds=time.perf_counter() - start,
     )
-    return subject, found_
+
+
+def _rank(one: Estimate) -> tuple[float, float, int]:
+    """The fastest first; of equally fast ones that which takes less memory."""
+    return one.total_seconds, one.hbm_bytes, one.choice.zero
 
 
 def refusal(estimator: Estimator, choice: Choice) -> str:
@@ -112,10 +128,12 @@ def refusal(estimator: Estimator, choice: Choice) -> str:
     return ""
 
 
-def refused_by_make_plan(config: Config, choice: Choice, target: str) -> str:
+def refused_by_make_plan(subject: Subject, choice: Choice) -> str:
     """What `make_plan` says of a plan; empty if it makes it."""
+    # The model has been read.
+    config = replace(subject.config, model=subject.model)
     try:
-        changed(config, choice.overrides(target)).plan()
+        changed(config, choice.overrides(subject.target.text)).plan()
     except DeclarationError as error:
         return str(error).partition("\n")[0]
     return ""

@@ -65,7 +65,7 @@ class Subject:
             dict.fromkeys(config.mesh.names, 1), batch=config.mesh.batch, stage=config.mesh.stage, target="cpu:1"
         )
         self.parts = Parts(self.model, config.loss, self.batch, self.one, config.dtype)
-        self.costs = Costs(self.parts)
+        self.costs = Costs(self.parts, merges=self.target.platform != "cpu")
         self.rows = jax.tree.leaves(self.batch)[0].shape[0]
         self._specs: dict[tuple[tuple[str, str], ...], dict[str, PartitionSpec]] = {}
 

@@ -168,6 +168,6 @@ def _confirmed(compiled: Mapping[str, Any] | None) -> str:
         return ""
     if "error" in compiled:
         return compiled["error"].partition("\n")[0][:60]
-    words = f"{human_bytes(compiled['hbm_bytes'])}, wire {human_bytes(compiled['wire_bytes'])}"
-    seconds = compiled.get("estimate_seconds")
+    wire, seconds = compiled.get("wire_bytes"), compiled.get("estimate_seconds")
+    words = human_bytes(compiled["hbm_bytes"]) + ("" if wire is None else f", wire {human_bytes(wire)}")
     return words + ("" if seconds is None else f", {seconds:.4g} s") + ("" if compiled["fits"] else ", does not fit")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardlab.pipeline.actions import Kind
-from shardlab.pipeline.buffers import Phase, program
+from shardlab.pipeline.buffers import phase_iterations, slot_counts
 from shardlab.pipeline.schedules import make_schedule
 
 
@@ -48,45 +48,49 @@ def ticks(schedule: str, stages: int, microbatches: int, virtual: int, delayed: 
     (11, 8, 7)
     """
     table = make_schedule(schedule, stages=stages, microbatches=microbatches, virtual=virtual or None, delayed=delayed)
-    made = program(table)
+    mail, residuals, cuts = slot_counts(table)
     lasts: Counter[tuple[Kind, ...]] = Counter()
     cells: Counter[str] = Counter()
     ends: Counter[str] = Counter()
     sends = 0
-    for phase in made.phases:
-        if phase.divergent:
-            for row in phase.kind:
-                lasts[tuple(sorted({phase.cell[index] for index in row if index >= 0}))] += 1
-            for index, kind in enumerate(phase.cell):
-                cells[kind] += max(column.count(index) for column in zip(*phase.kind, strict=True))
-            sends += 2 * phase.length
+    last = table.num_stages - 1
+    for phase in phase_iterations(table):
+        cell, divergent, length = phase[0].cell, phase[0].divergent, len(phase)
+        if divergent:
+            rows = [[action.kind for action in iteration.actions] for iteration in phase]
+            for row in rows:
+                lasts[tuple(sorted(set(row)))] += 1
+            for kind in cell:
+                by_device = Counter(
+                    table.device_of(action.stage)
+                    for iteration in phase
+                    for action in iteration.actions
+                    if action.kind == kind
+                )
+                cells[kind] += max(by_device.values(), default=0)
+            sends += 2 * length
         else:
-            for kind in phase.cell:
-                lasts[kind,] += phase.length
-                cells[kind] += phase.length
-            sends += sum(kind in "FBI" for kind in phase.cell) * phase.length
-        for name in ("before", "head", "finish"):
-            ends[name] += _due(phase, name, table.num_virtual)
+            for kind in cell:
+                lasts[kind,] += length
+                cells[kind] += length
+            sends += sum(kind in "FBI" for kind in cell) * length
+        for name, kinds, stage in (("before", "F", 0), ("after", "F", last), ("finish", "BI", 0)):
+            due = sum(
+                any(action.kind in kinds and action.stage == stage for action in iteration.actions)
+                for iteration in phase
+            )
+            # In all iterations, masked, where one stage a device makes nearly all of them due: `Cells.where_due`.
+            ends[name] += length if due and table.num_virtual == 1 and not divergent else due
     work: Counter[str] = Counter(action.kind for action in table.row(0))
     return Ticks(
         lasts=tuple(lasts.items()),
         cells=cells,
         before=ends["before"],
-        after=ends["head"],
+        after=ends["after"],
         finish=ends["finish"],
-        residuals=made.num_residual_slots,
-        cuts=made.num_cut_slots,
-        mail=made.num_mail_slots,
+        residuals=residuals,
+        cuts=cuts,
+        mail=mail,
         work=work,
         sends=sends if stages > 1 else 0,
     )
-
-
-def _due(phase: Phase, name: str, virtual: int) -> int:
-    """In how many iterations of a phase every device runs a part: see `shardlab.step.cells.Cells.where_due`."""
-    when = getattr(phase, name)
-    if when == "never":
-        return 0
-    due = getattr(phase, f"{name}_microbatch")
-    every = when == "always" or not (virtual > 1 or phase.divergent)
-    return phase.length if every else sum(microbatch >= 0 for microbatch in due)

@@ -1,0 +1,135 @@
+"""What one device does of a traced program: by hand for single operations, and against what XLA:CPU compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from shardlab.report.collectives import collective_rows
+from shardlab.run.config import Config
+from shardlab.search.choice import choice_of
+from shardlab.search.estimate import Estimator
+from shardlab.search.program import flat
+from shardlab.search.propagate import Laid, Work, laid, propagate
+from shardlab.search.subject import Subject
+from shardlab.step.compile import compile_train_step
+from tests.search.subjects import decoder, image_mixer, whole_mlp
+
+T = ("tensor",)
+
+
+def work(
+    function: Callable[..., Any], *args: tuple[tuple[int, ...], Laid], sizes: int = 4, merges: bool = True
+) -> Work:
+    program = flat(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape, _ in args)))
+    return propagate(program, [lay for _, lay in args], {"tensor": sizes}, merges=merges)
+
+
+W = ((8, 32), laid(2, {1: T}, weight=True))  # cut by columns
+V = ((32, 8), laid(2, {0: T}, weight=True))  # cut by rows
+X = ((4, 8), laid(2, {}))
+
+
+def test_a_column_then_a_row_product_is_one_all_reduce_of_the_result() -> None:
+    found = work(lambda w, v, x: jnp.tanh(jnp.tanh(x @ w) @ v), W, V, X)
+    assert found.flops == {"float32": 2 * (4 * 8 * 32 + 4 * 32 * 8) / 4}
+    assert found.sends == {("all-reduce", T): (1, 4 * 8 * 4)}
+    assert found.outs[0].dims == ((), ())
+
+
+def test_sums_that_are_added_are_one_collective_where_the_compiler_merges_them() -> None:
+    both = lambda w, v, x: jnp.tanh(jnp.tanh(x @ w) @ v + jnp.sin(x @ w) @ v)  # noqa: E731
+    assert work(both, W, V, X).sends == {("all-reduce", T): (1, 128)}
+    assert work(both, W, V, X, merges=False).sends == {("all-reduce", T): (2, 256)}
+
+
+def test_a_sum_that_meets_a_shard_is_scattered_and_its_input_gathered_once() -> None:
+    """Sequence parallelism: x lies in shards of its first dim between the products."""
+    shard = ((4, 8), laid(2, {0: T}))
+    found = work(lambda w, v, x: x + jnp.tanh(x @ w) @ v + jnp.sin(x @ w) @ v, W, V, shard)
+    # The first product is summed into x's shards; what is added to that then is too.
+    assert found.sends == {("all-gather", T): (1, 128), ("reduce-scatter", T): (2, 256)}
+    assert found.outs[0].dims == (T, ())
+
+
+def test_a_lookup_in_rows_that_lie_elsewhere_is_a_sum() -> None:
+    def lookup(table: Any, rows: Any) -> Any:
+        return jnp.tanh(table[rows.astype(jnp.int32)])
+
+    cut, whole = laid(2, {0: T}, weight=True), laid(1, {})
+    assert work(lookup, ((16, 8), cut), ((4,), whole)).sends == {("all-reduce", T): (1, 4 * 8 * 4)}
+    features = laid(2, {1: T}, weight=True)
+    found = work(lookup, ((16, 8), features), ((4,), whole))
+    assert found.sends == {}
+    assert found.outs[0].dims == ((), T)
+
+
+def test_heads_split_off_a_dim_keep_its_axis_if_they_divide() -> None:
+    split = lambda x: jnp.tanh(x.reshape(2, 4, 2, 4))  # noqa: E731
+    kept = work(split, ((2, 4, 8), laid(3, {2: T})), sizes=2)
+    assert kept.outs[0].dims == ((), (), T, ())
+    assert kept.sends == {}
+    gathered = work(split, ((2, 4, 8), laid(3, {2: T})), sizes=4)
+    assert gathered.sends == {("all-gather", T): (1, 2 * 4 * 8 * 4)}
+
+
+def test_a_loop_counts_as_often_as_it_runs() -> None:
+    def loop(w: Any, v: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, _: (jnp.tanh(jnp.tanh(x @ w) @ v), None), x, None, length=5)[0]
+
+    found = work(loop, W, V, X)
+    assert found.sends == {("all-reduce", T): (5, 5 * 128)}
+    assert found.flops == {"float32": 5 * 2 * (4 * 8 * 32 + 4 * 32 * 8) / 4}
+
+
+CONFIGS: dict[str, Callable[..., Config]] = {"decoder": decoder, "mlp": whole_mlp, "mixer": image_mixer}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("model", list(CONFIGS))
+def test_what_blocks_send_is_what_xla_compiles(model: str, tensor: int, remat: str) -> None:
+    """To the byte, but for the squared norm of the gradients and the metrics."""
+    config = CONFIGS[model]({"data": 1, "stage": 1, "tensor": tensor}, f"cpu:{tensor}", batch_size=4, remat=remat)
+    plan = config.plan()
+    devices = jax.devices()[:tensor]
+    step = compile_train_step(
+        config.model, config.loss, config.make_optimizer(), plan, config.abstract_batch(), devices=devices
+    )
+    compiled = sum(row["wire_bytes"] for row in collective_rows(step.compiled.as_text(), plan.mesh.sizes))
+    estimated = Estimator(Subject(config, config.mesh.target)).estimate(choice_of(config)).wire_bytes
+    scalars = 64 * 2 * (tensor - 1) / tensor
+    assert 0 <= compiled - estimated <= scalars
+
+
+def test_twice_the_tensor_axis_halves_the_products_of_a_block() -> None:
+    flops = []
+    for tensor in (1, 2, 4):
+        config = decoder({"data": 1, "stage": 1, "tensor": tensor}, f"cpu:{tensor}", batch_size=4)
+        flops.append(Estimator(Subject(config, config.mesh.target)).estimate(choice_of(config)).flops)
+    assert flops[0] == pytest.approx(2 * flops[1]) == pytest.approx(4 * flops[2])
+
+
+def test_costs_grow_linearly_with_the_examples() -> None:
+    """Traced with 2 and 4 examples, and true of 8."""
+    config = decoder({"data": 1, "stage": 1, "tensor": 4}, "cpu:4")
+    subject = Subject(config, "cpu:4")
+    estimator = Estimator(subject)
+    split = estimator.split(config.mesh.axes, None, None, (), False)
+    cost = subject.costs.block(0, "full", split).backward
+    part = subject.parts.block(0, "full", 8)
+    assert part.backward is not None
+    eight = subject.costs.work(part, split)
+    assert sum(one.at(8) for one in cost.flops.values()) == pytest.approx(sum(eight.flops.values()))
+    assert cost.moved.at(8) == pytest.approx(eight.moved)
+    for key, (count, payload) in cost.sends.items():
+        assert (count, payload.at(8)) == pytest.approx(eight.sends[key])
+
+
+def test_a_program_computes_nothing_twice() -> None:
+    made = flat(jax.make_jaxpr(lambda x: jnp.tanh(x) + jnp.tanh(x))(jnp.ones(3)))
+    assert [op.name for op in made.ops] == ["tanh", "add"]
