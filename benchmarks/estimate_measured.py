@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
 import shardlab
 from shardlab.models import decoder
@@ -71,7 +70,6 @@ def measure(name: str, chosen: dict[str, Any], *, target: str, layers: int) -> N
         optimizer=optimizer,
         batch=batch,
         dtype="bfloat16",
-        activation=P("data", tensor, None) if tensor else None,
         **chosen,
     )
     step = shardlab.compile_train_step(model, next_byte_loss, optimizer, plan, batch)
