@@ -236,7 +236,18 @@ def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -
         timed = estimate_facts(plan, compute, beside, layout, chip, flops)
     pairs = zip(beside.each, causes, strict=True)
     rows = _merged(_row(one, why, timed=seconds is not None) for one, why in pairs)
-    findings = lint(module, plan.mesh.sizes, dtype=plan.dtype, compiler_said=log, seconds=seconds, held=held)
+    # XLA:CPU computes and sums bfloat16 as float32.
+    declared = (None, None) if chip is None else (plan.dtype, plan.reduce_dtype)
+    findings = lint(
+        module,
+        plan.mesh.sizes,
+        batch=plan.mesh.batch,
+        dtype=declared[0],
+        reduce_dtype=declared[1],
+        compiler_said=log,
+        seconds=seconds,
+        held=held,
+    )
     return {
         **_held_by(plan, module, held, needed, code),
         "collectives": rows,
