@@ -1,4 +1,4 @@
-"""Whether the search picks well: every plan of three small spaces compiled, and the pick among them by what was compiled.
+"""Whether the search picks well: every plan of three small spaces compiled, and the pick among them by its report.
 
     pip install 'shardlab[tpu]' && python benchmarks/search_quality.py [--case NAME] [--most 40]
 

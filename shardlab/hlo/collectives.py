@@ -25,6 +25,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from shardlab.hlo.loops import visits
 from shardlab.hlo.parse import Computation, HloModule, Instruction, parse
@@ -53,6 +54,15 @@ _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 _MESH = re.compile(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*)\))?\s*\{([^}]*)\}$")
 _ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 
+_THROUGH_HOSTS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+}
+_NONE: Mapping[str, int] = MappingProxyType({})
+
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -77,6 +87,7 @@ class Collective:
       as_reduce_scatter: an all-reduce of which every device keeps only a slice of 1/n (XLA:CPU leaves
         the two apart).
       promoted: XLA reduces it in a wider type than the program asked for.
+      over_slices: it goes through the hosts, from slice to slice of several.
       name: the instruction's, to find it in the text.
     """
 
@@ -95,6 +106,7 @@ class Collective:
     as_reduce_scatter: bool
     promoted: bool
     name: str
+    over_slices: bool = False
 
     @property
     def exact(self) -> bool:
@@ -119,13 +131,14 @@ class Total:
 
 
 def collectives(
-    text: str | HloModule, axes: Mapping[str, int], *, every_branch: bool = False
+    text: str | HloModule, axes: Mapping[str, int], *, slices: Mapping[str, int] = _NONE, every_branch: bool = False
 ) -> tuple[Collective, ...]:
     """The collectives of a compiled step, in the order of the text.
 
     Args:
       text: `compiled.as_text()`, or what `parse` made of it.
       axes: sizes of the mesh axes in mesh order; a partition's id is its row-major position in the mesh.
+      slices: of several TPU slices, over how many of them an axis runs: the program is that of one.
       every_branch: list also those in branches that are not the costliest, with count and bytes 0.
 
     Raises:
@@ -142,7 +155,7 @@ def collectives(
     [('all-reduce', ('data',), 1, 24, 24)]
     """
     module = parse(text) if isinstance(text, str) else text
-    found = each_once(module, axes)
+    found = each_once(module, axes, slices)
     step = visits(module, lambda name, i: _wire(found[name, i.name]) if (name, i.name) in found else 0.0)
     listed = []
     for (name, _), one in found.items():
@@ -192,25 +205,28 @@ def totals(found: Iterable[Collective], *, sliced_as_reduce_scatter: bool = Fals
     return tuple(sorted(rows.values(), key=lambda row: (-row.wire_bytes, row.kind, row.axes)))
 
 
-def each_once(module: HloModule, axes: Mapping[str, int]) -> dict[tuple[str, str], Collective]:
+def each_once(
+    module: HloModule, axes: Mapping[str, int], slices: Mapping[str, int] = _NONE
+) -> dict[tuple[str, str], Collective]:
     """One execution of each collective, by the names of its computation and its instruction.
 
     Raises:
       ValueError: the program is for another number of devices than the mesh has.
     """
-    devices = math.prod(axes.values())
+    within = {name: size // slices.get(name, 1) for name, size in axes.items()}
+    devices = math.prod(within.values())
     if module.num_partitions is not None and module.num_partitions * module.replica_count != devices:
         sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
         raise ValueError(
             f"the program is compiled for {module.num_partitions * module.replica_count} devices, "
             f"the mesh ({sizes}) has {devices}; give the axes of the mesh it was compiled with"
         )
-    mesh = tuple(axes.items())
+    mesh = tuple(within.items())
     found = {}
     chains = set()
     for name, computation in module.computations.items():
         for instruction in computation.instructions.values():
-            one = _once(module, computation, instruction, mesh)
+            one = _once(module, computation, instruction, mesh, slices)
             if one is None:
                 continue
             fusions = [caller for _, caller in module.callers.get(name, ()) if caller.opcode == "fusion"]
@@ -248,14 +264,23 @@ def _wire(one: Collective) -> float:
 
 
 def _once(
-    module: HloModule, computation: Computation, instruction: Instruction, mesh: tuple[tuple[str, int], ...]
+    module: HloModule,
+    computation: Computation,
+    instruction: Instruction,
+    mesh: tuple[tuple[str, int], ...],
+    slices: Mapping[str, int],
 ) -> Collective | None:
     """One execution of an instruction; None if it is no collective or crosses no axis."""
     opcode = instruction.opcode.removesuffix("-start")
     kind = _KINDS.get(opcode)
     if kind is None:
         return None
-    if kind == "collective-permute":
+    # XLA:TPU sends to other slices through the hosts, whose runtime makes a collective of what they send.
+    through = _THROUGH_HOSTS.search(instruction.attribute_text) if opcode == "send" else None
+    if through:
+        kind = _BETWEEN_SLICES.get(through[1], "collective-permute")
+        names, size = tuple(slices), math.prod(slices.values())
+    elif kind == "collective-permute":
         names, size = _permute_axes(_pairs(instruction), mesh)
     else:
         names, size = _group_axes(module, instruction, mesh)
@@ -282,6 +307,7 @@ def _once(
         assumed=False,
         as_reduce_scatter=sliced,
         promoted=any(name.endswith("_promoted") for name in reducers),
+        over_slices=through is not None,
         name=instruction.name,
     )
 

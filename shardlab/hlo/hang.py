@@ -15,13 +15,16 @@ from shardlab.hlo.loops import is_branch
 from shardlab.hlo.parse import HloModule, parse
 
 
-def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collective, ...]:
+def could_hang(
+    text: str, axes: Mapping[str, int], stage: str, *, slices: Mapping[str, int] | None = None
+) -> tuple[Collective, ...]:
     """The collectives in branches that span stages, or are permutes.
 
     Args:
       text: `compiled.as_text()`.
       axes: sizes of the mesh axes in mesh order.
       stage: the axis whose positions take different branches.
+      slices: of several TPU slices, over how many of them an axis runs.
 
     Raises:
       ValueError: no loop of one trip at most: the compiler has made something else of it, which was not looked at.
@@ -49,7 +52,7 @@ def could_hang(text: str, axes: Mapping[str, int], stage: str) -> tuple[Collecti
     ('stage',)
     """
     module = parse(text)
-    once = each_once(module, axes)
+    once = each_once(module, axes, slices or {})
     branches = list(_branches(module))
     if not branches:
         raise ValueError("the compiled program has no loop of one trip at most; what it runs instead is not known")

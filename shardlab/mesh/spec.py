@@ -113,6 +113,14 @@ class MeshSpec:
         """The target, parsed."""
         return parse_target(self.target)
 
+    @property
+    def slices(self) -> dict[str, int]:
+        """Of a target of several TPU slices, over how many of them an axis runs; else empty.
+
+        XLA compiles one program for each slice, and what crosses them goes through the hosts.
+        """
+        return dict(self.dcn) if self.machine.slices > 1 else {}
+
     def size(self, axis: str) -> int:
         """Size of one axis.
 

@@ -222,7 +222,7 @@ _UNREAD: dict[str, Any] = {
 def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -> dict[str, Any]:
     """What the optimized program says."""
     module = parse(text)
-    found = collectives(module, plan.mesh.sizes)
+    found = collectives(module, plan.mesh.sizes, slices=plan.mesh.slices)
     causes = [cause(module, module.home[one.name].instructions[one.name]) for one in found]
     held = live(module)
     chip, layout = _chip(plan), layout_of(plan)
@@ -241,6 +241,7 @@ def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -
     findings = lint(
         module,
         plan.mesh.sizes,
+        slices=plan.mesh.slices,
         batch=plan.mesh.batch,
         dtype=declared[0],
         reduce_dtype=declared[1],
@@ -267,7 +268,7 @@ def _row(beside: Overlap, why: Cause, *, timed: bool) -> dict[str, Any]:
         "payload_bytes": one.payload_bytes,
         "wire_bytes": one.wire_bytes,
         "async": beside.asynchronous,
-        "cause": why.what,
+        "cause": in_words(why.what),
         "path": why.path,
         "source": why.source,
         "loop": one.loop,
@@ -292,6 +293,33 @@ def _merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             if row[name] is not None:
                 into[name] = (into[name] or 0) + row[name]
     return sorted(found.values(), key=lambda row: -row["wire_bytes"])
+
+
+# What shardlab's own modules hold and send.
+_OWN = {
+    "shardlab.step.slots": "activations that wait for their stage",
+    "shardlab.step.cells": "what is kept for the backward",
+    "shardlab.step.pipelined": "what is kept for the backward",
+    "shardlab.step.phases": "activations and their gradients between stages",
+    "shardlab.step.region": "what stages or shards of the batch share",
+    "shardlab.step.compile": "weights, cast or gathered",
+    "shardlab.step.scatter": "gradients",
+    "shardlab.step.update": "the optimizer's update",
+    "shardlab.plan.optimizer": "the optimizer's update",
+}
+
+
+def in_words(what: str) -> str:
+    """A cause with what a module of shardlab's own has it for, in place of the module's name.
+
+    >>> in_words("collective-permute of ppermute in shardlab.step.phases")
+    'collective-permute of activations and their gradients between stages (ppermute)'
+    """
+    operation, _, module = what.rpartition(" in ")
+    if module not in _OWN:
+        return what
+    kind, of, operation = operation.rpartition(" of ")
+    return f"{kind}{of}{_OWN[module]} ({operation})"
 
 
 _CATEGORIES = {
@@ -328,7 +356,7 @@ def _held_by(plan: Plan, module: HloModule, held: Live, needed: int, code: int) 
                 category, what = "batch and keys", buffer.op_name
         else:
             category = _CATEGORIES[why.role]
-            what = f"{why.role}: {why.what.partition(' of ')[2]}"
+            what = f"{why.role}: {in_words(why.what).partition(' of ')[2] or in_words(why.what)}"
             found[category] = found.get(category, 0) + buffer.bytes
         if len(largest) < _LARGEST:
             largest.append(

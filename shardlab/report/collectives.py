@@ -26,18 +26,25 @@ class Row(TypedDict):
     in_branch: bool
 
 
-def collective_rows(text: str, axes: Mapping[str, int], *, sliced_as_reduce_scatter: bool = False) -> list[Row]:
+def collective_rows(
+    text: str,
+    axes: Mapping[str, int],
+    *,
+    slices: Mapping[str, int] | None = None,
+    sliced_as_reduce_scatter: bool = False,
+) -> list[Row]:
     """The rows of a compiled step, most wire bytes first; `shardlab.hlo.collectives` defines the columns.
 
     Args:
       text: `compiled.as_text()`.
       axes: sizes of the mesh axes in mesh order.
+      slices: of several TPU slices, over how many of them an axis runs.
       sliced_as_reduce_scatter: count an all-reduce of which only slices are kept as a reduce-scatter.
 
     Raises:
       ValueError: the text is not HLO, or is for another number of devices than the mesh has.
     """
-    found = totals(collectives(text, axes), sliced_as_reduce_scatter=sliced_as_reduce_scatter)
+    found = totals(collectives(text, axes, slices=slices or {}), sliced_as_reduce_scatter=sliced_as_reduce_scatter)
     return [
         Row(
             kind=total.kind,

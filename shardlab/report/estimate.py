@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from shardlab.hlo.collectives import Collective, replica_groups
 from shardlab.hlo.overlap import Overlaps, overlaps
@@ -21,6 +22,7 @@ from shardlab.hlo.parse import HloModule
 from shardlab.hlo.time import Rates, Times, times
 from shardlab.mesh.build import abstract_mesh
 from shardlab.mesh.chips import Chip
+from shardlab.mesh.link_time import link_seconds
 from shardlab.mesh.topology import Layout, collective_seconds, group_seconds
 from shardlab.module.flops import trained_flops
 from shardlab.module.model import Model
@@ -45,16 +47,23 @@ def step_overlaps(module: HloModule, found: Sequence[Collective], layout: Layout
 
 def seconds_on(layout: Layout, module: HloModule) -> Callable[[Collective], float]:
     """Seconds of a collective, all its executions together, over the links that its axes lie on."""
-    sizes = layout.spec.sizes
+    sizes, slices = layout.spec.sizes, layout.spec.slices
+    # A program of several slices numbers the devices of one: the first part of every axis that runs over them.
+    inner = [size // slices.get(axis, 1) for axis, size in sizes.items()]
+    positions = np.arange(layout.spec.num_devices).reshape(layout.spec.shape)[tuple(map(slice, inner))].ravel()
 
     def seconds(one: Collective) -> float:
+        if one.over_slices:
+            between = [part for axis in one.axes for part in layout.links(axis).dims if part.dim.tier == "dcn"]
+            return link_seconds(between, one.kind, one.wire_bytes, count=one.count)
         if one.group_size < math.prod(sizes.get(axis, 1) for axis in one.axes):
             groups = module.home[one.name].instructions[one.name].attributes.get("replica_groups", "")
-            found = replica_groups(groups) and group_seconds(
-                layout, one.kind, replica_groups(groups)[0], one.wire_bytes, count=one.count
-            )
-            if found:
-                return found
+            for group in replica_groups(groups)[:1]:
+                found = group_seconds(
+                    layout, one.kind, positions[list(group)].tolist(), one.wire_bytes, count=one.count
+                )
+                if found is not None:
+                    return found
         return collective_seconds(layout, one.kind, one.axes, one.wire_bytes, count=one.count)
 
     return seconds

@@ -68,6 +68,7 @@ def lint(
     module: HloModule,
     axes: Mapping[str, int],
     *,
+    slices: Mapping[str, int] | None = None,
     batch: Sequence[str] = (),
     dtype: str | None = None,
     reduce_dtype: str | None = None,
@@ -80,6 +81,7 @@ def lint(
 
     Args:
       axes: sizes of the mesh axes in mesh order.
+      slices: of several TPU slices, over how many of them an axis runs.
       batch: the axes that split examples.
       dtype: of the compute that was declared ("bfloat16"); None: SL006 is not looked for.  XLA:CPU computes bfloat16 as
         float32, so give None for it.
@@ -105,7 +107,7 @@ def lint(
     >>> [(one.code, one.bytes) for one in lint(module, {"data": 4})]
     [('SL001', 3145728)]
     """
-    step = _Step(module, axes, seconds)
+    step = _Step(module, axes, slices or {}, seconds)
     every = [
         *_sliced(step),
         *_gathered_again(step),
@@ -139,10 +141,15 @@ class _Step:
     """The collectives of a step with their causes."""
 
     def __init__(
-        self, module: HloModule, axes: Mapping[str, int], seconds: Callable[[Collective], float] | None
+        self,
+        module: HloModule,
+        axes: Mapping[str, int],
+        slices: Mapping[str, int],
+        seconds: Callable[[Collective], float] | None,
     ) -> None:
         self.module, self.axes, self._seconds = module, axes, seconds
-        self.found = [_Found(one, cause(module, self.instruction(one))) for one in collectives(module, axes)]
+        found = collectives(module, axes, slices=slices)
+        self.found = [_Found(one, cause(module, self.instruction(one))) for one in found]
         self.parameters = {
             path_of(parameter.op_name): parameter.shapes[0]
             for parameter in module.computations[module.entry].parameters.values()

@@ -48,5 +48,5 @@ def step_facts(step: CompiledStep) -> dict[str, Any]:
     return {
         **plan_facts(step.plan),
         "memory": memory(step.compiled).to_json(),
-        "collectives": collective_rows(step.compiled.as_text(), step.plan.mesh.sizes),
+        "collectives": collective_rows(step.compiled.as_text(), step.plan.mesh.sizes, slices=step.plan.mesh.slices),
     }

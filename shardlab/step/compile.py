@@ -415,5 +415,5 @@ def cannot_hang(compiled: Any, plan: Plan) -> None:
             f"({one.op_name}{' at ' + one.source if one.source else ''}), and would wait for ever",
             "use a schedule that needs no branch: 1f1b_split, interleaved_1f1b or 1f1b",
         )
-        for one in could_hang(compiled.as_text(), plan.mesh.sizes, plan.mesh.stage)
+        for one in could_hang(compiled.as_text(), plan.mesh.sizes, plan.mesh.stage, slices=plan.mesh.slices)
     )
