@@ -8,7 +8,12 @@ compiler reports it (arguments + temporaries + outputs that alias nothing + code
 predicted and read from the optimized program, seconds predicted and as the audit estimates them. At the end the mean
 and the worst of the differences.
 
-MEASURED
+Measured with jax 0.10.2 and libtpu 0.0.42, one plan at a time: of 15 plans without sequence parallelism HBM was off by
+6.8 % in the median and wire bytes by 6.6 %. Off by more: plans that keep everything while a tensor axis splits the
+layers (the compiler cuts what is kept over that axis, 1.2 times less than predicted is needed), FSDP over a whole
+v5e or with a tensor axis inside (16 to 25 % more HBM), and wherever an activation spec cuts the sequence inside
+attention in chunks (the compiler gathers in every chunk: 3 times the wire bytes). The goal, 5 % in the mean and 10 % at
+the worst, is met by pipelines without a tensor axis and by FSDP on v5p alone.
 """
 
 from __future__ import annotations

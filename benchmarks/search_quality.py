@@ -1,11 +1,15 @@
+<<<<<<< HEAD
 """Whether the search picks well: every plan of three small spaces compiled, and the pick among them by its report.
+=======
+"""Whether the search picks well: every plan of three small spaces compiled, and the pick among what was compiled.
+>>>>>>> lab-search
 
     pip install 'shardlab[tpu]' && python benchmarks/search_quality.py [--case NAME] [--most 40]
 
 A space is what a small slice leaves: all meshes, ZeRO 0, 1 and 3 (by layer, in pieces), the fewest microbatches, 1F1B,
-one policy of remat, x whole between blocks. The pick is what the search's estimate puts first among the plans that fit;
-it is judged by the seconds that `shardlab compile` estimates from the optimized program of each. The goal is a pick
-within 5 % of the best.
+one policy of remat, x whole between blocks. The pick is what the search's estimate puts first among the plans that
+fit; it is judged by the seconds that `shardlab compile` estimates from the optimized program of each. The goal is a
+pick within 5 % of the best.
 """
 
 from __future__ import annotations

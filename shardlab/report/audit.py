@@ -309,8 +309,11 @@ _OWN = {
 }
 
 
-def in_words(what: str) -> str:
-    """A cause with what a module of shardlab's own has it for, in place of the module's name.
+_SENT = {"shardlab.step.cells": "what stages share before and after the blocks"}
+
+
+def in_words(what: str, *, held: bool = False) -> str:
+    """The cause of a collective, or of a buffer that is held, with what a module of shardlab's own has it for.
 
     >>> in_words("collective-permute of ppermute in shardlab.step.phases")
     'collective-permute of activations and their gradients between stages (ppermute)'
@@ -319,7 +322,8 @@ def in_words(what: str) -> str:
     if module not in _OWN:
         return what
     kind, of, operation = operation.rpartition(" of ")
-    return f"{kind}{of}{_OWN[module]} ({operation})"
+    words = _OWN[module] if held else _SENT.get(module, _OWN[module])
+    return f"{kind}{of}{words} ({operation})"
 
 
 _CATEGORIES = {
@@ -351,12 +355,13 @@ def _held_by(plan: Plan, module: HloModule, held: Live, needed: int, code: int) 
         why = cause(module, module.home[buffer.name].instructions[buffer.name])
         if buffer.kind == "argument":
             category = "optimizer state" if ".optimizer" in buffer.op_name else "parameters"
-            what = f"{category}: {path_of(buffer.op_name)}"
+            what = path_of(buffer.op_name)
             if ".parameters" not in buffer.op_name and ".optimizer" not in buffer.op_name:
                 category, what = "batch and keys", buffer.op_name
         else:
             category = _CATEGORIES[why.role]
-            what = f"{why.role}: {in_words(why.what).partition(' of ')[2] or in_words(why.what)}"
+            words = in_words(why.what, held=True)
+            what = words.partition(" of ")[2] or words
             found[category] = found.get(category, 0) + buffer.bytes
         if len(largest) < _LARGEST:
             largest.append(

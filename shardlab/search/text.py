@@ -128,21 +128,23 @@ def nothing_fits(found: Found, subject: Subject) -> list[str]:
     if least is None:
         return ["no plan can be made: see what was dropped; other sizes of the batch or the model would help"]
     lacks = least.hbm_bytes - room
-    largest = max(least.memory, key=lambda part: least.memory[part])
-    help_ = {
-        "parameters": "more devices to store them on",
-        "optimizer_state": "more devices to store it on, or an optimizer that keeps less",
-        "working_copy": "gather='layer', or more devices",
-        "gradients": "accumulate='sharded', or more devices",
-        "activations": "a smaller batch a device, or an axis to split the sequence over (activation=)",
-        "temporaries": "fewer examples in a microbatch, attention in chunks, a loss in parts of the vocabulary",
-        "batch": "a smaller batch",
-    }[largest]
+    largest = max(_HELPS, key=lambda part: least.memory[part])
     return [
         f"nothing fits: {name(least, subject)} ({how(least.choice, subject)}) lacks the least, "
         f"{human_bytes(round(lacks))} of {human_bytes(round(least.hbm_bytes))}",
-        f"most of it is {largest.replace('_', ' ')}, {human_bytes(round(least.memory[largest]))}: {help_} would help",
+        f"most of it is {largest.replace('_', ' ')}, {human_bytes(round(least.memory[largest]))}: {_HELPS[largest]} would help",
     ]
+
+
+_HELPS = {
+    "parameters": "more devices to store them on",
+    "optimizer_state": "more devices to store it on, or an optimizer that keeps less",
+    "working_copy": "gather='layer', or more devices",
+    "gradients": "accumulate='sharded', or more devices",
+    "activations": "a smaller batch a device, or an axis to split the sequence over (activation=)",
+    "temporaries": "fewer examples in a microbatch, attention in chunks, a loss in parts of the vocabulary",
+    "batch": "a smaller batch",
+}
 
 
 def how(choice: Choice, subject: Subject) -> str:
