@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Whether the search picks well: every plan of three small spaces compiled, and the pick among them by its report.
-=======
 """Whether the search picks well: every plan of three small spaces compiled, and the pick among what was compiled.
->>>>>>> lab-search
 
     pip install 'shardlab[tpu]' && python benchmarks/search_quality.py [--case NAME] [--most 40]
 
