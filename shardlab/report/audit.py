@@ -28,6 +28,7 @@ from shardlab.plan.text import sibling_pattern
 from shardlab.report.audit_text import audit_text
 from shardlab.report.estimate import estimate_facts, model_flops, seconds_on, step_overlaps, wire_by_axes
 from shardlab.report.lint import lint
+from shardlab.report.lint_plan import lint_plan
 from shardlab.report.memory import memory
 from shardlab.report.summary import plan_facts
 from shardlab.sharding.rules import canonical, spec_text
@@ -249,6 +250,7 @@ def _read(plan: Plan, text: str, needed: int, code: int, flops: int, log: str) -
         seconds=seconds,
         held=held,
     )
+    findings += lint_plan(plan, text, found, layout)
     return {
         **_held_by(plan, module, held, needed, code),
         "collectives": rows,
