@@ -8,12 +8,16 @@ compiler reports it (arguments + temporaries + outputs that alias nothing + code
 predicted and read from the optimized program, seconds predicted and as the audit estimates them. At the end the mean
 and the worst of the differences.
 
-Measured with jax 0.10.2 and libtpu 0.0.42, one plan at a time: of 15 plans without sequence parallelism HBM was off by
-6.8 % in the median and wire bytes by 6.6 %. Off by more: plans that keep everything while a tensor axis splits the
-layers (the compiler cuts what is kept over that axis, 1.2 times less than predicted is needed), FSDP over a whole
-v5e or with a tensor axis inside (16 to 25 % more HBM), and wherever an activation spec cuts the sequence inside
-attention in chunks (the compiler gathers in every chunk: 3 times the wire bytes). The goal, 5 % in the mean and 10 % at
-the worst, is met by pipelines without a tensor axis and by FSDP on v5p alone.
+Measured with jax 0.10.2 and libtpu 0.0.42 on 18 such plans, one at a time, most with 8 layers or fewer. The goal, 5 %
+in the mean and 10 % at the worst, is not met: without sequence parallelism (15 plans) the median difference is 6.8 % of
+HBM and 6.6 % of the wire, and some are far off:
+
+    HBM     pipelines within 9 %, FSDP over a v5p slice within 7 %; FSDP over both dims of a v5e slice, FSDP with a
+            tensor axis inside, and GPUs need 16 to 25 % more than is predicted; where everything is kept and a tensor
+            axis splits the layers less than half is needed, for XLA:TPU cuts what is kept over that axis
+    wire    data, tensor and ZeRO 1 within 2 % (7 % where a float32 sum goes out in bfloat16); pipelines 15 to 18 %
+            more than predicted where XLA:TPU makes an all-reduce of some of their reduce-scatters; with an activation
+            spec that cuts the sequence three times as much, for XLA:TPU gathers in every chunk of the attention
 """
 
 from __future__ import annotations

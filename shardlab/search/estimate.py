@@ -40,8 +40,8 @@ BANDWIDTH = 0.8
 """Of the memory's bandwidth, what other work reaches."""
 
 UNPIPELINED, PIPELINED = 0.18, 0.27
-"""What XLA:TPU reports as temporaries beyond what is live at once, as a part of it: gaps in the heap, and something that
-programs with loops alone have. Means over compiled steps, of which most lie within 0.1 of them."""
+"""What XLA:TPU reports as temporaries beyond what is live at once, as a part of it: gaps in the heap, and something
+that programs with loops alone have. Means over compiled steps, of which most lie within 0.1 of them."""
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def nothing_fits(found: Found, subject: Subject) -> list[str]:
     return [
         f"nothing fits: {name(least, subject)} ({how(least.choice, subject)}) lacks the least, "
         f"{human_bytes(round(lacks))} of {human_bytes(round(least.hbm_bytes))}",
-        f"most of it is {largest.replace('_', ' ')}, {human_bytes(round(least.memory[largest]))}: {_HELPS[largest]} would help",
+        f"most of it is {largest.replace('_', ' ')}, {human_bytes(round(least.memory[largest]))}: "
+        f"{_HELPS[largest]} would help",
     ]
 
 
