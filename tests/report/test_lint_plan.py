@@ -51,7 +51,7 @@ def test_a_parameter_that_no_axis_divides_is_told_where_others_are_cut() -> None
     """Of the MLP on eight devices the head's ten biases stay whole, and those of two blocks, whose dim is tensor's."""
     blocks, head = lint_plan(tiny("data=8", zero=3).plan(), EMPTY, (), None, smallest=1)
     assert (blocks.code, blocks.path, blocks.bytes) == ("SL008", "blocks/*/up/bias", 2 * 16 * 4)
-    assert (head.code, head.path, head.bytes) == ("SL008", "head/bias", 10 * 4)
+    assert (head.code, head.path, head.bytes) == ("SL008", "outputs/bias", 10 * 4)
     assert "P()" in head.message
     assert "name one of data in its rule" in head.fix
 
