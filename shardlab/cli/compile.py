@@ -66,7 +66,7 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     from shardlab.report.estimate import model_flops
     from shardlab.run.remedies import remedies
     from shardlab.step.compile import compile_train_step
-    from shardlab.step.out_of_memory import OutOfMemory
+    from shardlab.step.refusals import OutOfMemory
 
     machine = config.mesh.machine
     if machine.platform == "tpu" and (place := folder()) is not None:
@@ -90,7 +90,7 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
                 plan,
                 config.abstract_batch(),
                 devices=devices,
-                compiler_options=compile_options(machine),
+                compiler_options=compile_options(machine) | config.options_of_xla(),
             )
     except OutOfMemory as refusal:
         seconds, text = time.perf_counter() - planned, _left_behind()

@@ -33,7 +33,7 @@ from shardlab.report.memory import memory
 from shardlab.report.summary import plan_facts
 from shardlab.sharding.rules import canonical, spec_text
 from shardlab.step.compile import CompiledStep
-from shardlab.step.out_of_memory import OutOfMemory
+from shardlab.step.refusals import OutOfMemory
 
 _LARGEST = 40  # buffers that are listed
 

@@ -145,6 +145,7 @@ class Config:
       eval_every: steps between evaluations on held-out data; 0 never evaluates.
       eval_batches: held-out batches of an evaluation.
       unit: what the loss is counted in, for reports.
+      compiler_options: of XLA, for the train step alone: NAME=VALUE,NAME=VALUE.
     """
 
     model: Any
@@ -177,6 +178,7 @@ class Config:
     eval_every: int = 0
     eval_batches: int = 4
     unit: str = "nats"
+    compiler_options: str = ""
 
     def __post_init__(self) -> None:
         from jax.sharding import PartitionSpec
@@ -192,6 +194,7 @@ class Config:
         flows = ("activation", "saved_activation")
         faults += self._type_faults() + [fault for name in flows for fault in spec_faults(name, getattr(self, name))]
         raise_faults(faults)
+        self.options_of_xla()  # refused where it is declared
         object.__setattr__(self, "rules", read_rules(self.rules))
         for name in flows:
             if (spec := getattr(self, name)) is None:
@@ -235,7 +238,7 @@ class Config:
             "scatter",
             "batch_axes",
         )
-        kinds |= dict.fromkeys((*names, "unit"), (str, "a text"))
+        kinds |= dict.fromkeys((*names, "unit", "compiler_options"), (str, "a text"))
         faults = [
             Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")
             for name, (kind, way_out) in kinds.items()
@@ -251,6 +254,24 @@ class Config:
             way_out = "give an object that has them, as shardlab.run.data.ByteText does"
             faults.append(Fault("data", f"is {_shown(self.data)}, which has no {', '.join(lacking)}", way_out))
         return faults
+
+    def options_of_xla(self) -> dict[str, str]:
+        """`compiler_options` by name.
+
+        Raises:
+          DeclarationError: a part of it is not NAME=VALUE.
+        """
+        found = {}
+        faults = []
+        for part in filter(None, (part.strip() for part in self.compiler_options.split(","))):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not (name and equals and value):
+                faults.append(
+                    Fault("compiler_options", f"{part!r} is not NAME=VALUE", "write xla_name=true,xla_other=2")
+                )
+            found[name] = value
+        raise_faults(faults)
+        return found
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """The optax optimizer: `optimizer` where it is one, otherwise what it makes."""

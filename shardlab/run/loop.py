@@ -90,7 +90,14 @@ def train(
         view.say(f"{out} holds an earlier run, which this one replaces at its first step")
 
     with view.phase(f"compiling the train step for {plan.mesh}"):
-        step = compile_train_step(config.model, config.loss, config.make_optimizer(), plan, config.abstract_batch())
+        step = compile_train_step(
+            config.model,
+            config.loss,
+            config.make_optimizer(),
+            plan,
+            config.abstract_batch(),
+            compiler_options=config.options_of_xla(),
+        )
     evaluation = None
     if held_out:
         with view.phase("compiling the evaluation"):

@@ -23,7 +23,7 @@ from shardlab.plan.layout import axes_in, optimizer_shapes, optimizer_tree
 from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
-from shardlab.step.out_of_memory import refused_for_memory
+from shardlab.step.refusals import refusals
 from shardlab.step.pipelined import pipelined_gradients
 from shardlab.step.region import Region, make_region
 from shardlab.step.scatter import Scatter
@@ -165,7 +165,7 @@ def compile_train_step(
 
     Raises:
       DeclarationError: model, batch or optimizer are not those of the plan, or XLA changed a declared sharding.
-      OutOfMemory: the compiler has found that the step does not fit in a device's memory.
+      OutOfMemory: the compiler has found that the step does not fit in a device's memory; a DeclarationError too.
     """
     raise_faults(random_faults())
     shapes = abstract(batch)
@@ -205,7 +205,7 @@ def compile_train_step(
         start = time.perf_counter()
         lowered = jitted.lower(abstract_state, shapes)
         traced = time.perf_counter()
-        with refused_for_memory(plan):
+        with refusals(plan):
             compiled = lowered.compile(compiler_options=options_for(plan, mesh, compiler_options))
         done = time.perf_counter()
     _same_as_declared(compiled, (state_shardings, batch_shardings))

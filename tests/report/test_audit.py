@@ -14,7 +14,7 @@ from shardlab.report.audit import Audit, audit_refused, audit_step
 from shardlab.report.estimate import model_flops
 from shardlab.report.memory import memory
 from shardlab.step.compile import CompiledStep, compile_train_step
-from shardlab.step.out_of_memory import OutOfMemory, refused_for_memory
+from shardlab.step.refusals import OutOfMemory, refusals
 from tests.run.tiny import tiny
 
 SIZES = "data=2,stage=2,tensor=2"
@@ -89,7 +89,7 @@ def test_the_mathematics_takes_as_many_operations_under_every_plan(sizes: str) -
 
 def refusal(text: str) -> OutOfMemory:
     plan = tiny("data=8").plan()
-    with pytest.raises(OutOfMemory) as caught, refused_for_memory(plan):
+    with pytest.raises(OutOfMemory) as caught, refusals(plan):
         raise jax.errors.JaxRuntimeError(text)
     return caught.value
 
@@ -106,9 +106,22 @@ def test_a_refusal_for_memory_names_the_sizes_and_what_the_plan_counts() -> None
     assert "parameters" in str(found)
 
 
-def test_another_error_of_the_compiler_is_left_as_it_is() -> None:
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), refused_for_memory(tiny("data=8").plan()):
-        raise jax.errors.JaxRuntimeError("INTERNAL: RESOURCE_EXHAUSTED is not what this is")
+def test_what_the_compiler_refuses_for_something_else_is_said_in_its_words() -> None:
+    config = tiny("data=8", compiler_options="xla_no_such_option=1")
+    with pytest.raises(shardlab.DeclarationError) as caught:
+        compile_train_step(
+            config.model,
+            config.loss,
+            config.make_optimizer(),
+            config.plan(),
+            config.abstract_batch(),
+            compiler_options=config.options_of_xla(),
+        )
+    assert not isinstance(caught.value, OutOfMemory)
+    assert str(caught.value).startswith(
+        "plan on data=8 (batch) x stage=1 (stage) x tensor=1 on cpu:8: the compiler refuses"
+    )
+    assert "xla_no_such_option" in str(caught.value)
 
 
 def test_what_was_refused_is_audited_as_far_as_it_is_known(step: CompiledStep, audit: Audit) -> None:

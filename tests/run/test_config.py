@@ -56,7 +56,7 @@ def test_the_scalars_are_the_configs_own_and_those_of_its_dataclasses() -> None:
             "scatter",
             "batch_axes",
         ),
-        *("steps", "seed", "eval_every", "eval_batches", "unit"),
+        *("steps", "seed", "eval_every", "eval_batches", "unit", "compiler_options"),
     }
     model = ("num_features", "num_layers", "model_dim", "hidden_dim", "num_classes", "dropout")
     inner = {"optimizer.learning_rate", "data.scale", *(f"model.{name}" for name in model)}
@@ -379,3 +379,15 @@ def test_reading_the_scalars_starts_no_jax() -> None:
         "scalars_of_every_config()\nprint('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_options_of_the_compiler_are_read_and_refused_where_they_are_declared() -> None:
+    assert tiny.tiny(compiler_options="xla_a=true, xla_b=2").options_of_xla() == {"xla_a": "true", "xla_b": "2"}
+    assert tiny.tiny().options_of_xla() == {}
+    with pytest.raises(DeclarationError) as caught:
+        tiny.tiny(compiler_options="xla_a,xla_b=")
+    assert str(caught.value) == (
+        "2 faults in the declaration:\n"
+        "  1. compiler_options: 'xla_a' is not NAME=VALUE; write xla_name=true,xla_other=2\n"
+        "  2. compiler_options: 'xla_b=' is not NAME=VALUE; write xla_name=true,xla_other=2"
+    )

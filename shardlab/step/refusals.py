@@ -1,4 +1,4 @@
-"""What the compiler says of a step that does not fit, as an error for who declared the plan."""
+"""What the compiler refuses, as an error for who declared the plan: a step that does not fit above all."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ class OutOfMemory(DeclarationError):
 
 
 @contextlib.contextmanager
-def refused_for_memory(plan: Plan) -> Iterator[None]:
-    """Around a compilation: its refusal for memory names both sizes, what the plan counts, and the ways out.
+def refusals(plan: Plan) -> Iterator[None]:
+    """Around a compilation: what the compiler refuses is said of the plan.
 
     Raises:
-      OutOfMemory: in place of JAX's own error.
+      OutOfMemory: it does not fit: both sizes, what the plan counts, and the ways out.
+      DeclarationError: it is refused for something else, in the compiler's words.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
+            said = str(error).strip().partition("\n")[0]
+            raise DeclarationError(f"plan on {plan.mesh}: the compiler refuses the step: {said}") from error
         held = {name: size for name, size in plan.bytes_per_device().items() if size and name != "padding"}
         arguments = sum(held.get(name, 0) for name in ("parameters", "buffers", "optimizer_state"))
         needed, capacity = read_sizes(str(error), arguments)
