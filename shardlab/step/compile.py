@@ -23,8 +23,8 @@ from shardlab.plan.layout import axes_in, optimizer_shapes, optimizer_tree
 from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
-from shardlab.step.refusals import refusals
 from shardlab.step.pipelined import pipelined_gradients
+from shardlab.step.refusals import refusals
 from shardlab.step.region import Region, make_region
 from shardlab.step.scatter import Scatter
 from shardlab.step.spmd import whole_gradients
