@@ -11,7 +11,7 @@ shardlab train configs/llama3_70b.py
 from jax.sharding import PartitionSpec as P
 
 from shardlab.mesh.spec import MeshSpec
-from shardlab.models.decoder import DecoderConfig, decoder_rules, token_loss
+from shardlab.models.decoder import DecoderConfig, decoder_rules, next_byte_loss
 from shardlab.module.pipeline import Pipeline
 from shardlab.run.config import AdamW, Config
 from shardlab.run.data import RandomTokens
@@ -29,12 +29,11 @@ def config() -> Config:
             mlp_dim=28_672,
             rope_base=500_000.0,
             query_chunk=512,
-            loss_chunk=512,
             splash=True,
             heads_axis="tensor",
         ),
         pipeline=Pipeline(before="embed", blocks="blocks", after="head", context="context"),
-        loss=token_loss,
+        loss=next_byte_loss,
         optimizer=AdamW(learning_rate=1.5e-4, warmup=2000, weight_decay=0.1),
         data=RandomTokens(seq_len=4096, vocab_size=128_256),
         mesh=MeshSpec({"data": 256, "stage": 1, "tensor": 1}, batch="data", stage="stage", target="tpu:v5p:4x8x8"),

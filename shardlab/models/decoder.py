@@ -40,7 +40,7 @@ class DecoderConfig:
       tied: the embedding is the output kernel too.
       query_chunk: queries that attention takes at a time, which bounds its memory; 0 takes all. Divides S.
       loss_chunk: tokens of an example whose logits are made at a time, and again for the backward; the decoder returns
-        each token's cross-entropy then, for `token_loss`, and never all logits. 0 returns the logits. Divides S.
+        each token's cross-entropy then, and never makes all logits. 0 returns the logits. Divides S.
       splash: whether attention is a kernel on TPU (`shardlab.models.splash`), with `query_chunk` for elsewhere.
       heads_axis: mesh axis that attention's heads are split over, said to XLA where tokens are split between blocks
         (it would attend with parts of the tokens); None leaves it to XLA.
@@ -264,33 +264,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | int) -> 
     return jnp.einsum("bgnqk,bkgd->bqgnd", weights, v).reshape(b, s, h, d)
 
 
-def next_byte_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def next_byte_loss(y: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The summed cross-entropy in nats, and how many targets it sums over.
 
     Computed in float32 or wider. A target of -1 counts for nothing.
 
     Args:
-      logits: [B, S, V].
+      y: logits [B, S, V]; or, as a decoder with `loss_chunk` returns them, each target's cross-entropy [B, S].
       batch: with ``targets`` [B, S] of int32.
 
     >>> total, weight = next_byte_loss(jnp.zeros((2, 3, 256)), {"targets": jnp.ones((2, 3), jnp.int32)})
     >>> f"{total / weight:.4f} nats over {weight:.0f} targets"
     '5.5452 nats over 6 targets'
     """
-    return token_loss(cross_entropies(logits, batch["targets"]), batch)
-
-
-def token_loss(losses: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """`next_byte_loss` of a decoder that returns the cross-entropy of every target: their sum, and how many count.
-
-    Args:
-      losses: [B, S], of every target, as a decoder with `loss_chunk` returns them.
-      batch: with ``targets`` [B, S] of int32; one of -1 counts for nothing.
-
-    >>> [float(one) for one in token_loss(jnp.ones((1, 3)), {"targets": jnp.array([[5, -1, 0]])})]
-    [2.0, 2.0]
-    """
-    counted = (batch["targets"] >= 0).astype(losses.dtype)
+    targets = batch["targets"]
+    losses = y if y.ndim == targets.ndim else cross_entropies(y, targets)
+    counted = (targets >= 0).astype(losses.dtype)
     return jnp.sum(losses * counted), jnp.sum(counted)
 
 

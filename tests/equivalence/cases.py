@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -275,9 +274,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "decoder": _decoder,
     "decoder-dropout": lambda: _decoder(dropout=0.25),
     "decoder-heads": lambda: _decoder(heads_axis="tensor"),
-    "decoder-chunks": lambda: dataclasses.replace(
-        _decoder(loss_chunk=2, query_chunk=3, heads_axis="tensor"), loss=decoder.token_loss
-    ),
+    "decoder-chunks": lambda: _decoder(loss_chunk=2, query_chunk=3, heads_axis="tensor"),
     "decoder-tied": lambda: _decoder(tied=True),
     "decoder-10-layers": lambda: _decoder(num_layers=10),
     "decoder-24-layers-dropout": lambda: _decoder(num_layers=24, dropout=0.25),
