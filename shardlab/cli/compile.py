@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shardlab.cli.child import compiler_log, folder, in_child, quiet_compiler
 from shardlab.cli.configured import Call, Configured, configured, start
 from shardlab.cli.options import option, show
-from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
 from shardlab.run.output import write
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ def compile_(arguments: list[str], *, restart: bool) -> int:
         return in_child(["compile", *arguments])
     about = "The step compiled for the target, which need not be there, and an audit of what was compiled."
     call = configured(_Compile, arguments, "compile", about)
-    audit, text = _compiled(call, restart=restart)
     options = call.options
+    codes = _codes(options.fail_on)
+    _check_files(options)
+    audit, text = _compiled(call, restart=restart)
     for name, written in (("hlo", text), ("save", json.dumps(audit.facts, indent=1))):
         if path := getattr(options, name):
             _write(path, written)
@@ -48,7 +50,6 @@ def compile_(arguments: list[str], *, restart: bool) -> int:
 
         _write(options.html, page(audit.facts))
     show(options, audit.facts, str(audit))
-    codes = {code.strip() for code in options.fail_on.split(",") if code.strip()}
     fired = sorted({lint["code"] for lint in audit.facts["lints"] if "any" in codes or lint["code"] in codes})
     for code in fired:
         write(f"shardlab: {code} fired, and --fail-on names it", sys.stderr)
@@ -119,6 +120,36 @@ def _left_behind() -> str | None:
     place = folder()
     found = [] if place is None else sorted(place.glob(f"{_DUMP}/*jit_step*.after_optimizations.txt"))
     return found[-1].read_text() if found else None
+
+
+def _codes(text: str) -> set[str]:
+    """The codes of `--fail-on`, each of which some lint has: one that never fires would guard nothing."""
+    from shardlab.report.lint_plan import CODES
+
+    codes = {code.strip() for code in text.split(",") if code.strip()}
+    known = [*CODES, "any"]
+    raise_faults(
+        Fault("--fail-on", f"{code!r} is the code of no lint", f"{suggestion(code, known)}there are {', '.join(known)}")
+        for code in sorted(codes - set(known))
+    )
+    return codes
+
+
+def _check_files(options: _Compile) -> None:
+    """That what is to be written can be, before minutes of compiling."""
+    faults = []
+    for name in ("hlo", "save", "html"):
+        path = getattr(options, name)
+        if not path:
+            continue
+        file, given = Path(path), f"--{name} {path}"
+        if file.is_dir():
+            faults.append(Fault(given, "is a directory", "give a file"))
+        elif not file.parent.is_dir():
+            faults.append(Fault(given, f"there is no directory {file.parent}", "make it, or give another file"))
+        elif not os.access(file if file.exists() else file.parent, os.W_OK):
+            faults.append(Fault(given, "must not be written", "give another file"))
+    raise_faults(faults)
 
 
 def _write(path: str, text: str) -> None:

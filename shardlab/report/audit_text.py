@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -122,7 +123,8 @@ def _layout(facts: Mapping[str, Any]) -> list[str]:
     if layout:
         header += ["link", "of a device"]
         for name, row in zip(names, rows, strict=True):
-            one = on.get(name)
+            # Along an axis of one device there is no link.
+            one = on.get(name) if facts["mesh"].get(name) != 1 else None
             row += [TIERS.get(one["tier"], one["tier"]), bandwidth_text(one["bandwidth"])] if one else ["", ""]
     if facts["wire_bytes"] is not None:
         header.append("sent")
@@ -217,9 +219,14 @@ def _remedies(facts: Mapping[str, Any]) -> list[str]:
         )
         for one in facts["remedies"]
     ]
+    search = shlex.join(["shardlab", "plan", "--search", facts["config"] or "CONFIG", "--target", facts["target"]])
     if not rows:
-        return ["no single change was found; use more devices, or shorter sequences, or a smaller batch"]
-    return columns(("change", "saves", "then holds", ""), rows, right=(1, 2))
+        return [
+            "no change of an option alone; use more devices, shorter sequences or a smaller batch, or see the best plans:",
+            search,
+        ]
+    lines = columns(("change", "saves", "then holds", ""), rows, right=(1, 2))
+    return lines if any(one["fits"] for one in facts["remedies"]) else [*lines, f"other meshes and plans: {search}"]
 
 
 def _made(facts: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ from shardlab.plan.text import bytes_label, human_bytes
 
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?"
-# XLA:TPU counts temporaries alone in the one text, everything in the other; XLA:GPU, one allocation.
+# What XLA:TPU calls temporaries in the first text has the arguments in it: 8 GiB handed in, donated, and 8 GiB of
+# temporaries are "HLO temporaries (16.00G)" (jax 0.10.2, libtpu 0.0.42.1). XLA:GPU names one allocation.
 _TEMPORARIES = re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 _ALL = re.compile(rf"Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE)
 
@@ -47,8 +48,7 @@ def refusals(plan: Plan) -> Iterator[None]:
             said = str(error).strip().partition("\n")[0]
             raise DeclarationError(f"plan on {plan.mesh}: the compiler refuses the step: {said}") from error
         held = {name: size for name, size in plan.bytes_per_device().items() if size and name != "padding"}
-        arguments = sum(held.get(name, 0) for name in ("parameters", "buffers", "optimizer_state"))
-        needed, capacity = read_sizes(str(error), arguments)
+        needed, capacity = read_sizes(str(error))
         counted = ", ".join(f"{bytes_label(name)} {human_bytes(size)}" for name, size in held.items())
         lacks = "" if needed is None or capacity is None else _lacks(needed, capacity)
         raise OutOfMemory(
@@ -60,22 +60,18 @@ def refusals(plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def read_sizes(text: str, argument_bytes: int) -> tuple[int | None, int | None]:
+def read_sizes(text: str) -> tuple[int | None, int | None]:
     """Bytes needed and bytes there are, from what the compiler says; None for what it does not.
 
-    Args:
-      text: of its error.
-      argument_bytes: what a device is handed: some texts leave it out.
-
-    >>> read_sizes("the total memory required for HLO temporaries (32.50G) exceeds available HBM (15.75G).", 2**30)
-    (35970351104, 16911433728)
-    >>> read_sizes("Used 17.00G of 15.75G hbm. Exceeded hbm capacity by 1.25G.", 2**30)
+    >>> read_sizes("the total memory required for HLO temporaries (32.50G) exceeds available HBM (15.75G).")
+    (34896609280, 16911433728)
+    >>> read_sizes("Used 17.00G of 15.75G hbm. Exceeded hbm capacity by 1.25G.")
     (18253611008, 16911433728)
     """
-    for pattern, beside in ((_TEMPORARIES, argument_bytes), (_ALL, 0)):
+    for pattern in (_TEMPORARIES, _ALL):
         if found := pattern.search(text):
             size, unit, limit, limit_unit = found.groups()
-            return round(float(size) * _SIZES[unit]) + beside, round(float(limit) * _SIZES[limit_unit])
+            return round(float(size) * _SIZES[unit]), round(float(limit) * _SIZES[limit_unit])
     return None, None
 
 

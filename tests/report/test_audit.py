@@ -100,8 +100,8 @@ def test_a_refusal_for_memory_names_the_sizes_and_what_the_plan_counts() -> None
         "available HBM (15.75G)."
     )
     assert found.capacity_bytes == round(15.75 * 2**30)
-    assert found.needed_bytes is not None
-    assert 0 < found.needed_bytes - round(32.5 * 2**30) < 2**20
+    # The arguments are in what the compiler calls temporaries.
+    assert found.needed_bytes == round(32.5 * 2**30)
     assert "does not fit in a device's memory: it needs 32.5 GiB, 16.8 GiB more than the 15.8 GiB" in str(found)
     assert "parameters" in str(found)
 

@@ -116,7 +116,26 @@ def test_what_the_compiler_left_nothing_of_is_said() -> None:
     assert found[key] == ["  not known: the compiler left no program"]
     assert found["findings"] == ["  not looked for: the compiler left no program"]
     assert found["time of a step, estimated"] == ["  not estimated: the compiler left no program"]
-    assert "no single change was found" in audit_text(audits.unread())
+    text = audit_text(audits.unread())
+    assert "no change of an option alone; use more devices" in text
+    assert "\n  shardlab plan --search configs/llama3_70b.py --target " in text
+
+
+def test_where_no_single_change_is_enough_the_search_is_named() -> None:
+    facts = audits.too_large()
+    assert "plan --search" not in audit_text(facts)
+    facts["remedies"] = [one | {"fits": False} for one in facts["remedies"]]
+    other = "  other meshes and plans: shardlab plan --search configs/llama3_70b.py --target tpu:v5e:16x16"
+    assert other in audit_text(facts).splitlines()
+
+
+def test_an_axis_of_one_device_has_no_link() -> None:
+    facts = audits.cpu()
+    facts["mesh"] = {**facts["mesh"], "stage": 1}
+    facts["layout"]["axes"].append({"axis": "stage", "size": 1, "tier": "host", "bandwidth": 0.0, "words": ""})
+    rows = {line.split()[0]: line.split() for line in sections(audit_text(facts))["mesh"] if line.strip()}
+    assert rows["data"][:3] == ["data", "8", "host"]
+    assert rows["stage"] == ["stage", "1", "0", "B"]
 
 
 def test_links_that_are_not_known_have_no_columns() -> None:
