@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "tests/run/tiny.py"
