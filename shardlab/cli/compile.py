@@ -61,6 +61,8 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     config, view = call.config, call.view()
     start(config, restart=restart)
     quiet_compiler()
+    import jax
+
     from shardlab.mesh.offline import compile_devices, compile_options
     from shardlab.module.model import read_model
     from shardlab.report.audit import audit_refused, audit_step
@@ -74,7 +76,11 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
         # What does not fit is compiled to the end and then refused: the program is here, and nowhere else.
         dump = f"--xla_dump_to={place / _DUMP} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
-    devices = None if machine.platform == "cpu" or machine.text == "local" else compile_devices(machine)
+    devices = None
+    if machine.platform != "cpu" and machine.text != "local":
+        # An accelerator that is here is left alone, and the CUDA plugin does not look for its libraries.
+        jax.config.update("jax_platforms", "cpu")
+        devices = compile_devices(machine)
     began = time.perf_counter()
     with view.phase("planning"):
         plan = config.plan()
