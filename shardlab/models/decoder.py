@@ -39,7 +39,7 @@ class DecoderConfig:
       dropout: rate on the embedding and on what each half of a block adds; 0 draws nothing.
       tied: the embedding is the output kernel too.
       query_chunk: queries that attention takes at a time, which bounds its memory; 0 takes all. Divides S.
-      loss_chunk: tokens of an example whose logits are made at a time, and again for the backward; the decoder returns
+      loss_chunk: tokens of one example whose logits are made at a time, and again for the backward; the decoder returns
         each token's cross-entropy then, and never makes all logits. 0 returns the logits. Divides S.
       splash: whether attention is a kernel on TPU (`shardlab.models.splash`), with `query_chunk` for elsewhere.
       heads_axis: mesh axis that attention's heads are split over, said to XLA where tokens are split between blocks
@@ -130,11 +130,9 @@ class Decoder(nnx.Module):
         def losses(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
             return None, cross_entropies(at[0] @ kernel, at[1])
 
-        in_chunks = [
-            jnp.moveaxis(one.reshape(one.shape[0], -1, chunk, *one.shape[2:]), 1, 0) for one in (x, batch["targets"])
-        ]
-        _, found = jax.lax.scan(jax.checkpoint(losses), None, tuple(in_chunks))
-        return jnp.moveaxis(found, 0, 1).reshape(x.shape[:2])
+        in_chunks = x.reshape(-1, chunk, x.shape[-1]), batch["targets"].reshape(-1, chunk)
+        _, found = jax.lax.scan(jax.checkpoint(losses), None, in_chunks)
+        return found.reshape(x.shape[:2])
 
 
 class Block(nnx.Module):
@@ -284,7 +282,7 @@ def next_byte_loss(y: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Ar
 
 
 def cross_entropies(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The cross-entropy of every target in nats, [B, S], by logits [B, S, V]; in float32 or wider."""
+    """The cross-entropy of every target in nats, by logits [..., V] for targets [...]; in float32 or wider."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # Not take_along_axis: gathering from logits sharded over the vocabulary aborts XLA's partitioner when a
     # second axis is automatic too. A masked sum is partitioned like any other sum.

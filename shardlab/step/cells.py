@@ -488,7 +488,11 @@ class Cells:
                 dy = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.region.stage, axis=0, tiled=True), dy)
             keep = due if self.dealt or self.vocabulary else due & self.is_last
             new = self.count({name: carry[name] for name in ("sum", "weight")}, total, weight, due)
-            return new | {"rest": self.add(carry["rest"], drest, keep)}, dy
+            rest = self.add(carry["rest"], drest, keep)
+            if self.pieces:
+                # Else XLA:TPU leaves these gradients for after the blocks' backward, and holds the logits through it.
+                rest, dy = jax.lax.optimization_barrier((rest, dy))
+            return new | {"rest": rest}, dy
 
         def skip() -> tuple[dict[str, Any], Any]:
             return {name: carry[name] for name in ("sum", "weight", "rest")}, jax.tree.map(jnp.zeros_like, y)
