@@ -58,9 +58,10 @@ def compile_(arguments: list[str], *, restart: bool) -> int:
 
 def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     """The audit, and the optimized HLO it was read from."""
-    config, view = call.config, call.view()
+    config = call.config
     start(config, restart=restart)
     quiet_compiler()
+    view = call.view()  # of the standard error that the user sees, not of the compiler's
     from shardlab.mesh.offline import compile_devices, compile_options
     from shardlab.module.model import read_model
     from shardlab.report.audit import audit_refused, audit_step
