@@ -17,6 +17,8 @@ import pytest
 from shardlab.cli import main
 from shardlab.report.audit import Audit
 from shardlab.report.lint_plan import CODES
+from shardlab.run.config import load_config
+from shardlab.search.plan_file import PlanFile, write_plan
 from tests.report import audits
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +193,14 @@ def test_the_program_it_writes_counted_by_other_means_gives_the_same_totals(comp
     assert max(row["count"] for row in compiled.facts["collectives"]) > 1  # of a loop
 
 
+def test_the_command_line_in_an_audit_names_the_plan_file(folder: Path) -> None:
+    file, plan = folder / "plan.json", folder / "held.json"
+    write_plan(plan, PlanFile(CONFIG, {}, {}, load_config(CONFIG).plan()))
+    done = shardlab("compile", CONFIG, "--plan", plan, "--save", file)
+    assert done.status == 0
+    assert done.out.endswith(f"shardlab compile {CONFIG} --target cpu:8 --plan {plan}\n")
+
+
 def test_what_it_saves_is_what_it_prints_and_equal_audits_do_not_differ(compiled: Done, folder: Path) -> None:
     assert json.loads((folder / "a.json").read_text()) == compiled.facts
     again = shardlab("compile", CONFIG, *SIZES, "--save", folder / "b.json")
@@ -209,6 +219,45 @@ def test_the_page_needs_no_network(compiled: Done, folder: Path) -> None:
     assert compiled.status == 0
     assert page.startswith("<!DOCTYPE html>")
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", page)
+
+
+TARGET = ("--target", "tpu:v5e:2x4")
+TOO_LARGE = ("--model.num-layers", "2", "--batch-size", "4", "--mesh", "data=4", "--zero", "0")
+
+
+@pytest.mark.tpu
+def test_two_compilations_for_a_tpu_that_is_not_here_at_once(folder: Path) -> None:
+    both = [started("compile", CONFIG, *SIZES, *TARGET, "--save", folder / f"{name}.json", "--json") for name in "cd"]
+    for done in map(ended, both):
+        assert (done.status, done.facts["fits"]) == (0, True)
+        assert not NOISE.search(re.sub("compiling for tpu:v5e:2x4", "", done.err))
+        check_contract(done.facts)
+        assert done.facts["hbm_capacity_bytes"] == int(15.75 * 2**30)
+        assert done.facts["memory"]["code_bytes"] > 0
+        assert done.facts["estimate_seconds"] == pytest.approx(
+            sum(p["seconds"] for p in done.facts["estimate"]["parts"])
+        )
+        assert 0 < done.facts["mfu"] < 1
+        assert {axis for row in done.facts["collectives"] for axis in row["axes"]} == {"data", "stage", "tensor"}
+    assert shardlab("diff", folder / "c.json", folder / "d.json").status == 0
+
+
+@pytest.mark.tpu
+def test_what_does_not_fit_is_exit_status_1_with_what_would_help_and_all_the_rest() -> None:
+    done = shardlab("compile", "configs/llama3_8b.py", *TOO_LARGE, "--target", "tpu:v5e:2x2", "--json")
+    facts = done.facts
+    assert (done.status, facts["fits"], facts["memory"]) == (1, False, None)
+    check_contract(facts)
+    needed, capacity = facts["hbm_bytes"], facts["hbm_capacity_bytes"]
+    assert capacity == int(15.75 * 2**30) < needed
+    # 1.49 B parameters and Adam's two moments, in float32, on every device; what the program names is nearly all.
+    assert facts["categories"]["parameters"] + facts["categories"]["optimizer state"] == pytest.approx(17.8e9, rel=0.01)
+    assert 0 <= facts["categories"]["rest of what the compiler needs"] < 0.05 * needed
+    assert {row["kind"] for row in facts["collectives"]} == {"all-reduce"}
+    first = facts["remedies"][0]
+    assert (first["change"], first["fits"]) == ("--zero 3", True)
+    assert first["hbm_bytes"] + first["saves_bytes"] == needed
+    assert first["hbm_bytes"] < capacity
 
 
 @pytest.fixture

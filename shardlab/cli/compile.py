@@ -82,7 +82,8 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     planned = time.perf_counter()
     for note in (*plan.notes, *call.remarks):
         view.say(f"note: {note}")
-    about = {"config": call.path, "overrides": call.given, "plan_seconds": planned - began}
+    given = call.given | ({"plan": call.options.plan} if call.options.plan else {})
+    about = {"config": call.path, "overrides": given, "plan_seconds": planned - began}
     try:
         with view.phase(f"compiling for {machine}"):
             step = compile_train_step(
