@@ -58,9 +58,10 @@ def compile_(arguments: list[str], *, restart: bool) -> int:
 
 def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     """The audit, and the optimized HLO it was read from."""
-    config, view = call.config, call.view()
+    config = call.config
     start(config, restart=restart)
     quiet_compiler()
+    view = call.view()  # of the standard error that the user sees, not of the compiler's
     import jax
 
     from shardlab.mesh.offline import compile_devices, compile_options
@@ -87,7 +88,8 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     planned = time.perf_counter()
     for note in (*plan.notes, *call.remarks):
         view.say(f"note: {note}")
-    about = {"config": call.path, "overrides": call.given, "plan_seconds": planned - began}
+    given = call.given | ({"plan": call.options.plan} if call.options.plan else {})
+    about = {"config": call.path, "overrides": given, "plan_seconds": planned - began}
     try:
         with view.phase(f"compiling for {machine}"):
             step = compile_train_step(

@@ -222,7 +222,7 @@ def _remedies(facts: Mapping[str, Any]) -> list[str]:
     search = shlex.join(["shardlab", "plan", "--search", facts["config"] or "CONFIG", "--target", facts["target"]])
     if not rows:
         return [
-            "no single option; use more devices, shorter sequences or a smaller batch, or see the best plans:",
+            "no change of an option alone; use more devices, shorter sequences or a smaller batch; the best plans:",
             search,
         ]
     lines = columns(("change", "saves", "then holds", ""), rows, right=(1, 2))

@@ -117,7 +117,7 @@ def test_what_the_compiler_left_nothing_of_is_said() -> None:
     assert found["findings"] == ["  not looked for: the compiler left no program"]
     assert found["time of a step, estimated"] == ["  not estimated: the compiler left no program"]
     text = audit_text(audits.unread())
-    assert "no single option; use more devices" in text
+    assert "no change of an option alone; use more devices" in text
     assert "\n  shardlab plan --search configs/llama3_70b.py --target " in text
 
 
