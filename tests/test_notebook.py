@@ -19,7 +19,7 @@ def texts(cell: Any) -> str:
 
 
 def run(name: str, *, seconds: int = 300) -> Callable[[str], str]:
-    """What the cell that holds a text shows, of a notebook that has been run, each cell for `seconds` at most."""
+    """What the cell that holds a text shows, of a notebook that has been run; no cell may take over `seconds`."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": str(NOTEBOOKS.parent)}}).execute()
     shown = {cell.source: texts(cell) for cell in notebook.cells if cell.cell_type == "code"}
