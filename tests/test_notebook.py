@@ -85,7 +85,7 @@ def test_it_fits_a_70b_model_to_a_pod() -> None:
     # Parameters and Adam's two moments of 70.6 B parameters in float32, on 64 chips.
     assert in_gib(parts["parameters"]) == pytest.approx(70.6e9 * 4 / 64 / 2**30, rel=0.02)
     assert in_gib(parts["optimizer state"]) == pytest.approx(70.6e9 * 8 / 64 / 2**30, rel=0.02)
-    remedies = re.findall(r"^--.*?([\d.]+ GiB)  still too much$", refused, re.MULTILINE)
+    remedies = re.findall(r"^--.*?([\d.]+ GiB)  does not fit$", refused, re.MULTILINE)
     assert remedies
     assert all(room < in_gib(left) < needs for left in remedies)
 
@@ -93,7 +93,7 @@ def test_it_fits_a_70b_model_to_a_pod() -> None:
     nothing = shown_by("nothing = lab(")
     assert re.match(r"[\d,]{5,} plans, 0 fit\n", nothing)
     lacks, least, *_ = sizes(nothing)
-    assert least - lacks == pytest.approx(room, abs=0.1)
+    assert least - lacks == pytest.approx(room, abs=0.16)  # each is rounded to a tenth
     ranked = re.findall(r"^(\S.*?) +([\d.]+) s  MFU \d+% +([\d.]+ GiB)$", shown_by("found = lab("), re.MULTILINE)
     seconds = [float(second) for _, second, _ in ranked]
     assert len(ranked) == 5
@@ -121,8 +121,9 @@ def test_it_fits_a_70b_model_to_a_pod() -> None:
     assert list(on) == ["tpu:v5e:8x8", "tpu:v5p:4x4x4", "tpu:v5p:4x8x8"]
     assert ["does not fit" in line for line in on.values()] == [True, False, False]
     assert sizes(on["tpu:v5p:4x8x8"])[0] < sizes(on["tpu:v5p:4x4x4"])[0] == confirmed
-    times = {target: float(re.findall(r"([\d.]+) s a step", line)[0]) for target, line in on.items()}
-    assert 3 < times["tpu:v5p:4x4x4"] / times["tpu:v5p:4x8x8"] < 4.5
+    slow, fast = (numbers(line.partition("GiB of")[2])[1] for line in list(on.values())[1:])
+    assert slow == numbers(line_of(table, "step"))[1]
+    assert 3 < slow / fast < 4.5
 
     # By how much a pipeline loses or wins is the ratio of the two times that stand beside it.
     for line in shown_by("slow = lab(").splitlines()[:2]:

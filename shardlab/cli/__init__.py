@@ -26,7 +26,7 @@ from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
 from shardlab.cli.search import search, why
 from shardlab.cli.targets import targets
-from shardlab.mesh.faults import DeclarationError, suggestion
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.run.output import write
 
@@ -148,6 +148,11 @@ def plan(arguments: list[str], *, restart: bool) -> int:
     call = configured(_Plan, arguments, "plan", about)
     if call.options.search:
         return search(call)
+    raise_faults(
+        Fault(f"--{name}", "is of --search", "give that too, or leave this out")
+        for name in ("confirm", "out")
+        if getattr(call.options, name)
+    )
     from shardlab.report.summary import plan_facts
     from shardlab.report.text import schedule_text
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardlab.cli.child import compiler_log, folder, in_child, quiet_compiler
 from shardlab.cli.configured import Call, Configured, configured, start
-from shardlab.cli.options import option, show
+from shardlab.cli.options import check_files, option, show
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
 from shardlab.run.output import write
 
@@ -40,7 +40,7 @@ def compile_(arguments: list[str], *, restart: bool) -> int:
     call = configured(_Compile, arguments, "compile", about)
     options = call.options
     codes = _codes(options.fail_on)
-    _check_files(options)
+    check_files(options, "hlo", "save", "html")
     audit, text = _compiled(call, restart=restart)
     for name, written in (("hlo", text), ("save", json.dumps(audit.facts, indent=1))):
         if path := getattr(options, name):
@@ -141,23 +141,6 @@ def _codes(text: str) -> set[str]:
         for code in sorted(codes - set(known))
     )
     return codes
-
-
-def _check_files(options: _Compile) -> None:
-    """That what is to be written can be, before minutes of compiling."""
-    faults = []
-    for name in ("hlo", "save", "html"):
-        path = getattr(options, name)
-        if not path:
-            continue
-        file, given = Path(path), f"--{name} {path}"
-        if file.is_dir():
-            faults.append(Fault(given, "is a directory", "give a file"))
-        elif not file.parent.is_dir():
-            faults.append(Fault(given, f"there is no directory {file.parent}", "make it, or give another file"))
-        elif not os.access(file if file.exists() else file.parent, os.W_OK):
-            faults.append(Fault(given, "must not be written", "give another file"))
-    raise_faults(faults)
 
 
 def _write(path: str, text: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from shardlab.mesh.faults import Fault, raise_faults, suggestion
@@ -77,6 +79,27 @@ def read(
     )
     options = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
     return tyro.cli(options, prog=prog, description=about, args=arguments)
+
+
+def check_files(options: Any, *names: str) -> None:
+    """That the files of these options can be written, before the minutes that it takes to have something to write.
+
+    Raises:
+      DeclarationError: with every one that cannot.
+    """
+    faults = []
+    for name in names:
+        path = getattr(options, name)
+        if not path:
+            continue
+        file, given = Path(path), f"--{name} {path}"
+        if file.is_dir():
+            faults.append(Fault(given, "is a directory", "give a file"))
+        elif not file.parent.is_dir():
+            faults.append(Fault(given, f"there is no directory {file.parent}", "make it, or give another file"))
+        elif not os.access(file if file.exists() else file.parent, os.W_OK):
+            faults.append(Fault(given, "must not be written", "give another file"))
+    raise_faults(faults)
 
 
 def show(options: Any, facts: Mapping[str, Any], text: str | None) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from typing import Any
 
 from shardlab.cli.configured import Call, Configured, configured, is_config
-from shardlab.cli.options import show
-from shardlab.mesh.faults import DeclarationError
+from shardlab.cli.options import check_files, show
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 
 
 def search(call: Call) -> int:
@@ -22,6 +23,8 @@ def search(call: Call) -> int:
     if options.mesh:
         raise DeclarationError("--mesh: sizes of the mesh are what --search finds; leave out one of the two")
     target = options.target or config.mesh.target
+    _check(options, target)
+    check_files(options, "out")
     scalars = {name: value for name, value in call.given.items() if name not in ("mesh", "target")}
     subject, found = run(config, target, planned=max(options.confirm, 1))
     if options.confirm:
@@ -36,6 +39,38 @@ def search(call: Call) -> int:
     if options.out:
         lines.append(f"\nthe first is in {options.out}: shardlab train {path} --plan {options.out}")
     return show(options, facts(found, subject, config_path=path, top=options.top), "\n".join(lines))
+
+
+def _check(options: Any, target: str) -> None:
+    """That the search can be made and its first plans compiled, before it has taken its time.
+
+    Raises:
+      DeclarationError: with all that is wrong.
+    """
+    from shardlab.mesh.offline import compiler_installed, extra_of
+    from shardlab.mesh.targets import parse_target
+
+    platform = parse_target(target).platform
+    faults = []
+    if platform == "cpu":
+        faults.append(
+            Fault(
+                f"target {target}", "has no speeds to rank plans by", "give --target; shardlab targets lists machines"
+            )
+        )
+    if options.top < 1:
+        faults.append(Fault("--top", f"is {options.top}", "give at least 1"))
+    if options.confirm < 0:
+        faults.append(Fault("--confirm", f"is {options.confirm}", "give 0 or more"))
+    if options.confirm > 0 and not compiler_installed(platform):
+        faults.append(
+            Fault(
+                f"--confirm {options.confirm}",
+                f"the compiler for {target} is not installed",
+                f"pip install '{extra_of(platform)}', or leave it out",
+            )
+        )
+    raise_faults(faults)
 
 
 def why(arguments: list[str]) -> int:
