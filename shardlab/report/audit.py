@@ -80,6 +80,9 @@ def audit_step(step: CompiledStep, *, log: str = "", about: Mapping[str, Any] | 
         "trace_seconds": step.trace_seconds,
         "compile_seconds": step.compile_seconds,
     }
+    if facts["layout"] is not None:
+        said = [facts["layout"]["words"], *(f"Gradients over {one.axis}: {one.why}" for one in step.scatters)]
+        facts["layout"] = facts["layout"] | {"words": "\n".join(said)}
     return Audit({**facts, "audit_seconds": time.perf_counter() - start})
 
 
