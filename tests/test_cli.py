@@ -566,7 +566,10 @@ def test_a_proof_and_its_exit_status(tmp_path: Path, call: Call, passes: bool) -
 # --- what is refused
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "a verb": (("trian", CONFIG), "'trian' is no verb of shardlab; did you mean 'train'? there are plan, verify, "),
+    "a verb": (
+        ("trian", CONFIG),
+        "'trian' is no verb of shardlab; did you mean 'train'? there are plan, compile, verify, ",
+    ),
     "no config": (("plan",), "plan: CONFIG is missing; give a config file first: shardlab plan configs/quickstart.py"),
     "no such file": (("plan", "no.py"), "config 'no.py': there is no such file; "),
     "an axis": (

@@ -34,7 +34,7 @@ class _Compile(Configured):
 
 def compile_(arguments: list[str], *, restart: bool) -> int:
     """The verb `compile`: exit status 1 where the step does not fit, or a lint of `--fail-on` fires."""
-    if folder() is None:
+    if folder() is None and not {"-h", "--help"} & set(arguments):
         return in_child(["compile", *arguments])
     about = "The step compiled for the target, which need not be there, and an audit of what was compiled."
     call = configured(_Compile, arguments, "compile", about)
