@@ -10,6 +10,7 @@ exposed as far as the program's schedule puts no compute beside it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,11 @@ def estimate_facts(
         bound[by] = bound.get(by, 0.0) + part
     # TPUs multiply float32 in passes of bfloat16, and publish no peak of it.
     peak = chip.flops.get(plan.dtype, chip.flops["bfloat16"]) * plan.mesh.num_devices
-    left_out = sorted({f"{one.reason} ({one.name})" for one in compute.left_out if one.reason.startswith("a kernel")})
+    kernels: dict[str, set[str]] = {}
+    for kernel in compute.left_out:
+        if kernel.reason.startswith("a kernel"):
+            kernels.setdefault(kernel.reason, set()).add(re.sub(r"[.\d]+$", "", kernel.name))
+    left_out = [f"{reason} ({', '.join(sorted(names))})" for reason, names in sorted(kernels.items())]
     estimated = any(piece.estimated for piece in compute.pieces)
     return {
         "estimate_seconds": seconds,
