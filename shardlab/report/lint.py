@@ -252,34 +252,47 @@ def _sliced(step: _Step) -> Iterator[Finding]:
 
 
 def _gathered_again(step: _Step) -> Iterator[Finding]:
-    for one in step.parameters_of("weights", ("all-gather",)):
-        if one.times > PASSES + 0.5:
-            yield Finding(
-                "SL002",
-                f"gathered {one.times:.0f} times a step over {' x '.join(one.axes)}: {human_bytes(round(one.wire))} on "
-                "the wire",
-                one.path,
-                one.source,
-                round(one.wire * (1 - PASSES / one.times)),
-                None if one.seconds is None else one.seconds * (1 - PASSES / one.times),
-                'gather once a step (gather="step") if the whole weights fit, or take fewer microbatches',
-            )
+    yield from _again(
+        "SL002",
+        step.parameters_of("weights", ("all-gather",)),
+        PASSES,
+        PASSES + 0.5,
+        "gathered",
+        'gather once a step (gather="step") if the whole weights fit, or take fewer microbatches',
+    )
 
 
 def _reduced_again(step: _Step) -> Iterator[Finding]:
-    for one in step.parameters_of("gradient", ("all-reduce", "reduce-scatter")):
-        if one.times > 1.5:
-            yield Finding(
-                "SL003",
-                f"its gradient is reduced {one.times:.0f} times a step over {' x '.join(one.axes)}: "
-                f"{human_bytes(round(one.wire))} on the wire",
-                one.path,
-                one.source,
-                round(one.wire * (1 - 1 / one.times)),
-                None if one.seconds is None else one.seconds * (1 - 1 / one.times),
-                'add up whole gradients and reduce once a step (accumulate="full") if they fit, '
-                "or take fewer microbatches",
-            )
+    yield from _again(
+        "SL003",
+        step.parameters_of("gradient", ("all-reduce", "reduce-scatter")),
+        1,
+        1.5,
+        "its gradient is reduced",
+        'add up whole gradients and reduce once a step (accumulate="full") if they fit, or take fewer microbatches',
+    )
+
+
+def _again(code: str, moved: Iterable[_Moved], needed: int, most: float, what: str, fix: str) -> Iterator[Finding]:
+    """Of parameters that are moved as often, one finding, by the one that sends most."""
+    groups: dict[tuple[int, tuple[str, ...]], list[_Moved]] = {}
+    for one in moved:
+        if one.times > most:
+            groups.setdefault((round(one.times), one.axes), []).append(one)
+    for (times, axes), group in groups.items():
+        first = max(group, key=lambda one: one.wire)
+        also = f", and that of {len(group) - 1} more" if len(group) > 1 else ""
+        known = all(one.seconds is not None for one in group)
+        yield Finding(
+            code,
+            f"{what} {times} times a step over {' x '.join(axes)}{also}: "
+            f"{human_bytes(round(sum(one.wire for one in group)))} on the wire",
+            first.path,
+            first.source,
+            round(sum(one.wire * (1 - needed / one.times) for one in group)),
+            sum((one.seconds or 0.0) * (1 - needed / one.times) for one in group) if known else None,
+            fix,
+        )
 
 
 def _gathered_activations(step: _Step, batch: Sequence[str]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardlab.hlo import Collective, parse
-from shardlab.report.lint import Finding, involuntary, lint
+from shardlab.report.lint import Finding, _again, _Moved, involuntary, lint
 
 AXES = {"data": 4, "tensor": 2}
 OVER = {"data": "[2,4]<=[4,2]T(1,0)", "tensor": "[4,2]<=[8]"}
@@ -289,3 +289,20 @@ def seconds(one: Collective) -> float:
 def test_seconds_are_those_of_the_caller() -> None:
     text = program(gather("all", "h", "bf16[16,128]{1,0}", "tensor", 1), ROOT)
     assert [one.seconds for one in lint(parse(text), AXES, smallest=1, seconds=seconds)] == [2048 / 1e9]
+
+
+def test_parameters_that_are_moved_as_often_are_one_finding() -> None:
+    """Two gathered 8 times over data, where 3 would do, and one 6 times: by what sends most, costs together."""
+
+    def moved(path: str, times: float, wire: float) -> _Moved:
+        return _Moved(path, ("data",), "model.py:1", times, wire, 1.0)
+
+    moves = [moved("blocks/*/up", 8.0, 800.0), moved("blocks/*/down", 8.2, 1600.0), moved("head", 6.0, 60.0)]
+    two, head = _again("SL002", [*moves, moved("norm", 3.0, 9.0)], 3, 3.5, "gathered", "gather once")
+    assert (two.path, two.message) == (
+        "blocks/*/down",
+        "gathered 8 times a step over data, and that of 1 more: 2.3 KiB on the wire",
+    )
+    assert two.bytes == round(800 * 5 / 8 + 1600 * 5.2 / 8.2)
+    assert two.seconds == pytest.approx(5 / 8 + 5.2 / 8.2)
+    assert (head.path, head.bytes) == ("head", 30)
