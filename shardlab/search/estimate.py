@@ -31,7 +31,7 @@ from shardlab.search.choice import Choice
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
 from shardlab.search.storage import Axes, Group, Sent, Storage, storage, wire
 from shardlab.search.subject import Subject
-from shardlab.search.ticks import Ticks, ticks
+from shardlab.search.ticks import Key, Ticks, ticks
 from shardlab.sharding.zero import without
 
 EFFICIENCY = 0.75
@@ -45,6 +45,16 @@ that programs with loops alone have. Means over compiled steps, of which most li
 MOST_BEYOND = 4 * 2**30
 """It does not grow with what is kept: Llama-3-70B on 256 v5p has 1.3 GiB of it where 56 GiB are kept (FSDP,
 dots_saveable), 3.3 GiB where a pipeline holds 43 GiB, 5 GiB where 5 GiB are kept (FSDP, full)."""
+
+
+def schedule_of(choice: Choice, stage: str | None) -> Key:
+    """The schedule that a plan runs; of one stage there is one, whatever it is called."""
+    stages = choice.sizes[stage] if stage else 1
+    return (
+        (choice.schedule, stages, choice.microbatches, choice.virtual)
+        if stages > 1
+        else ("1f1b", 1, choice.microbatches, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -203,12 +213,7 @@ class _Plan:
         self.shards = math.prod(self.sizes[axis] for axis in mesh.batch)
         self.rows = subject.rows / self.shards / choice.microbatches
         self.batch = tuple(axis for axis in mesh.batch if self.sizes[axis] > 1)
-        self.table: Ticks = ticks(
-            choice.schedule if self.stage else "1f1b",
-            self.stages,
-            choice.microbatches,
-            (choice.virtual if self.stage else 1),
-        )
+        self.table: Ticks = ticks(*schedule_of(choice, mesh.stage))
         self.vocabulary = self.stage is not None and choice.head == "vocab"
         self.shared = self.stage is not None and choice.head in ("auto", "examples") and self.rows % self.stages == 0
         self.head = "vocab" if self.vocabulary else "examples" if self.shared else "last_stage"

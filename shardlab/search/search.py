@@ -14,8 +14,9 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import Config
 from shardlab.search.candidates import candidates, variations
 from shardlab.search.choice import Choice, changed
-from shardlab.search.estimate import Estimate, Estimator
+from shardlab.search.estimate import Estimate, Estimator, schedule_of
 from shardlab.search.subject import Subject
+from shardlab.search.ticks import count_in_two
 
 VARIED = 100
 """Of how many of the best plans the variations are looked at."""
@@ -80,7 +81,9 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
             if least is None or found.hbm_bytes < least.hbm_bytes:
                 least = found
 
-    look(candidates(subject))
+    every = list(candidates(subject))
+    count_in_two(schedule_of(choice, config.mesh.stage) for choice in every)
+    look(every)
     best = heapq.nsmallest(VARIED, fitting, key=_rank) or ([least] if least else [])
     for one in best:
         look(variations(subject, one.choice))

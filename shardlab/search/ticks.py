@@ -1,11 +1,19 @@
-"""How often a device runs each part of a step, from the program of a schedule; what it keeps meanwhile."""
+"""How often a device runs each part of a step, from the program of a schedule; what it keeps meanwhile.
+
+Counting hundreds of schedules takes longer than all else in a search, so a second process counts half of them
+(`count_in_two`); nothing here imports JAX, and it is there at once.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import json
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shardlab.pipeline.actions import Kind
 from shardlab.pipeline.buffers import phase_iterations, slot_counts
@@ -39,15 +47,64 @@ class Ticks:
     sends: int
 
 
-@functools.cache
-def ticks(schedule: str, stages: int, microbatches: int, virtual: int, delayed: bool = False) -> Ticks:
-    """The counts of a schedule by name.
+Key = tuple[str, int, int, int]
+"""A schedule's name, its stages, microbatches, and virtual stages of a device."""
+
+_known: dict[Key, Ticks] = {}
+
+
+def ticks(schedule: str, stages: int, microbatches: int, virtual: int) -> Ticks:
+    """The counts of a schedule by name, counted once.
 
     >>> found = ticks("1f1b", 4, 8, 1)
     >>> found.cells["F"], found.work["F"], found.residuals
     (11, 8, 7)
     """
-    table = make_schedule(schedule, stages=stages, microbatches=microbatches, virtual=virtual or None, delayed=delayed)
+    key = schedule, stages, microbatches, virtual
+    if key not in _known:
+        _known[key] = _count(*key)
+    return _known[key]
+
+
+def count_in_two(keys: Iterable[Key]) -> None:
+    """Counts schedules in this process and in a second one at once, so that `ticks` knows them."""
+    todo = sorted({key for key in keys if key not in _known}, key=_size, reverse=True)
+    others = todo[1::2]
+    if sum(map(_size, others)) < _WORTH_A_PROCESS:
+        return
+    command = [sys.executable, "-c", "from shardlab.search.ticks import answer; answer()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second:
+        assert second.stdin is not None
+        assert second.stdout is not None
+        with contextlib.suppress(BrokenPipeError), second.stdin as given:  # it has failed to start
+            given.write(json.dumps(others))
+        for key in todo[::2]:
+            ticks(*key)
+        found = second.stdout.read()
+    if second.returncode == 0:  # else this process counts them too, when they are asked for
+        _known.update(zip(others, map(_read, json.loads(found)), strict=True))
+
+
+def answer() -> None:
+    """The second process: keys as JSON on standard input, their counts on standard output."""
+    json.dump([vars(_count(*key)) for key in json.load(sys.stdin)], sys.stdout)
+
+
+_WORTH_A_PROCESS = 20_000  # actions in its tables, below which a process costs more than it saves
+
+
+def _size(key: Key) -> int:
+    _, stages, microbatches, virtual = key
+    return stages * microbatches * max(virtual, 1)
+
+
+def _read(data: Mapping[str, Any]) -> Ticks:
+    lasts = tuple((tuple(kinds), count) for kinds, count in data["lasts"])
+    return Ticks(**{**data, "lasts": lasts, "cells": Counter(data["cells"]), "work": Counter(data["work"])})
+
+
+def _count(schedule: str, stages: int, microbatches: int, virtual: int) -> Ticks:
+    table = make_schedule(schedule, stages=stages, microbatches=microbatches, virtual=virtual or None)
     mail, residuals, cuts = slot_counts(table)
     lasts: Counter[tuple[Kind, ...]] = Counter()
     cells: Counter[str] = Counter()
