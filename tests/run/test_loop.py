@@ -240,7 +240,9 @@ def test_few_steps_are_in_flight_and_never_none(monkeypatch: pytest.MonkeyPatch,
             return getattr(self.inner, name)
 
     made = shardlab.run.loop.compile_train_step
-    monkeypatch.setattr(shardlab.run.loop, "compile_train_step", lambda *given: Counted(made(*given)))
+    monkeypatch.setattr(
+        shardlab.run.loop, "compile_train_step", lambda *given, **options: Counted(made(*given, **options))
+    )
     record = train(tiny(steps=6, pipeline=None), tmp_path)
     assert RUN_AHEAD == 2
     assert ahead == [0, 1, 2, 2, 2, 2]
@@ -301,7 +303,9 @@ def test_ctrl_c_while_a_step_is_waited_for_starts_no_other(monkeypatch: pytest.M
             return getattr(self.inner, name)
 
     made = shardlab.run.loop.compile_train_step
-    monkeypatch.setattr(shardlab.run.loop, "compile_train_step", lambda *given: Pressing(made(*given)))
+    monkeypatch.setattr(
+        shardlab.run.loop, "compile_train_step", lambda *given, **options: Pressing(made(*given, **options))
+    )
     record = train(tiny(steps=9, pipeline=None), tmp_path)
     assert [row["step"] for row in record.rows] == [1, 2, 3, 4]
     assert record.report["interrupted"]
@@ -354,10 +358,10 @@ def test_until_it_is_compiled_an_earlier_run_is_left_alone(
     for name in FILES:
         (tmp_path / name).write_text("an earlier run's")
 
-    def stop(*given: Any) -> None:
+    def stop(*given: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(shardlab.run.loop, "compile_train_step", lambda *given: None)
+    monkeypatch.setattr(shardlab.run.loop, "compile_train_step", lambda *given, **options: None)
     monkeypatch.setattr(shardlab.run.loop, place, stop)
     view = Heard()
     with pytest.raises(error):
