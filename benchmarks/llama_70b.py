@@ -14,11 +14,9 @@ trace and compile.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +26,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 import shardlab
+from shardlab.mesh.targets import parse_target
 from shardlab.models.decoder import DecoderConfig, decoder_rules, next_byte_loss
 from shardlab.report.collectives import collective_rows
 from shardlab.report.memory import memory
 from shardlab.sharding.rules import Rule, Rules
 
+TARGET = "tpu:v5p:4x8x8"
 BATCH, TOKENS, MICROBATCHES = 512, 4096, 8
 # The same model, chips, tokens and microbatches through MaxText: stage 4 (circular) x fsdp 64, August 2026.
 MAXTEXT = ("MaxText, stage 4 x fsdp 64", "57.8", "1184")
@@ -68,14 +67,7 @@ def main() -> None:
     parser.add_argument("--remat", default="stage/full", help="what a stage keeps of a microbatch")
     parser.add_argument("--hlo", type=Path, help="a folder for the compiled programs")
     given = parser.parse_args()
-    devices = topologies.get_topology_desc(
-        topology_name="v5:4x8x8",
-        platform="tpu",
-        chip_config_name="megacore",
-        chips_per_host_bounds=(2, 2, 1),
-        num_slices=1,
-        wrap=(True, True, True),
-    ).devices
+    devices = shardlab.compile_devices(parse_target(TARGET))
     print(f"jax {jax.__version__}, compiled for {len(devices)} x {devices[0].device_kind}; {given.layers} layers")
     print(
         f"{'plan':<34}{'HBM GiB':>8}{'live':>7}{'wire GB':>9}{'plan s':>8}{'trace s':>9}{'compile s':>11}{'all s':>7}"
@@ -103,7 +95,7 @@ def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, rem
     start = time.perf_counter()
     plan = shardlab.make_plan(
         config,
-        mesh=shardlab.MeshSpec(chosen["axes"], batch="data", stage="stage", target="tpu:v5p:4x8x8"),
+        mesh=shardlab.MeshSpec(chosen["axes"], batch="data", stage="stage", target=TARGET),
         rules=rules(chosen["tensor"], head),
         pipeline=shardlab.Pipeline(before="embed", blocks="blocks", after="head", context="context"),
         optimizer=optimizer,
@@ -116,18 +108,17 @@ def measure(name: str, devices: list[jax.Device], *, layers: int, head: str, rem
         **chosen["options"],
     )
     planned = time.perf_counter()
-    with seconds_of_jax() as seconds:
-        loss = vocabulary_loss if head == "vocab" else next_byte_loss
-        step = shardlab.compile_train_step(config, loss, optimizer, plan, batch, devices=devices)
+    loss = vocabulary_loss if head == "vocab" else next_byte_loss
+    step = shardlab.compile_train_step(config, loss, optimizer, plan, batch, devices=devices)
     done = time.perf_counter()
-    text = step.compiled.as_text()
+    text = step.text
     if hlo is not None:
         (hlo / f"{name}-{layers}.txt").write_text(text)
     found, live = memory(step.compiled), step.compiled.memory_analysis().peak_memory_in_bytes
     rows = collective_rows(text, plan.mesh.sizes)
     label = f"{' x '.join(f'{axis} {size}' for axis, size in chosen['axes'].items())}, ZeRO {plan.zero}"
     wire = sum(row["wire_bytes"] for row in rows)
-    times = f"{planned - start:>8.1f}{seconds['trace']:>9.1f}{seconds['compile']:>11.1f}{done - start:>7.0f}"
+    times = f"{planned - start:>8.1f}{step.trace_seconds:>9.1f}{step.compile_seconds:>11.1f}{done - start:>7.0f}"
     print(f"{label:<34}{found.total_bytes / 2**30:>8.1f}{live / 2**30:>7.1f}{wire / 1e9:>9.1f}{times}")
     kinds: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -159,28 +150,6 @@ def vocabulary_loss(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array
     """`next_byte_loss` of a part of the vocabulary."""
     counted = (batch["targets"] >= 0).astype(jnp.float32)
     return jnp.sum(shardlab.cross_entropy(logits, batch["targets"]) * counted), jnp.sum(counted)
-
-
-@contextlib.contextmanager
-def seconds_of_jax() -> Iterator[dict[str, float]]:
-    """Seconds in which JAX traced and lowered the step, and in which XLA compiled it."""
-    seconds = dict.fromkeys(("trace", "compile"), 0.0)
-    events = {
-        "/jax/core/compile/jaxpr_trace_duration": "trace",
-        "/jax/core/compile/jaxpr_to_mlir_module_duration": "trace",
-        "/jax/core/compile/backend_compile_duration": "compile",
-    }
-
-    def listen(event: str, duration: float, **facts: Any) -> None:
-        # What is traced inside the step is told too, and is in the step's own time.
-        if event in events and str(facts.get("fun_name")).removeprefix("jit_").removeprefix("jit(").startswith("step"):
-            seconds[events[event]] += duration
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seconds
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,13 @@ Needs libtpu, and no TPU:
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.tpu import printed_by
+
 pytestmark = pytest.mark.tpu
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import jax, jax.numpy as jnp, optax
 from jax.experimental import topologies
@@ -46,17 +43,8 @@ def test_no_loop_over_microbatches_holds_a_whole_gradient() -> None:
 
     XLA:TPU moves a sum over devices out of a loop that adds it up, and holds half of the vocabulary's or all.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    loops = [line.partition(" while(")[0] for line in done.stdout.splitlines() if " while(" in line]
+    printed = printed_by(PROGRAM)
+    loops = [line.partition(" while(")[0] for line in printed.splitlines() if " while(" in line]
     carried = {tuple(map(int, one)) for line in loops for one in re.findall(r"f32\[(\d+),(\d+)\]", line)}
     sizes = {rows * columns for rows, columns in carried if min(rows, columns) >= 256}
     assert sizes == {1024 * 256 // 4}, carried

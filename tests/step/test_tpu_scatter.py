@@ -8,16 +8,13 @@ Needs libtpu, and no TPU:
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.tpu import printed_by
+
 pytestmark = pytest.mark.tpu
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import jax, jax.numpy as jnp, optax
 from jax.experimental import topologies
@@ -49,17 +46,8 @@ for scatter in ("whole", "auto"):
 @pytest.fixture(scope="module")
 def programs() -> dict[str, str]:
     """The compiled programs, by what was asked for."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    _, *texts = done.stdout.split("===== ")
+    printed = printed_by(PROGRAM, seconds=500)
+    _, *texts = printed.split("===== ")
     return {text.split(" ", 1)[0]: text for text in texts}
 
 
