@@ -219,8 +219,9 @@ def _sum(
 ) -> jax.Array:
     """The sum over `axes` of a shard that `split` gave, scattered as `spec` says, over `parts` of an axis."""
     remaining = list(axes)
-    for dim, entry in enumerate(spec):
-        leaving = [name for name in axes_of(entry) if name in remaining]
+    leaves = [[name for name in axes_of(entry) if name in axes] for entry in spec]
+    # The largest first: what is left for the others is small then, whatever XLA makes of them.
+    for dim, leaving in sorted(enumerate(leaves), key=lambda one: -math.prod(mesh.shape[name] for name in one[1])):
         for name in leaving:
             on_tpu = mesh.devices.flat[0].platform == "tpu"
             value = scattered(value, name, parts.get(name, (mesh.shape[name],)), dim, on_tpu=on_tpu)
