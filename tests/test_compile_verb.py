@@ -242,6 +242,14 @@ def test_two_compilations_for_a_tpu_that_is_not_here_at_once(folder: Path) -> No
     assert shardlab("diff", folder / "c.json", folder / "d.json").status == 0
 
 
+@pytest.mark.parametrize("target", ["cpu:8", pytest.param("tpu:v5e:2x4", marks=pytest.mark.tpu)])
+def test_what_the_partitioner_writes_of_its_last_resort_is_a_finding(target: str) -> None:
+    done = shardlab("compile", "tests/report/recut.py", "--target", target, "--json")
+    (found,) = (one for one in done.facts["lints"] if one["code"] == "SL005")
+    assert "from {devices=[1,1,4]<=[4]} to {devices=[1,2,1,2]<=[4]" in found["message"]
+    assert not NOISE.search(re.sub("compiling for tpu:v5e:2x4", "", done.err))
+
+
 @pytest.mark.tpu
 def test_what_does_not_fit_is_exit_status_1_with_what_would_help_and_all_the_rest() -> None:
     done = shardlab("compile", "configs/llama3_8b.py", *TOO_LARGE, "--target", "tpu:v5e:2x2", "--json")

@@ -19,6 +19,8 @@ from shardlab.mesh.faults import DeclarationError
 
 _FOLDER = "SHARDLAB_COMPILING"
 _LOG = "compiler.log"
+# The child's log has the compiler's warnings too: an audit reads them.
+_LOGGED = dict.fromkeys(("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "1")
 # What must stay free of the machine's memory while a compiler works, and how often that is looked at.
 _RESERVE, _SECONDS = 2**29, 0.25
 _FATAL = re.compile(r"^F\d{4} .*?\] (.*)$|^.*(?:Check failed|LLVM ERROR|Fatal Python error): ?(.*)$", re.MULTILINE)
@@ -37,7 +39,7 @@ def in_child(arguments: Sequence[str]) -> int:
       DeclarationError: the compiler ended the process, or was stopped because the machine's memory was nearly full.
     """
     with tempfile.TemporaryDirectory(prefix="shardlab-") as place:
-        environment = {**os.environ, _FOLDER: place}
+        environment = {**_LOGGED, **os.environ, _FOLDER: place}
         process = subprocess.Popen([sys.executable, "-m", "shardlab", *arguments], env=environment)
         try:
             free = _wait(process)
