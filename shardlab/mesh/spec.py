@@ -162,8 +162,8 @@ class MeshSpec:
         axes = tuple((axis, wanted.get(axis, 1)) for axis in self.names)
         target = self.target if target is None else target
         slow = slow or (self.dcn if dcn is None else _pairs(dcn))
-        wanted = self.links if links is None else _dims_by_axis(links)
-        return dataclasses.replace(self, axes=axes, target=target, dcn=slow, links=wanted)
+        lies = self.links if links is None else _dims_by_axis(links)
+        return dataclasses.replace(self, axes=axes, target=target, dcn=slow, links=lies)
 
     @classmethod
     def from_text(cls, sizes: str, *, target: str) -> MeshSpec:

@@ -10,11 +10,11 @@ and, of the best of these alone, since they change little (`variations`):
     x             as the config says, and whole
     parameters    the rules as they are, and with an axis left out for one kind of parameter outside blocks
 
-and of the very best, one at a time, and again of what comes of it (`refinements`):
+and of few, one at a time, and again of what comes of it:
 
-    links         the physical dims that each axis lies on
-    stages        even, and balanced by what blocks cost
-    parameters    an axis left out for one kind of parameter in blocks
+    links         of the best plan of each mesh, the physical dims that each axis lies on (`elsewhere`)
+    stages        of the same, even and balanced by what blocks cost
+    parameters    of the very best, an axis left out for one kind of parameter in blocks (`simplified`)
 
 What no plan can be is left out here: batches and layers that do not divide, ZeRO without batch axes.
 """
@@ -58,11 +58,10 @@ def variations(subject: Subject, choice: Choice) -> Iterator[Choice]:
                 yield other
 
 
-def refinements(subject: Subject, choice: Choice, mesh: MeshSpec, layers: Layers) -> Iterator[Choice]:
-    """A plan with one more thing otherwise.
+def elsewhere(choice: Choice, mesh: MeshSpec, layers: Layers) -> Iterator[Choice]:
+    """A plan with its axes on other links, or with its stages balanced where that changes them.
 
     Args:
-      subject: of the plan.
       choice: the plan.
       mesh: its mesh.
       layers: how many blocks each stage of a plan holds.
@@ -73,6 +72,10 @@ def refinements(subject: Subject, choice: Choice, mesh: MeshSpec, layers: Layers
         balanced = replace(choice, stages="balanced")
         if layers(balanced) != layers(choice):
             yield balanced
+
+
+def simplified(subject: Subject, choice: Choice) -> Iterator[Choice]:
+    """A plan with one more kind of parameter of its blocks whole over an axis."""
     for axis in subject.automatic:
         if choice.sizes[axis] > 1:
             for patterns in _kinds(subject, axis):

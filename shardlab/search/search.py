@@ -13,7 +13,7 @@ from typing import Any
 from shardlab.mesh.chips import chip_of
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import Config
-from shardlab.search.candidates import candidates, refinements, variations
+from shardlab.search.candidates import candidates, elsewhere, simplified, variations
 from shardlab.search.choice import Choice, changed
 from shardlab.search.estimate import Estimate, Estimator, schedule_of
 from shardlab.search.subject import Subject
@@ -21,12 +21,14 @@ from shardlab.search.ticks import count_in_two
 
 VARIED = 100
 """Of how many of the best plans the variations are looked at."""
+MESHES = 20
+"""Of how many meshes other links and stages are, for the best plan of each."""
 REFINED = 5
-"""Of how many with stages, and how many without, the refinements, which take longer."""
+"""Of how many plans with stages, and how many without, blocks with a kind of parameter whole, which take longer."""
 ROUNDS = 3
 """How often: a refinement may be refined again."""
 GAIN = 0.001
-"""What a refinement must gain of a step's time to be a plan of its own."""
+"""What these must gain of a step's time to be plans of their own."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
                 continue
             found = estimator.estimate(choice)
             if found.total_seconds >= faster_than:
-                dropped["refines a plan and gains nothing"] += 1
+                dropped["varies a better plan"] += 1
                 continue
             if found.hbm_bytes <= room:
                 fitting.append(found)
@@ -98,15 +100,19 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
     for one in best:
         look(variations(subject, one.choice))
     stage = config.mesh.stage
-    refined, looked = set[Choice](), set[Choice]()
+    looked: set[Choice] = set()
     for _ in range(ROUNDS):
-        for one in _leaders(fitting, stage):
-            if one.choice not in refined:
-                refined.add(one.choice)
-                more = refinements(subject, one.choice, estimator.layout(one.choice.placed).spec, estimator.layers)
-                fresh = [choice for choice in more if choice not in looked]
-                looked.update(fresh)
-                look(fresh, one.total_seconds * (1 - GAIN))
+        more = [
+            *(
+                (one, elsewhere(one.choice, estimator.layout(one.choice.placed).spec, estimator.layers))
+                for one in _best_of_meshes(fitting)
+            ),
+            *((one, simplified(subject, one.choice)) for one in _leaders(fitting, stage)),
+        ]
+        for one, others in more:
+            fresh = [choice for choice in others if choice not in looked]
+            looked.update(fresh)
+            look(fresh, one.total_seconds * (1 - GAIN))
     fitting.sort(key=_rank)
     ranked: list[Estimate] = []
     for found in fitting:
@@ -144,6 +150,16 @@ def _leaders(fitting: Iterable[Estimate], stage: str | None) -> list[Estimate]:
     for one in fitting:
         sides[stage is not None and one.choice.sizes[stage] > 1].append(one)
     return [one for side in sides.values() for one in heapq.nsmallest(REFINED, side, key=_rank)]
+
+
+def _best_of_meshes(fitting: Iterable[Estimate]) -> list[Estimate]:
+    """The best plan of each of the best meshes."""
+    best: dict[Any, Estimate] = {}
+    for one in fitting:
+        key = one.choice.mesh, one.choice.dcn
+        if key not in best or _rank(one) < _rank(best[key]):
+            best[key] = one
+    return heapq.nsmallest(MESHES, best.values(), key=_rank)
 
 
 def refusal(estimator: Estimator, choice: Choice) -> str:
