@@ -159,7 +159,7 @@ class Estimator:
 
     def layers(self, choice: Choice) -> tuple[int, ...]:
         """How many blocks each stage of a plan holds, virtual stages too."""
-        return _Plan(self, choice).stages_hold.layers
+        return Planned(self, choice).stages_hold.layers
 
     def _cells(self, split: Split, remat: str) -> tuple[BlockCost, ...]:
         return tuple(self.subject.costs.block(kind, remat, split) for kind in range(max(self.subject.kinds) + 1))
@@ -192,14 +192,14 @@ class Estimator:
 
     def estimate(self, choice: Choice) -> Estimate:
         """What a plan takes."""
-        return _Plan(self, choice).estimate()
+        return Planned(self, choice).estimate()
 
 
 def _only(spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
     return without(spec, tuple(axes_in(spec) - set(sizes)))
 
 
-class _Plan:
+class Planned:
     """One plan while it is estimated."""
 
     def __init__(self, estimator: Estimator, choice: Choice) -> None:
