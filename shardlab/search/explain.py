@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from shardlab.plan.layout import axes_in
 from shardlab.search.choice import Choice
 from shardlab.search.estimate import Estimate, Estimator, Planned
 from shardlab.search.storage import Axes, Sent
-from shardlab.search.subject import Subject
+from shardlab.search.subject import Array, Subject
 from shardlab.sharding.zero import without
 
 _LINKS = {"ici": "ICI", "dcn": "DCN", "nvlink": "NVLink", "network": "network", "host": "PCIe"}
@@ -162,16 +163,18 @@ def _largest(estimator: Estimator, choice: Choice, axes: Axes, *, inside: bool) 
         size = math.prod(array.shape) / math.prod(sizes[axis] for axis in axes_in(compute))
         size *= subject.kinds.count(array.kind) if array.kind >= 0 else 1
         if size > most:
-            most, found = size, _starred(subject, array.path) if array.kind >= 0 else array.path
+            most, found = size, _starred(subject, array)
     return found
 
 
-def _starred(subject: Subject, path: str) -> str:
+def _starred(subject: Subject, array: Array) -> str:
     """A path of a block with a star for its number: ``blocks/0/mlp/up/kernel`` is ``blocks/*/mlp/up/kernel``."""
-    config = subject.config
-    blocks = config.pipeline.blocks if config.pipeline is not None else ""
-    rest = path.removeprefix(f"{blocks}/")
-    return f"{blocks}/*/{rest.partition('/')[2]}" if blocks and rest != path else path
+    parts = subject.model.parts
+    if parts is None or array.kind < 0:
+        return array.path
+    layer = parts.layers[parts.kinds.index(array.kind)]
+    inner = next(inner for inner, path in layer.items() if path == array.path)
+    return re.sub(r"\d+(?=\D*$)", "*", array.path.removesuffix(inner)) + inner
 
 
 def fits(estimate: Estimate, subject: Subject) -> bool:
