@@ -23,9 +23,9 @@ VARIED = 100
 """Of how many of the best plans the variations are looked at."""
 MESHES = 20
 """Of how many meshes other links and stages are, for the best plan of each."""
-REFINED = 5
+REFINED = 3
 """Of how many plans with stages, and how many without, blocks with a kind of parameter whole, which take longer."""
-ROUNDS = 3
+ROUNDS = 2
 """How often: a refinement may be refined again."""
 GAIN = 0.001
 """What these must gain of a step's time to be plans of their own."""

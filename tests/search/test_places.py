@@ -111,6 +111,7 @@ def test_of_several_slices_every_mesh_runs_over_them_by_batch_or_stages() -> Non
 
 
 def test_slices_are_shared_out_whole() -> None:
+    assert len(list(slices_over({"data": 4, "stage": 4}, ("data", "stage"), 4))) == 3
     assert list(slices_over({"data": 6, "stage": 2}, ("data", "stage"), 4)) == [(("data", 2), ("stage", 2))]
     assert list(slices_over({"data": 3}, ("data",), 2)) == []
     assert list(slices_over({"data": 3}, ("data",), 1)) == [()]
