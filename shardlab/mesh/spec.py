@@ -68,8 +68,7 @@ class MeshSpec:
             assert machine is not None
             pairs, faults = _sized(pairs, machine)
         faults += _dcn_faults(dict(pairs), slow)
-        given = links.items() if isinstance(links, Mapping) else links
-        wanted = tuple((axis, (dims,) if isinstance(dims, str) else tuple(dims)) for axis, dims in given)
+        wanted = _dims_by_axis(links)
         if machine is not None:
             faults += [*_slice_faults(pairs, slow, machine), *_link_faults(dict(pairs), wanted, machine)]
         raise_faults(faults)
@@ -131,13 +130,22 @@ class MeshSpec:
             raise_faults([_undeclared(f"mesh axis {axis!r}", self.names, axis)])
         return self.sizes[axis]
 
-    def override(self, sizes: Mapping[str, int] | str, *, target: str | None = None) -> MeshSpec:
+    def override(
+        self,
+        sizes: Mapping[str, int] | str,
+        *,
+        target: str | None = None,
+        dcn: Mapping[str, int] | Iterable[tuple[str, int]] | None = None,
+        links: Mapping[str, str | Sequence[str]] | Iterable[tuple[str, str | Sequence[str]]] | None = None,
+    ) -> MeshSpec:
         """The same declaration with other sizes; a declared axis that is not named gets size 1.
 
         Args:
           sizes: by axis, or as text: ``"data=2,stage=2,tensor=2"``; one may be -1. An axis written ``data=2*16`` has
             size 32 and runs over 2 slices: with one so written the text is all that is said of `dcn`.
           target: another machine, or None to keep it.
+          dcn: another, or None to keep it; see `sizes`.
+          links: others, or None to keep them.
 
         Raises:
           DeclarationError: an axis that is not declared (nearest name given), or sizes that do not fit the
@@ -153,7 +161,9 @@ class MeshSpec:
         wanted = dict(pairs)
         axes = tuple((axis, wanted.get(axis, 1)) for axis in self.names)
         target = self.target if target is None else target
-        return dataclasses.replace(self, axes=axes, target=target, dcn=slow or self.dcn)
+        slow = slow or (self.dcn if dcn is None else _pairs(dcn))
+        lies = self.links if links is None else _dims_by_axis(links)
+        return dataclasses.replace(self, axes=axes, target=target, dcn=slow, links=lies)
 
     @classmethod
     def from_text(cls, sizes: str, *, target: str) -> MeshSpec:
@@ -201,6 +211,13 @@ class MeshSpec:
 def _pairs(axes: Mapping[str, int] | Iterable[tuple[str, int]]) -> Pairs:
     items = axes.items() if isinstance(axes, Mapping) else axes
     return tuple((name, size) for name, size in items)
+
+
+def _dims_by_axis(
+    links: Mapping[str, str | Sequence[str]] | Iterable[tuple[str, str | Sequence[str]]],
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    given = links.items() if isinstance(links, Mapping) else links
+    return tuple((axis, (dims,) if isinstance(dims, str) else tuple(dims)) for axis, dims in given)
 
 
 def _read_sizes(text: str) -> tuple[Pairs, Pairs]:

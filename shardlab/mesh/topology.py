@@ -188,16 +188,14 @@ def _assign(
         if place == len(served):
             return (0.0, 0, ()), ()
         axis, found = served[place], None
-        for factors in _factors(spec.sizes[axis], free):
-            if not _allowed(spec, dims, axis, factors):
+        for taken in factors(spec.sizes[axis], free):
+            if not _allowed(spec, dims, axis, taken):
                 continue
-            rest = best(place + 1, tuple(have // take for have, take in zip(free, factors, strict=True)))
+            rest = best(place + 1, tuple(have // take for have, take in zip(free, taken, strict=True)))
             if rest is None:
                 continue
             parts = tuple(
-                Part(dim, take, dim.size // have)
-                for dim, have, take in zip(dims, free, factors, strict=True)
-                if take > 1
+                Part(dim, take, dim.size // have) for dim, have, take in zip(dims, free, taken, strict=True) if take > 1
             )
             (seconds, cuts, speeds), others = rest
             cuts += sum(part.dim.torus > 0 and part.size < part.dim.size for part in parts)
@@ -248,7 +246,7 @@ def _misfit(spec: MeshSpec, dims: Sequence[Dim]) -> Fault:
     return Fault(f"mesh {spec}", problem, "name more dims for an axis, or leave it out of links")
 
 
-def _factors(size: int, free: Sequence[int]) -> Iterator[tuple[int, ...]]:
+def factors(size: int, free: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Every way to make `size` a product of divisors of what is free, most of the fast dims first."""
     if not free:
         if size == 1:
@@ -257,7 +255,7 @@ def _factors(size: int, free: Sequence[int]) -> Iterator[tuple[int, ...]]:
     common = math.gcd(size, free[0])
     for take in range(common, 0, -1):
         if common % take == 0:
-            yield from ((take, *rest) for rest in _factors(size // take, free[1:]))
+            yield from ((take, *rest) for rest in factors(size // take, free[1:]))
 
 
 def _order(layout: Layout) -> list[int]:

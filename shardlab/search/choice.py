@@ -14,6 +14,9 @@ from shardlab.run.config import Config
 from shardlab.sharding.rules import Rule, Rules, spec_from_json, spec_to_json
 from shardlab.sharding.zero import without
 
+Placed = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...], tuple[tuple[str, tuple[str, ...]], ...]]
+"""Axes with sizes, axes with the slices they run over, axes with the physical dims that they are to lie on."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -21,12 +24,16 @@ class Choice:
 
     Attributes:
       mesh: size of every axis, in the mesh's order.
+      dcn, links: as `MeshSpec` has them: over how many slices axes run, and the physical dims that axes lie on where
+        they do not lie as `lay_out` would have them.
       zero, schedule, virtual, stages, microbatches, remat, gather, accumulate, head: as `Config` has them.
       activation, saved_activation: specs of what flows between blocks, and of what is kept of it; None: none.
       whole: pairs (pattern, axis): parameters that the rules cut over the axis and this plan does not.
     """
 
     mesh: tuple[tuple[str, int], ...]
+    dcn: tuple[tuple[str, int], ...] = ()
+    links: tuple[tuple[str, tuple[str, ...]], ...] = ()
     zero: int = 0
     schedule: str = "1f1b"
     virtual: int = 0
@@ -45,9 +52,15 @@ class Choice:
         """Size of every axis."""
         return dict(self.mesh)
 
+    @property
+    def placed(self) -> Placed:
+        """The mesh and where it lies on the links."""
+        return self.mesh, self.dcn, self.links
+
     def overrides(self, target: str) -> dict[str, Any]:
         """As plain data; `changed` applies it."""
-        found: dict[str, Any] = {"mesh": self.sizes, "target": target}
+        found: dict[str, Any] = {"mesh": self.sizes, "target": target, "dcn": dict(self.dcn)}
+        found["links"] = {axis: list(dims) for axis, dims in self.links}
         found |= {name: getattr(self, name) for name in _SCALARS}
         for name in _SPECS:
             spec = getattr(self, name)
@@ -58,6 +71,7 @@ class Choice:
 
 _SCALARS = ("zero", "schedule", "virtual", "stages", "microbatches", "remat", "gather", "accumulate", "head")
 _SPECS = ("activation", "saved_activation")
+_PLACES = ("dcn", "links")
 
 
 def changed(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -66,7 +80,7 @@ def changed(config: Config, overrides: Mapping[str, Any]) -> Config:
     Raises:
       DeclarationError: a name that is none of them, or what `Config` refuses.
     """
-    known = ("mesh", "target", *_SCALARS, *_SPECS, "whole")
+    known = ("mesh", "target", *_PLACES, *_SCALARS, *_SPECS, "whole")
     raise_faults(
         Fault(f"overrides {name!r}", "is none of a plan's", f"{suggestion(name, known)}there are {', '.join(known)}")
         for name in overrides
@@ -76,8 +90,9 @@ def changed(config: Config, overrides: Mapping[str, Any]) -> Config:
     for name in _SPECS:
         if name in overrides:
             fields[name] = None if overrides[name] is None else spec_from_json(overrides[name])
-    if "mesh" in overrides or "target" in overrides:
-        fields["mesh"] = config.mesh.override(overrides.get("mesh", config.mesh.sizes), target=overrides.get("target"))
+    if any(name in overrides for name in ("mesh", "target", *_PLACES)):
+        places = {name: overrides.get(name) for name in ("target", *_PLACES)}
+        fields["mesh"] = config.mesh.override(overrides.get("mesh", config.mesh.sizes), **places)
     if overrides.get("whole"):
         assert isinstance(config.rules, Rules)
         fields["rules"] = kept_whole(config.rules, [tuple(pair) for pair in overrides["whole"]])
@@ -116,6 +131,8 @@ def choice_of(config: Config) -> Choice:
     scalars["stages"] = config.stages if isinstance(config.stages, str) else ""
     return Choice(
         mesh=config.mesh.axes,
+        dcn=config.mesh.dcn,
+        links=config.mesh.links,
         activation=config.activation,
         saved_activation=config.saved_activation,
         **scalars,
@@ -125,9 +142,14 @@ def choice_of(config: Config) -> Choice:
 def command(config_path: str, choice: Choice, config: Config, target: str) -> str | None:
     """The command line that plans the same; None where it has no spelling for it, and a plan file has."""
     base = choice_of(config)
-    if choice.whole or any(getattr(choice, name) != getattr(base, name) for name in _SPECS):
+    if choice.whole or any(getattr(choice, name) != getattr(base, name) for name in (*_SPECS, "links")):
         return None
-    mesh = ",".join(f"{axis}={size}" for axis, size in choice.mesh)
+    slow = dict(choice.dcn)
+    if base.dcn and not slow:
+        return None
+    mesh = ",".join(
+        f"{axis}={slow[axis]}*{size // slow[axis]}" if axis in slow else f"{axis}={size}" for axis, size in choice.mesh
+    )
     words = [f"shardlab compile {config_path} --target {target} --mesh {mesh}"]
     for name in _SCALARS:
         value = getattr(choice, name)

@@ -21,14 +21,14 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from shardlab.mesh.spec import MeshSpec
+from shardlab.mesh.spec import MeshSpec, Pairs
 from shardlab.mesh.topology import Layout, collective_seconds, lay_out
-from shardlab.pipeline.runs import stage_runs
 from shardlab.pipeline.schedules import SCHEDULES
-from shardlab.pipeline.stages import assign_layers
 from shardlab.plan.layout import axes_in, policies_of_blocks, policy_within_stage
-from shardlab.search.choice import Choice
+from shardlab.search.choice import Choice, Placed
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
+from shardlab.search.places import slices_over
+from shardlab.search.stages import held_blocks
 from shardlab.search.storage import Axes, Group, Sent, Storage, storage, wire
 from shardlab.search.subject import Subject
 from shardlab.search.ticks import Key, Ticks, ticks
@@ -102,7 +102,7 @@ class Estimator:
         self.split = functools.cache(self._split)
         self.cells = functools.cache(self._cells)
         self.ends = functools.cache(self._ends)
-        self.rooms = functools.cache(self._rooms)
+        self.blocks = functools.cache(functools.partial(held_blocks, subject))
         chip = self.chip
         # Of emulated devices nothing is known: their seconds are 0.
         self._peak = {} if chip is None else {dtype: flops * EFFICIENCY for dtype, flops in chip.flops.items()}
@@ -110,21 +110,24 @@ class Estimator:
 
     # What plans share.
 
-    def _mesh(self, axes: tuple[tuple[str, int], ...]) -> MeshSpec:
-        mesh = self.subject.config.mesh
-        return MeshSpec(axes, batch=mesh.batch, stage=mesh.stage, target=self.subject.target.text)
+    def _mesh(self, axes: Pairs, dcn: Pairs = (), links: Any = ()) -> MeshSpec:
+        """The mesh of a plan; where nothing is said of slices, for sizes alone, over whichever axes they divide."""
+        mesh, target = self.subject.config.mesh, self.subject.target
+        if target.slices > 1 and not dcn:
+            dcn = next(slices_over(dict(axes), mesh.names, target.slices))
+        return MeshSpec(axes, batch=mesh.batch, stage=mesh.stage, target=target.text, dcn=dcn, links=links)
 
     def _storage(self, axes: Any, zero: int, whole: Any, head: str) -> Storage:
         return storage(self.subject, self.mesh(axes), zero, whole, head)
 
-    def _pace(self, mesh: tuple[tuple[str, int], ...], kind: str, axes: Axes) -> tuple[float, float]:
+    def _pace(self, placed: Placed, kind: str, axes: Axes) -> tuple[float, float]:
         """Seconds that a byte on the wire takes, and a collective of none."""
         if self.chip is None:
             return 0.0, 0.0
-        start = collective_seconds(self.layout(mesh), kind, axes, 0.0)
-        return (collective_seconds(self.layout(mesh), kind, axes, 1e9) - start) / 1e9, start
+        start = collective_seconds(self.layout(placed), kind, axes, 0.0)
+        return (collective_seconds(self.layout(placed), kind, axes, 1e9) - start) / 1e9, start
 
-    def _doubled(self, mesh: tuple[tuple[str, int], ...], axes: Axes) -> bool:
+    def _doubled(self, placed: Placed, axes: Axes) -> bool:
         """Whether XLA:TPU makes an all-reduce of a reduce-scatter over these axes.
 
         It does over all dims of a torus (libtpu 0.0.42: 4x4, 8x8 and 16x16 of v5e and v6e, every v4 and v5p), but for a
@@ -132,7 +135,7 @@ class Estimator:
         """
         if self.subject.target.platform != "tpu":
             return False
-        parts = [part for axis in axes for part in self.layout(mesh).links(axis).dims if part.dim.torus]
+        parts = [part for axis in axes for part in self.layout(placed).links(axis).dims if part.dim.torus]
         dims = {part.name for part in parts}
         if len(dims) < len(self.subject.target.shape):
             return False
@@ -140,8 +143,8 @@ class Estimator:
             return self.subject.config.scatter == "whole"
         return len({part.wrap for part in parts}) == 1 and min(part.size for part in parts) > 2
 
-    def _layout(self, mesh: tuple[tuple[str, int], ...]) -> Layout:
-        return lay_out(self.mesh(mesh))
+    def _layout(self, placed: Placed) -> Layout:
+        return lay_out(self.mesh(*placed))
 
     def _split(self, mesh: Any, activation: Any, saved: Any, whole: Any, vocabulary: bool) -> Split:
         subject, spec = self.subject, self.mesh(mesh)
@@ -154,13 +157,9 @@ class Estimator:
         kept = flow if saved is None else _only(saved, {a: n for a, n in sizes.items() if a != spec.stage})
         return Split(tuple(sizes.items()), compute, flow, kept)
 
-    def _rooms(self, stages: int) -> tuple[int, ...]:
-        """By kind of block, how many slots every stage goes through."""
-        kinds = self.subject.kinds
-        if not kinds:
-            return ()
-        runs = stage_runs(kinds, assign_layers(len(kinds), stages))[0]
-        return tuple(sum(run.count(kind) for run in runs) for kind in range(max(kinds) + 1))
+    def layers(self, choice: Choice) -> tuple[int, ...]:
+        """How many blocks each stage of a plan holds, virtual stages too."""
+        return Planned(self, choice).stages_hold.layers
 
     def _cells(self, split: Split, remat: str) -> tuple[BlockCost, ...]:
         return tuple(self.subject.costs.block(kind, remat, split) for kind in range(max(self.subject.kinds) + 1))
@@ -193,20 +192,20 @@ class Estimator:
 
     def estimate(self, choice: Choice) -> Estimate:
         """What a plan takes."""
-        return _Plan(self, choice).estimate()
+        return Planned(self, choice).estimate()
 
 
 def _only(spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
     return without(spec, tuple(axes_in(spec) - set(sizes)))
 
 
-class _Plan:
+class Planned:
     """One plan while it is estimated."""
 
     def __init__(self, estimator: Estimator, choice: Choice) -> None:
         self.of, self.choice = estimator, choice
         subject = estimator.subject
-        self.subject, self.sizes = subject, choice.sizes
+        self.subject, self.sizes, self.placed = subject, choice.sizes, choice.placed
         mesh = subject.config.mesh
         self.stage = mesh.stage if mesh.stage and self.sizes[mesh.stage] > 1 else None
         self.stages = self.sizes[self.stage] if self.stage else 1
@@ -229,16 +228,17 @@ class _Plan:
         self.transient = {"none": 0.0}
         self.loops = choice.microbatches > 1 or self.stage is not None
         self.virtual = _virtual(choice) if self.stage else 1
-        self.rooms = estimator.rooms(self.stages * self.virtual)
+        self.stages_hold = estimator.blocks(self.stages * self.virtual, choice.stages, choice.remat, self.head)
+        self.rooms = self.stages_hold.rooms
 
     def add(self, cause: str, sent: Sent, times: float = 1.0) -> float:
         """Counts what is sent so often; the seconds that it takes once."""
-        mesh, lasting = self.choice.mesh, 0.0
+        placed, lasting = self.placed, 0.0
         for (kind, axes), (size, count) in sent.items():
-            if kind == "reduce-scatter" and self.of.doubled(mesh, axes):
+            if kind == "reduce-scatter" and self.of.doubled(placed, axes):
                 kind, size = "all-reduce", 2 * size
             self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
-            pace, start = self.of.pace(mesh, kind, axes)
+            pace, start = self.of.pace(placed, kind, axes)
             lasting += pace * size + start * count
         return lasting
 
@@ -268,7 +268,7 @@ class _Plan:
         again = policy_within_stage(choice.remat) is not None
         costs = of.cells(self.split, policy)
         flow, saved = (one.at(rows) for one in self.subject.costs.flow_bytes(self.split))
-        times: dict[str, float] = {"F": 0.0, "B": 0.0, "I": 0.0, "W": 0.0}
+        times: dict[str, list[float]] = {cell: [0.0] * len(self.rooms) for cell in "FBIW"}
         kept = crossing = 0.0
         for kind, room in enumerate(self.rooms):
             cost, group = costs[kind], self.held.blocks[kind]
@@ -294,7 +294,7 @@ class _Plan:
                 self.seconds["compute"] += busy * count
                 self.seconds["collectives"] += inside * count
                 self.seconds["weights" if cell in ("F", "I") else "gradients"] += late * count
-                times[cell] += (busy + inside + late) * room
+                times[cell][kind] = busy + inside + late
                 self.flops += count * sum(flops.at(rows) for flops in half.flops.values())
                 self.flops += count * forwards * sum(flops.at(rows) for flops in cost.forward.flops.values())
                 held = half.live.at(rows) + (group.whole if gathers else 0.0)
@@ -334,14 +334,26 @@ class _Plan:
         """Notes what a part of the step makes and holds at once."""
         self.transient[where] = max(self.transient.get(where, 0.0), size)
 
-    def pipeline(self, times: Mapping[str, float], flow: float) -> None:
-        """Sends between stages, and the bubble: what cells take that no microbatch is in."""
+    def pipeline(self, times: Mapping[str, list[float]], flow: float) -> None:
+        """Sends between stages, and the bubble: what cells take that no microbatch is in.
+
+        A tick lasts as long as the stage that takes longest: all slots, where every stage runs also those that it has
+        no block for. What the mean stage computes of it is no bubble.
+
+        Args:
+          times: by cell and kind of block, what one block takes.
+          flow: bytes of x.
+        """
         if not self.stage:
             return
         table, stage = self.table, (self.stage,)
-        lasting = sum(max(times[kind] for kind in kinds) * count for kinds, count in table.lasts if kinds)
-        work = sum(times[kind] * count for kind, count in table.work.items())
-        run = sum(times[kind] * count for kind, count in table.cells.items())
+        # See `shardlab.step.stage_arrays.leaves_out`.
+        skips = len(self.rooms) > 1 and (table.branches or not self.split.sizes)
+        blocks = self.stages_hold
+        longest = {cell: blocks.longest(each, skips=skips) for cell, each in times.items()}
+        lasting = sum(max(longest[kind] for kind in kinds) * count for kinds, count in table.lasts if kinds)
+        work = sum(blocks.mean(times[kind]) * count for kind, count in table.work.items())
+        run = sum(blocks.longest(times[kind], skips=False) * count for kind, count in table.cells.items())
         # What was counted is every run of a cell, masked or not; a part of them is bubble.
         bubble = lasting - work
         share = work / run if run else 1.0

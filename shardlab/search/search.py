@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Any
 from shardlab.mesh.chips import chip_of
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import Config
-from shardlab.search.candidates import candidates, variations
+from shardlab.search.candidates import candidates, elsewhere, simplified, variations
 from shardlab.search.choice import Choice, changed
 from shardlab.search.estimate import Estimate, Estimator, schedule_of
 from shardlab.search.subject import Subject
@@ -20,6 +21,14 @@ from shardlab.search.ticks import count_in_two
 
 VARIED = 100
 """Of how many of the best plans the variations are looked at."""
+MESHES = 20
+"""Of how many meshes other links and stages are, for the best plan of each."""
+REFINED = 3
+"""Of how many plans with stages, and how many without, blocks with a kind of parameter whole, which take longer."""
+ROUNDS = 2
+"""How often: a refinement may be refined again."""
+GAIN = 0.001
+"""What these must gain of a step's time to be plans of their own."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
     least: Estimate | None = None
     searched = 0
 
-    def look(choices: Iterable[Choice]) -> None:
+    def look(choices: Iterable[Choice], faster_than: float = math.inf) -> None:
         nonlocal searched, least
         for choice in choices:
             searched += 1
@@ -74,6 +83,9 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
                 dropped[refused] += 1
                 continue
             found = estimator.estimate(choice)
+            if found.total_seconds >= faster_than:
+                dropped["varies a better plan"] += 1
+                continue
             if found.hbm_bytes <= room:
                 fitting.append(found)
                 continue
@@ -87,9 +99,22 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
     best = heapq.nsmallest(VARIED, fitting, key=_rank) or ([least] if least else [])
     for one in best:
         look(variations(subject, one.choice))
+    stage = config.mesh.stage
+    looked: set[Choice] = set()
+    for _ in range(ROUNDS):
+        more = [
+            *(
+                (one, elsewhere(one.choice, estimator.layout(one.choice.placed).spec, estimator.layers))
+                for one in _best_of_meshes(fitting)
+            ),
+            *((one, simplified(subject, one.choice)) for one in _leaders(fitting, stage)),
+        ]
+        for one, others in more:
+            fresh = [choice for choice in others if choice not in looked]
+            looked.update(fresh)
+            look(fresh, one.total_seconds * (1 - GAIN))
     fitting.sort(key=_rank)
     ranked: list[Estimate] = []
-    stage = config.mesh.stage
     for found in fitting:
         if len(ranked) < planned:
             problem = refused_by_make_plan(subject, found.choice)
@@ -117,6 +142,24 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
 def _rank(one: Estimate) -> tuple[float, float, int]:
     """The fastest first; of equally fast ones that which takes less memory."""
     return one.total_seconds, one.hbm_bytes, one.choice.zero
+
+
+def _leaders(fitting: Iterable[Estimate], stage: str | None) -> list[Estimate]:
+    """The best plans with stages and the best without: whether pipelining pays is told of refined ones."""
+    sides: dict[bool, list[Estimate]] = {True: [], False: []}
+    for one in fitting:
+        sides[stage is not None and one.choice.sizes[stage] > 1].append(one)
+    return [one for side in sides.values() for one in heapq.nsmallest(REFINED, side, key=_rank)]
+
+
+def _best_of_meshes(fitting: Iterable[Estimate]) -> list[Estimate]:
+    """The best plan of each of the best meshes."""
+    best: dict[Any, Estimate] = {}
+    for one in fitting:
+        key = one.choice.mesh, one.choice.dcn
+        if key not in best or _rank(one) < _rank(best[key]):
+            best[key] = one
+    return heapq.nsmallest(MESHES, best.values(), key=_rank)
 
 
 def refusal(estimator: Estimator, choice: Choice) -> str:

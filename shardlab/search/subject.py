@@ -15,12 +15,14 @@ from shardlab.mesh.faults import raise_faults
 from shardlab.mesh.spec import MeshSpec
 from shardlab.mesh.targets import parse_target
 from shardlab.module.model import Model, abstract, computed, read_model
+from shardlab.pipeline.stages import LayerCosts
+from shardlab.plan.layout import policy_within_stage
 from shardlab.plan.microbatch import Microbatch
 from shardlab.plan.optimizer import state_specs
 from shardlab.run.config import Config
 from shardlab.search.choice import kept_whole
 from shardlab.search.costs import Costs, Split
-from shardlab.search.parts import Parts
+from shardlab.search.parts import ROWS, Parts
 from shardlab.sharding.resolve import resolve
 from shardlab.sharding.rules import Rules
 
@@ -68,6 +70,7 @@ class Subject:
         self.costs = Costs(self.parts, merges=self.target.platform != "cpu")
         self.rows = jax.tree.leaves(self.batch)[0].shape[0]
         self._specs: dict[tuple[tuple[str, str], ...], dict[str, PartitionSpec]] = {}
+        self._balances: dict[str, LayerCosts] = {}
 
     @cached_property
     def chip(self) -> Chip | None:
@@ -145,6 +148,13 @@ class Subject:
             )
         return tuple(found)
 
+    def balance(self, remat: str) -> LayerCosts:
+        """What ``stages="balanced"`` goes by, under a policy of remat."""
+        policy = "full" if policy_within_stage(remat) else remat
+        if policy not in self._balances:
+            self._balances[policy] = self._microbatch.costs(policy)
+        return self._balances[policy]
+
     @cached_property
     def batch_bytes(self) -> float:
         """Of one example."""
@@ -164,7 +174,11 @@ class Subject:
 
     @cached_property
     def _read_by(self) -> dict[str, tuple[str, ...]]:
-        return Microbatch(self.model, self.batch, self.one, 2, self.config.dtype).read_by
+        return self._microbatch.read_by
+
+    @cached_property
+    def _microbatch(self) -> Microbatch:
+        return Microbatch(self.model, self.batch, self.one, ROWS, self.config.dtype)
 
     @cached_property
     def _states(self) -> dict[str, tuple[tuple[int, tuple[int, ...]], ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 from shardlab.plan.text import columns, human_bytes
 from shardlab.search.choice import Choice, command
 from shardlab.search.estimate import Estimate
-from shardlab.search.explain import bound_by, fits, name
+from shardlab.search.explain import bound, bound_by, explanation, fits, links, name
 from shardlab.search.search import Found
 from shardlab.search.subject import Subject
 from shardlab.search.why import difference, table
@@ -42,12 +42,14 @@ def plan_facts(one: Estimate, found: Found, subject: Subject, config_path: str) 
         "memory": {key: round(size) for key, size in one.memory.items()},
         "wire_bytes": round(one.wire_bytes),
         "wire": [
-            {"cause": cause, "axes": list(axes), "wire_bytes": round(size)} for (cause, axes), size in one.wire.items()
+            {"cause": cause, "axes": list(axes), "links": links(one, subject, axes), "wire_bytes": round(size)}
+            for (cause, axes), size in one.wire.items()
         ],
         "estimate_seconds": one.total_seconds,
         "seconds": dict(one.seconds),
         "mfu": one.mfu,
-        "bound_by": f"{name(one, subject)}, bound by {bound_by(one, subject)}",
+        "bound_by": bound_by(one, subject),
+        "explanation": explanation(one, subject),
         "confirmed": compiled is not None and "error" not in compiled,
         "compiled": compiled,
     }
@@ -98,7 +100,7 @@ def text(found: Found, subject: Subject, *, config_path: str, top: int) -> str:
             f"{one.mfu:.1%}",
             human_bytes(round(one.hbm_bytes)),
             human_bytes(round(one.wire_bytes)),
-            bound_by(one, subject),
+            bound(one, subject).by,
             _confirmed(found.confirmed.get(one.choice)),
         )
         for place, one in enumerate(shown, start=1)
@@ -107,7 +109,7 @@ def text(found: Found, subject: Subject, *, config_path: str, top: int) -> str:
     lines += ["", *columns(header, rows, right=(0, 3, 4, 5, 6)), ""]
     first = shown[0]
     parts = sorted(first.seconds.items(), key=lambda item: -item[1])
-    lines.append(f"{name(first, subject)}, bound by {bound_by(first, subject)}:")
+    lines.append(f"{explanation(first, subject)}:")
     lines += [f"  {part:<12}{seconds:>10.4g} s" for part, seconds in parts if seconds > 0.001 * first.total_seconds]
     line = command(config_path, first.choice, subject.config, chip)
     if line is not None:
@@ -163,6 +165,10 @@ def how(choice: Choice, subject: Subject) -> str:
     if subject.config.activation is not None and choice.activation is None:
         words.append("x whole")
     words += [f"{pattern} whole over {axis}" for pattern, axis in choice.whole]
+    words += [f"{axis} over {parts} slices" for axis, parts in choice.dcn]
+    words += [f"{axis} on {' x '.join(dims)}" for axis, dims in choice.links]
+    if choice.stages:
+        words.append(f"stages {choice.stages}")
     return ", ".join(words)
 
 

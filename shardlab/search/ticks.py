@@ -33,6 +33,7 @@ class Ticks:
       residuals, cuts, mail: slots of each buffer.
       work: how often a device runs each kind for a microbatch: the rest is bubble.
       sends: how often it hands something on.
+      branches: whether devices do different kinds of action in one tick.
     """
 
     lasts: tuple[tuple[tuple[Kind, ...], int], ...]
@@ -45,6 +46,7 @@ class Ticks:
     mail: int
     work: Mapping[str, int]
     sends: int
+    branches: bool
 
 
 Key = tuple[str, int, int, int]
@@ -109,10 +111,11 @@ def _count(schedule: str, stages: int, microbatches: int, virtual: int) -> Ticks
     lasts: Counter[tuple[Kind, ...]] = Counter()
     cells: Counter[str] = Counter()
     ends: Counter[str] = Counter()
-    sends = 0
+    sends, branches = 0, False
     last = table.num_stages - 1
     for phase in phase_iterations(table):
         cell, divergent, length = phase[0].cell, phase[0].divergent, len(phase)
+        branches |= divergent
         if divergent:
             rows = [[action.kind for action in iteration.actions] for iteration in phase]
             for row in rows:
@@ -150,4 +153,5 @@ def _count(schedule: str, stages: int, microbatches: int, virtual: int) -> Ticks
         mail=mail,
         work=work,
         sends=sends if stages > 1 else 0,
+        branches=branches,
     )

@@ -72,8 +72,21 @@ def _choices(a: Choice, b: Choice) -> list[tuple[str, str, str]]:
             continue
         mine, theirs = getattr(a, field), getattr(b, field)
         if mine != theirs:
-            lines.append((field.replace("_", " "), _shown(mine), _shown(theirs)))
+            what, words = _PLACES.get(field, (field.replace("_", " "), _shown))
+            lines.append((what, words(mine), words(theirs)))
     return lines
+
+
+def _over(parts: Any) -> str:
+    return ", ".join(f"{axis} over {count}" for axis, count in parts) or "none"
+
+
+def _on(links: Any) -> str:
+    """An axis of which nothing is said lies where `lay_out` has it."""
+    return ", ".join(f"{axis} on {' x '.join(dims)}" for axis, dims in links) or "as laid out"
+
+
+_PLACES = {"dcn": ("slices", _over), "links": ("links", _on)}
 
 
 def _shown(value: Any) -> str:
