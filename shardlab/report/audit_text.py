@@ -187,7 +187,7 @@ def _time(facts: Mapping[str, Any]) -> list[str]:
     rows.append(("total", seconds_text(total), "", ""))
     hidden = seconds_text(estimate["overlapped_seconds"])
     lines = [*_plain(rows, right=(1, 2)), f"beside compute, and not in the total: {hidden} of communication"]
-    lines.append(f"from {estimate['basis']}")
+    lines += textwrap.wrap(f"from {estimate['basis']}", _WIDTH - 2)
     if estimate["left_out"]:
         lines += textwrap.wrap(f"left out: {'; '.join(estimate['left_out'])}", _WIDTH - 2)
     return lines

@@ -179,7 +179,7 @@ def fsdp() -> dict[str, Any]:
             "basis": "the compiler's cycle estimates",
             "left_out": [
                 "input data and host work between steps",
-                "a kernel of which no cost is known (splash attention)",
+                "a kernel, tpu_custom_call: bytes alone (paged_attention)",
             ],
         },
         "lints": [
