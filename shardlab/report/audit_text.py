@@ -21,6 +21,7 @@ from shardlab.report.audit_words import (
     not_estimated,
     pace,
     plan_words,
+    room_words,
     seconds_text,
     sent,
     shape_text,
@@ -215,7 +216,7 @@ def _remedies(facts: Mapping[str, Any]) -> list[str]:
             one["change"],
             human_bytes(one["saves_bytes"]),
             human_bytes(one["hbm_bytes"]),
-            "fits" if one["fits"] else "still too much",
+            room_words(one),
         )
         for one in facts["remedies"]
     ]
