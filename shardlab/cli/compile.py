@@ -18,7 +18,10 @@ from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggesti
 from shardlab.run.output import write
 
 if TYPE_CHECKING:
+    from shardlab.plan.plan import Plan
     from shardlab.report.audit import Audit
+    from shardlab.run.config import Config
+    from shardlab.run.remedies import Remedy
 
 
 _DUMP = "dump"
@@ -68,7 +71,6 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
     from shardlab.module.model import read_model
     from shardlab.report.audit import audit_refused, audit_step
     from shardlab.report.estimate import model_flops
-    from shardlab.run.remedies import remedies
     from shardlab.step.compile import compile_train_step
     from shardlab.step.refusals import OutOfMemory
 
@@ -105,7 +107,7 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
         seconds, text = time.perf_counter() - planned, _left_behind()
         needed, capacity = refusal.needed_bytes, refusal.capacity_bytes
         with view.phase("it does not fit: looking for what would help"):
-            helps = () if needed is None or capacity is None else remedies(config, plan, needed, capacity)
+            helps = () if needed is None or capacity is None else _helps(config, plan, needed, capacity)
         with view.phase("reading what the compiler left"):
             shapes = config.abstract_batch()
             audit = audit_refused(
@@ -121,6 +123,18 @@ def _compiled(call: Call, *, restart: bool) -> tuple[Audit, str]:
         return audit, text or ""
     with view.phase("reading the compiled program"):
         return audit_step(step, log=compiler_log(), about=about), step.text
+
+
+def _helps(config: Config, plan: Plan, needed: int, capacity: int) -> tuple[Remedy, ...]:
+    """What to change of a config that does not fit: its options, and the sizes of its mesh."""
+    from shardlab.cli.other_meshes import other_mesh
+    from shardlab.module.model import read_model
+    from shardlab.run.remedies import remedies
+
+    # Each change makes a plan of the same model: it is read once.
+    config = dataclasses.replace(config, model=read_model(config.model, config.abstract_batch(), config.pipeline))
+    mesh = other_mesh(config, needed, capacity)
+    return (*remedies(config, plan, needed, capacity), *((mesh,) if mesh is not None else ()))
 
 
 def _left_behind() -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from shardlab.hlo.layout import DEVICE, Stored, leaves, stored
 from shardlab.hlo.parse import Computation, HloModule, Instruction
+from shardlab.hlo.splash import splash_products
 
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _WINDOW = re.compile(r"(\w+)=([\w\-x]+)")
@@ -83,7 +84,7 @@ def products(module: HloModule, computation: Computation, instruction: Instructi
     if opcode == "convolution":
         return [(dtype, _convolution(instruction, operands[0].shape.dims, operands[1].shape.dims))]
     count = _kernel(instruction, operands)
-    return [(dtype, count)] if count else []
+    return [(dtype, count)] if count else splash_products(instruction, operands)
 
 
 _WORKS = frozenset({"fusion", "dot", "convolution", "custom-call"})

@@ -21,6 +21,7 @@ from shardlab.report.audit_words import (
     not_estimated,
     pace,
     plan_words,
+    room_words,
     seconds_text,
     sent,
     shape_text,
@@ -187,7 +188,7 @@ def _time(facts: Mapping[str, Any]) -> list[str]:
     rows.append(("total", seconds_text(total), "", ""))
     hidden = seconds_text(estimate["overlapped_seconds"])
     lines = [*_plain(rows, right=(1, 2)), f"beside compute, and not in the total: {hidden} of communication"]
-    lines.append(f"from {estimate['basis']}")
+    lines += textwrap.wrap(f"from {estimate['basis']}", _WIDTH - 2)
     if estimate["left_out"]:
         lines += textwrap.wrap(f"left out: {'; '.join(estimate['left_out'])}", _WIDTH - 2)
     return lines
@@ -215,7 +216,7 @@ def _remedies(facts: Mapping[str, Any]) -> list[str]:
             one["change"],
             human_bytes(one["saves_bytes"]),
             human_bytes(one["hbm_bytes"]),
-            "fits" if one["fits"] else "still too much",
+            room_words(one),
         )
         for one in facts["remedies"]
     ]

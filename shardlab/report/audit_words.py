@@ -80,6 +80,17 @@ def seconds_text(seconds: float) -> str:
     return f"{_three(seconds * 1e6)} us"
 
 
+def room_words(remedy: Mapping[str, Any]) -> str:
+    """Whether a change makes room, and how long a step takes then, where that was asked.
+
+    >>> room_words({"fits": True, "seconds": 7.9}), room_words({"fits": False})
+    ('fits, 7.90 s a step', 'still too much')
+    """
+    seconds = remedy.get("seconds")
+    pace = "" if seconds is None else f", {seconds_text(seconds)} a step"
+    return f"{'fits' if remedy['fits'] else 'still too much'}{pace}"
+
+
 def bandwidth_text(bandwidth: float | None) -> str:
     """Bytes a second, in powers of 1000 as vendors write them.
 

@@ -104,9 +104,8 @@ def estimate_facts(
     kernels: dict[str, set[str]] = {}
     for kernel in compute.left_out:
         if kernel.reason.startswith("a kernel"):
-            kernels.setdefault(kernel.reason, set()).add(re.sub(r"[.\d]+$", "", kernel.name))
+            kernels.setdefault(kernel.reason, set()).add(_unnumbered(kernel.name))
     left_out = [f"{reason} ({', '.join(sorted(names))})" for reason, names in sorted(kernels.items())]
-    estimated = any(piece.estimated for piece in compute.pieces)
     return {
         "estimate_seconds": seconds,
         "mfu": flops / peak / seconds if seconds else None,
@@ -118,10 +117,23 @@ def estimate_facts(
             "compute_seconds": compute.seconds,
             "exposed_seconds": beside.exposed_seconds,
             "overlapped_seconds": beside.hidden_seconds,
-            "basis": "the compiler's cycle estimates" if estimated else "a roofline for each operation",
+            "basis": _basis(compute),
             "left_out": [*left_out, "input data, host work between steps"],
         },
     }
+
+
+def _basis(compute: Times) -> str:
+    """What the seconds of the compute come from."""
+    if not any(piece.estimated for piece in compute.pieces):
+        return "a roofline for each operation"
+    counted = {_unnumbered(one.name) for one in compute.pieces if one.flops and not one.estimated}
+    kernels = f", and a roofline of the kernels {', '.join(sorted(counted))}" if counted else ""
+    return f"the compiler's cycle estimates{kernels}"
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"[.\d]+$", "", name)
 
 
 def model_flops(model: Model, plan: Plan, batch: Any) -> int:

@@ -24,6 +24,7 @@ from shardlab.report.audit_words import (
     merged,
     not_estimated,
     plan_words,
+    room_words,
     seconds_text,
     shape_text,
     share_text,
@@ -154,7 +155,7 @@ def _remedies(facts: Mapping[str, Any]) -> str:
             f"<code>{_e(one['change'])}</code>",
             _e(human_bytes(one["saves_bytes"])),
             _e(human_bytes(one["hbm_bytes"])),
-            '<span class="tag beside">fits</span>' if one["fits"] else '<span class="tag waits">still too much</span>',
+            f'<span class="tag {"beside" if one["fits"] else "waits"}">{_e(room_words(one))}</span>',
         )
         for one in facts["remedies"]
     ]

@@ -22,12 +22,14 @@ class Remedy:
       saves_bytes: as the plans' own counts differ.
       hbm_bytes: what the step would need then.
       fits: whether that is within the capacity.
+      seconds: of a step, as the search's model estimates it; None where that was not asked.
     """
 
     change: str
     saves_bytes: int
     hbm_bytes: int
     fits: bool
+    seconds: float | None = None
 
 
 def remedies(config: Config, plan: Plan, needed: int, capacity: int) -> tuple[Remedy, ...]:
@@ -42,13 +44,13 @@ def remedies(config: Config, plan: Plan, needed: int, capacity: int) -> tuple[Re
 
     def remedy(changes: Mapping[str, Any], counted: int) -> Remedy:
         text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
-        left = _left(needed, start, counted)
-        return Remedy(text, needed - left, left, left <= capacity)
+        held = left(needed, start, counted)
+        return Remedy(text, needed - held, held, held <= capacity)
 
     singles = [(changes, counted) for changes, counted in _better(config, {}, start)]
     found = [remedy(changes, counted) for changes, counted in singles]
     together, counted = singles[0] if singles else ({}, start)
-    while singles and _left(needed, start, counted) > capacity:
+    while singles and left(needed, start, counted) > capacity:
         further = list(_better(config, together, counted))
         if not further:
             break
@@ -58,10 +60,10 @@ def remedies(config: Config, plan: Plan, needed: int, capacity: int) -> tuple[Re
     return tuple(found)
 
 
-def _left(needed: int, start: int, counted: int) -> int:
-    """What the compiler will need, where the plan counted `start` and counts `counted` now.
+def left(needed: int, start: int, counted: int) -> int:
+    """What the compiler will need of a device, where `start` was counted for what needs `needed`, and `counted` now.
 
-    What it needs beyond the plan's count stays; where the plan counted too much, the rest shrinks with the count.
+    What it needs beyond the count stays; where too much was counted, the rest shrinks with the count.
     """
     return needed - (start - counted) if start <= needed else round(needed * counted / start)
 

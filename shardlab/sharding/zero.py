@@ -14,7 +14,7 @@ _LARGE = 2**20  # numbers, of which padding counts
 
 
 def add_axes(spec: P, shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec) -> tuple[P, int | None]:
-    """The spec with `axes` on the largest dim that has none and divides by their product, and that dim.
+    """The spec with `axes` on the largest dim that nothing splits and that divides by their product, and that dim.
 
     Of equally large dims the first is taken. Of a large array a dim comes before others if its pieces are whole tiles
     of XLA:TPU, 128 numbers of the last dim or 8 of another: else every piece is padded to them, in memory and, where
@@ -36,15 +36,22 @@ def add_axes(spec: P, shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec)
     (P(None, 'data'), 1)
     >>> add_axes(P(), (6, 10), ("data",), mesh)
     (P(), None)
+
+    An axis of one device splits nothing, and keeps its place in the spec:
+
+    >>> add_axes(P("tensor"), (8, 6), ("data",), MeshSpec({"data": 4, "tensor": 1}, batch="data", target="cpu:4"))
+    (P(('tensor', 'data'),), 0)
     """
     held = {axis for entries in spec for axis in axes_of(entries)}
     if held & set(axes):
         raise ValueError(f"{spec} already names {sorted(held & set(axes))}")
     entries = [*spec, *([None] * (len(shape) - len(spec)))]
     product = math.prod(mesh.size(axis) for axis in axes)
-    fitting = [
-        dim for dim, size in enumerate(shape) if not axes_of(entries[dim]) and size >= product and size % product == 0
-    ]
+
+    def split(dim: int) -> bool:
+        return any(mesh.size(axis) > 1 for axis in axes_of(entries[dim]))
+
+    fitting = [dim for dim, size in enumerate(shape) if not split(dim) and size >= product and size % product == 0]
     if not fitting or not axes:
         return spec, None
 
@@ -53,7 +60,7 @@ def add_axes(spec: P, shape: Sequence[int], axes: Sequence[str], mesh: MeshSpec)
         return math.prod(shape) >= _LARGE and shape[dim] // product % tile == 0
 
     dim = max(fitting, key=lambda dim: (in_tiles(dim), shape[dim], -dim))
-    entries[dim] = entry(axes)
+    entries[dim] = entry((*axes_of(entries[dim]), *axes))
     return canonical(entries), dim
 
 

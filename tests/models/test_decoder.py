@@ -236,3 +236,14 @@ def test_a_loss_in_chunks_is_the_loss(tied: bool) -> None:
     traced = str(jax.make_jaxpr(lambda state: jax.grad(lambda state: mean(nnx.merge(graph, state)))(state))(state))
     assert "[2,41]" in traced
     assert "8,41]" not in traced
+
+
+@pytest.mark.parametrize(("axis", "heads", "whole"), [("tensor", 4 * SMALL.num_layers, 1), (None, 0, 0)])
+def test_the_heads_axis_is_said_of_heads_and_of_tokens_in_chunks(axis: str | None, heads: int, whole: int) -> None:
+    """Of q, k, v and what attention gives in every layer; and once that no token of a chunk lies in parts."""
+    config = dataclasses.replace(SMALL, heads_axis=axis, loss_chunk=7)
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        traced = str(jax.make_jaxpr(lambda batch: config(nnx.Rngs(0))(batch))(tokens()))
+    assert traced.count("spec=P(UNCONSTRAINED, None, 'tensor', None)") == heads
+    assert traced.count("spec=P(UNCONSTRAINED, None, None)") == whole

@@ -99,7 +99,7 @@ def test_one_that_does_not_fit_says_first_what_would_make_room() -> None:
     assert list(found)[1] == "does not fit; what would make room, of one device"
     assert [line.split() for line in found["does not fit; what would make room, of one device"][2:4]] == [
         ["--zero", "3", "15.4", "GiB", "9.5", "GiB", "fits"],
-        ["--mesh", "data=8,tensor=32", "8.2", "GiB", "16.7", "GiB", "still", "too", "much"],
+        ["--mesh", "data=8,tensor=32", "8.2", "GiB", "16.7", "GiB", "still", "too", "much,", "4.56", "s", "a", "step"],
     ]
     assert "does not fit; what would make room, of one device" not in sections(audit_text(audits.fsdp()))
 

@@ -37,6 +37,20 @@ def test_add_axes(spec: P, shape: tuple[int, ...], axes: tuple[str, ...], expect
     assert add_axes(spec, shape, axes, MESH) == (expected, dim)
 
 
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected", "dim"),
+    [
+        (P("tensor", None), (32, 9), P(("tensor", "data")), 0),
+        (P(None, "tensor"), (8, 64), P(None, ("tensor", "data")), 1),  # the largest, as without the axis
+        (P("tensor", "stage"), (9, 16), P("tensor", ("stage", "data")), 1),
+        (P(("stage", "tensor"), None), (9, 9), P(("stage", "tensor"), None), None),
+    ],
+)
+def test_an_axis_of_one_device_splits_nothing(spec: P, shape: tuple[int, ...], expected: P, dim: int | None) -> None:
+    mesh = MeshSpec({"data": 8, "stage": 1, "tensor": 1}, batch="data", stage="stage", target="cpu:8")
+    assert add_axes(spec, shape, ("data",), mesh) == (expected, dim)
+
+
 def test_axes_that_are_there_already() -> None:
     with pytest.raises(ValueError, match="already names"):
         add_axes(P("fsdp"), (6, 6), ("fsdp",), MESH)

@@ -105,6 +105,29 @@ def test_sums_over_manual_axes(name: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "state", "order"),
+    [
+        ({"data": 4, "stage": 2, "tensor": 1}, P("stage", "data"), ["data", "stage"]),
+        ({"data": 2, "stage": 4, "tensor": 1}, P("data", "stage"), ["stage", "data"]),
+        ({"data": 4, "stage": 2, "tensor": 1}, P(None, "data", "stage"), ["data", "stage"]),
+    ],
+)
+def test_the_largest_axis_is_scattered_first(sizes: dict[str, int], state: P, order: list[str]) -> None:
+    """What is left for the others is small then; the sum is the same."""
+    at, shape = region(sizes), (8, 12, 4)
+    found, expected = summed(at, ("data", "stage"), P(), state, shape)
+    np.testing.assert_array_equal(found, expected)
+
+    def inside(value: Any) -> Any:
+        return at.reduced({"w": value}, {"w": ("data", "stage")}, {"w": P()}, {"w": state})["w"]
+
+    traced = jax.make_jaxpr(at.run(inside, P(), state))(jnp.zeros(shape))
+    (body,) = (one.params["jaxpr"] for one in traced.eqns if one.primitive.name == "shard_map")
+    axes = [one.params["axis_name"] for one in body.eqns if one.primitive.name == "reduce_scatter"]
+    assert [name for (name,) in axes] == order
+
+
 def test_sums_in_the_reduce_dtype() -> None:
     """Both parts are rounded to 8 bits before they are added, their sum is given in float32."""
     at = region({"data": 2, "stage": 1, "tensor": 1}, "bfloat16")

@@ -84,6 +84,33 @@ def test_every_device_keeps_its_piece_of_the_sum(parts: tuple[int, ...], dim: in
     np.testing.assert_array_equal(jax.jit(run)(values), values.sum(axis=0))
 
 
+AWKWARD = 17 * 128  # tiles of a prime number
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((8, AWKWARD), 0), ((AWKWARD, 16), 1), ((16, 8, AWKWARD), 1), ((16,), 0), ((8, 3, 5), 0)]
+)
+@pytest.mark.parametrize("parts", [(8,), (4, 2)])
+def test_what_is_widened_for_a_tpu_is_narrowed_again(shape: tuple[int, ...], dim: int, parts: tuple[int, ...]) -> None:
+    """Scattered with its dim outermost in memory, before and after, and its lanes padded."""
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
+    values = np.random.default_rng(0).integers(0, 9, (8, *shape)).astype(np.float32)
+    run = jax.shard_map(
+        lambda mine: scattered(mine[0], "data", parts, dim, on_tpu=True),
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P(*[None] * dim, "data"),
+        check_vma=False,
+    )
+    np.testing.assert_array_equal(jax.jit(run)(values), values.sum(axis=0))
+    (inside,) = (one.params["jaxpr"] for one in jax.make_jaxpr(run)(values).eqns if one.primitive.name == "shard_map")
+    laid = [one for one in inside.eqns if one.primitive.name == "layout_constraint"]
+    sent = next(one.invars[0].aval.shape for one in inside.eqns if one.primitive.name == "reduce_scatter")
+    assert len(laid) == (2 if len(shape) > 1 else 0)
+    assert all(one.params["layout"].major_to_minor[0] == dim for one in laid)
+    assert sent == tuple(18 * 128 if size == AWKWARD else size for size in shape)
+
+
 def test_a_step_says_how_it_scatters() -> None:
     this = compiled(case("mlp", data=4, zero=2, scatter="data=2x2"))
     assert [str(one) for one in this.scatters] == ["data 2x2: as declared"]

@@ -71,3 +71,56 @@ def test_attention_is_a_kernel_that_runs_forward_twice(programs: dict[str, str])
     """For the forward pass and, rematerialised, for the backward."""
     kernels = re.findall(r"%(splash_mha_\w+?)(?:_residuals|_no_residuals)[.\d]* = ", programs["auto"])
     assert sorted(kernels) == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd", "splash_mha_fwd"]
+
+
+ALONE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+import shardlab.step.scatter as scatter
+from shardlab.step.region import Region
+
+devices = topologies.get_topology_desc(
+    topology_name="v5:4x4x4", platform="tpu", chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1),
+    num_slices=1, wrap=(True, True, True),
+).devices
+mesh = Mesh(np.array(sorted(devices, key=lambda one: one.coords)).reshape(16, 4), ("data", "stage"),
+            axis_types=(AxisType.Auto,) * 2)
+region = Region(mesh, ("data",), "stage", 4, 16, "bfloat16")
+
+def compiled(name, shape, axes, state):
+    def inside(value):
+        given = {"w": value.reshape(shape)}
+        return region.reduced(given, {"w": axes}, {"w": P()}, {"w": state})["w"]
+    run = jax.jit(region.run(inside, P(), state))
+    with jax.set_mesh(mesh):
+        print("=====", name)
+        print(run.lower(jax.ShapeDtypeStruct(shape, jnp.bfloat16)).compile().as_text())
+
+compiled("padded", (8192, 128256), ("data",), P("data"))
+compiled("two dims", (128256, 8192), ("data", "stage"), P("stage", "data"))
+scatter.wider = lambda size: size
+compiled("not padded", (8192, 128256), ("data",), P("data"))
+"""
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, str]:
+    """Sums of one array each, data over two dims of the torus and stage over the third."""
+    _, *texts = printed_by(ALONE, seconds=500).split("===== ")
+    return {text.partition("\n")[0]: text for text in texts}
+
+
+def test_an_awkward_number_of_tiles_is_reduce_scattered_where_it_is_padded(alone: dict[str, str]) -> None:
+    """128,256 lanes are 1,002 tiles, 6 x 167; where the second program is a reduce-scatter too, `wider` may go."""
+    assert large(alone["padded"], "all-reduce") == []
+    assert len(large(alone["padded"], "reduce-scatter")) == 1
+    assert large(alone["not padded"], "reduce-scatter") == []
+    assert len(large(alone["not padded"], "all-reduce")) == 1
+
+
+def test_of_two_axes_on_two_dims_the_larger_is_a_reduce_scatter(alone: dict[str, str]) -> None:
+    """As of an embedding: features over 16 of data, then classes over the stages: an all-reduce, of a sixteenth."""
+    assert len(large(alone["two dims"], "reduce-scatter")) == 1
+    (left,) = large(alone["two dims"], "all-reduce")
+    assert math.prod(map(int, left.split(","))) < 128256 * 8192 / 15
