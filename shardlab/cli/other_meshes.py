@@ -11,7 +11,7 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.run.config import Config
 from shardlab.run.remedies import Remedy, left
 from shardlab.search.candidates import meshes
-from shardlab.search.choice import Choice, choice_of
+from shardlab.search.choice import Choice, choice_of, sizes_in_words
 from shardlab.search.estimate import Estimate, Estimator
 from shardlab.search.search import refusal, refused_by_make_plan
 from shardlab.search.subject import Subject
@@ -50,11 +50,11 @@ def _estimates(estimator: Estimator, config: Config) -> Iterator[Estimate]:
     declared = choice_of(config)
     more: tuple[dict[str, Any], ...] = ({}, {"zero": 3}, {"remat": "full"}, {"zero": 3, "remat": "full"})
     variants = dict.fromkeys(dataclasses.replace(declared, **one) for one in more)
-    for mesh in meshes(estimator.subject):
-        if mesh == declared.mesh:
+    for mesh, dcn in meshes(estimator.subject):
+        if (mesh, dcn) == (declared.mesh, declared.dcn):
             continue
         for variant in variants:
-            choice = dataclasses.replace(variant, mesh=mesh)
+            choice = dataclasses.replace(variant, mesh=mesh, dcn=dcn)
             # A mesh that the target or the schedule has no place for is none.
             with contextlib.suppress(DeclarationError):
                 if not refusal(estimator, choice):
@@ -63,7 +63,8 @@ def _estimates(estimator: Estimator, config: Config) -> Iterator[Estimate]:
 
 def _change(config: Config, choice: Choice) -> str:
     """As on the command line, the axes of one device left out unless the config names more."""
-    sizes = [f"{axis}={size}" for axis, size in choice.mesh if size > 1 or config.mesh.sizes[axis] > 1]
+    words = sizes_in_words(choice)
+    sizes = [words[axis] for axis, size in choice.mesh if size > 1 or config.mesh.sizes[axis] > 1]
     scalars = [
         f"--{name} {value}"
         for name, value in (("zero", choice.zero), ("remat", choice.remat))

@@ -139,18 +139,27 @@ def choice_of(config: Config) -> Choice:
     )
 
 
+def sizes_in_words(choice: Choice) -> dict[str, str]:
+    """By axis, its size as the command line has it.
+
+    >>> sizes_in_words(Choice(mesh=(("data", 32), ("tensor", 4)), dcn=(("data", 2),)))
+    {'data': 'data=2*16', 'tensor': 'tensor=4'}
+    """
+    slow = dict(choice.dcn)
+    return {
+        axis: f"{axis}={slow[axis]}*{size // slow[axis]}" if axis in slow else f"{axis}={size}"
+        for axis, size in choice.mesh
+    }
+
+
 def command(config_path: str, choice: Choice, config: Config, target: str) -> str | None:
     """The command line that plans the same; None where it has no spelling for it, and a plan file has."""
     base = choice_of(config)
     if choice.whole or any(getattr(choice, name) != getattr(base, name) for name in (*_SPECS, "links")):
         return None
-    slow = dict(choice.dcn)
-    if base.dcn and not slow:
+    if base.dcn and not choice.dcn:
         return None
-    mesh = ",".join(
-        f"{axis}={slow[axis]}*{size // slow[axis]}" if axis in slow else f"{axis}={size}" for axis, size in choice.mesh
-    )
-    words = [f"shardlab compile {config_path} --target {target} --mesh {mesh}"]
+    words = [f"shardlab compile {config_path} --target {target} --mesh {','.join(sizes_in_words(choice).values())}"]
     for name in _SCALARS:
         value = getattr(choice, name)
         if value != getattr(base, name):
