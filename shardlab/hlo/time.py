@@ -217,9 +217,13 @@ def times(module: HloModule, rates: Rates) -> Times:
 
 
 class Once(NamedTuple):
-    """One execution of an instruction; `reason` says why its seconds are not known, "" when they are."""
+    """One execution of an instruction; `reason` says why its seconds are not known, "" when they are.
+
+    `products` are the seconds of its matrix products alone, at the rates given.
+    """
 
     seconds: float
+    products: float
     bound: str
     flops: int
     bytes: int
@@ -230,14 +234,24 @@ class Once(NamedTuple):
 def seconds_once(module: HloModule, rates: Rates) -> dict[tuple[str, str], Once]:
     """One execution of each instruction with work, by the names of its computation and its own.
 
+    Where the compiler estimates cycles, kernels that it has none for count at the rate that its products reach.
+
     Raises:
       ValueError: the compiler printed cycles and no clock was given.
     """
-    return {
+    found = {
         (computation.name, instruction.name): one
         for computation in scheduled(module)
         for instruction in computation.instructions.values()
         if (one := _once(module, computation, instruction, rates)) is not None
+    }
+    estimated = [one for one in found.values() if one.estimated and one.bound == "compute"]
+    if not estimated:
+        return found
+    pace = sum(one.seconds for one in estimated) / sum(one.products for one in estimated)
+    return {
+        key: one if one.estimated or one.bound == "memory" else one._replace(seconds=one.products * pace)
+        for key, one in found.items()
     }
 
 
@@ -252,7 +266,7 @@ def _once(module: HloModule, computation: Computation, instruction: Instruction,
         return None
     count, size = sum(n for _, n in made), moved(module, computation, instruction)
     if opcode.endswith("-start"):
-        return Once(0.0, "memory", 0, size, estimated=False, reason="an asynchronous copy, beside the compute")
+        return Once(0.0, 0.0, "memory", 0, size, estimated=False, reason="an asynchronous copy, beside the compute")
     computing = sum(n / rates.peak(dtype) for dtype, n in made)
     moving = size / (rates.bandwidth * rates.memory_efficiency)
     bound = "compute" if computing > moving else "memory"
@@ -263,12 +277,14 @@ def _once(module: HloModule, computation: Computation, instruction: Instruction,
                 f"{instruction.name}: the compiler estimates {cycles[1]} cycles and no clock was given; "
                 "give the clock of the chip it compiled for, Rates(..., clock=)"
             )
-        return Once(int(cycles[1]) / rates.clock, bound, count, size, estimated=True, reason="")
+        return Once(int(cycles[1]) / rates.clock, computing, bound, count, size, estimated=True, reason="")
     if opcode == "custom-call" and target(instruction) in _NO_WORK:
         return None
     if opcode == "custom-call" and not count:
-        return Once(moving, "memory", 0, size, estimated=False, reason=f"a kernel, {target(instruction)}: bytes alone")
-    return Once(max(computing, moving), bound, count, size, estimated=False, reason="")
+        return Once(
+            moving, 0.0, "memory", 0, size, estimated=False, reason=f"a kernel, {target(instruction)}: bytes alone"
+        )
+    return Once(max(computing, moving), computing, bound, count, size, estimated=False, reason="")
 
 
 def communicates(module: HloModule, instruction: Instruction) -> bool:

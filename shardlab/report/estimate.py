@@ -128,7 +128,7 @@ def _basis(compute: Times) -> str:
     if not any(piece.estimated for piece in compute.pieces):
         return "a roofline for each operation"
     counted = {_unnumbered(one.name) for one in compute.pieces if one.flops and not one.estimated}
-    kernels = f", and a roofline of the kernels {', '.join(sorted(counted))}" if counted else ""
+    kernels = f"; kernels it has none for at the pace of its products ({', '.join(sorted(counted))})" if counted else ""
     return f"the compiler's cycle estimates{kernels}"
 
 
