@@ -17,7 +17,8 @@ SCATTERED, REDUCED = 3, 1
 on 16 to 1,024 chips lie within 0.5 GiB of it, those of 70 billion parameters at 5.4 and 5.9 GiB."""
 SCATTERED_ONCE = 1.75 * 2**30
 """Where the whole gradients of blocks are scattered once a step, so much more: four ZeRO 1 steps have 1.5 to 2.2
-GiB."""
+GiB, the smallest of them beside 0.9 GiB of such gradients. Beside smaller ones it is taken to be at most twice as much
+as they are, which is a guess."""
 CODE = 40 * 2**20
 """The program itself: 31 to 64 MiB in those steps."""
 
@@ -38,5 +39,5 @@ def beyond_of_tpu(groups: Iterable[tuple[Group, int, bool]], doubled: Callable[[
             times = SCATTERED if any(not doubled(axes) for axes in scattered) else REDUCED
             largest = max(largest, times * group.largest * (count if stacked else 1))
         if stacked and scattered:
-            more = SCATTERED_ONCE
-    return largest + more + CODE
+            more += 2 * group.accumulated * count
+    return largest + min(more, SCATTERED_ONCE) + CODE
