@@ -25,11 +25,12 @@ from shardlab.mesh.spec import MeshSpec, Pairs
 from shardlab.mesh.topology import Layout, collective_seconds, lay_out
 from shardlab.pipeline.schedules import SCHEDULES
 from shardlab.plan.layout import axes_in, policies_of_blocks, policy_within_stage
+from shardlab.search.beyond import beyond_of_tpu
 from shardlab.search.choice import Choice, Placed
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
 from shardlab.search.places import slices_over
 from shardlab.search.stages import held_blocks
-from shardlab.search.storage import Axes, Group, Sent, Storage, storage, wire
+from shardlab.search.storage import Axes, Group, Sent, Storage, gathered, storage, wire
 from shardlab.search.subject import Subject
 from shardlab.search.ticks import Key, Ticks, ticks
 from shardlab.sharding.zero import without
@@ -39,12 +40,9 @@ EFFICIENCY = 0.75
 BANDWIDTH = 0.8
 """Of the memory's bandwidth, what other work reaches."""
 
-UNPIPELINED, PIPELINED = 0.18, 0.27
-"""What XLA:TPU reports as temporaries beyond what is live at once, as a part of it: gaps in the heap, and something
-that programs with loops alone have. Means over compiled steps, of which most lie within 0.1 of them."""
-MOST_BEYOND = 4 * 2**30
-"""It does not grow with what is kept: Llama-3-70B on 256 v5p has 1.3 GiB of it where 56 GiB are kept (FSDP,
-dots_saveable), 3.3 GiB where a pipeline holds 43 GiB, 5 GiB where 5 GiB are kept (FSDP, full)."""
+WIDE = 64
+"""Devices of a torus of two dims, over all of which XLA:TPU gathers what is small by an all-reduce: of v5e 8x8 and
+16x16 and v6e 8x8 it does, of 4x4 it does not (libtpu 0.0.42.1)."""
 
 
 def schedule_of(choice: Choice, stage: str | None) -> Key:
@@ -130,8 +128,9 @@ class Estimator:
     def _doubled(self, placed: Placed, axes: Axes) -> bool:
         """Whether XLA:TPU makes an all-reduce of a reduce-scatter over these axes.
 
-        It does over all dims of a torus (libtpu 0.0.42: 4x4, 8x8 and 16x16 of v5e and v6e, every v4 and v5p), but for a
-        dim of 2 and for dims of which one alone is a ring; of three dims `scatter="auto"` makes two steps.
+        It does over all dims of a torus (libtpu 0.0.42: 4x4, 8x8 and 16x16 of v5e and v6e, every v4 and v5p), but
+        for a dim of 2, for a part of two dims (32 of 8x8 of v6e) and for dims of which one alone is a ring; of three
+        dims `scatter="auto"` makes two steps.
         """
         if self.subject.target.platform != "tpu":
             return False
@@ -141,6 +140,8 @@ class Estimator:
             return False
         if len(dims) > 2:
             return self.subject.config.scatter == "whole"
+        if math.prod(part.size for part in parts) < math.prod(self.subject.target.shape):
+            return False
         return len({part.wrap for part in parts}) == 1 and min(part.size for part in parts) > 2
 
     def _layout(self, placed: Placed) -> Layout:
@@ -226,6 +227,8 @@ class Planned:
         )
         self.flops = 0.0
         self.transient = {"none": 0.0}
+        # XLA:GPU gathers what is stored, and casts that (five steps of `benchmarks/predicted.py`).
+        self.stored_first = subject.target.platform == "gpu"
         self.loops = choice.microbatches > 1 or self.stage is not None
         self.virtual = _virtual(choice) if self.stage else 1
         self.stages_hold = estimator.blocks(self.stages * self.virtual, choice.stages, choice.remat, self.head)
@@ -252,8 +255,7 @@ class Planned:
             self.around()
         self.outer()
         self.memory["temporaries"] = self.most()
-        made = sum(size for name, size in self.memory.items() if name not in _GIVEN)
-        self.memory["fragments"] = min(made * (PIPELINED if self.stage else UNPIPELINED), MOST_BEYOND)
+        self.memory["fragments"] = self.beyond()
         total, mfu = sum(self.seconds.values()), 0.0
         if total:
             peak = self.of.peak(subject.config.dtype) / EFFICIENCY
@@ -272,7 +274,7 @@ class Planned:
         kept = crossing = 0.0
         for kind, room in enumerate(self.rooms):
             cost, group = costs[kind], self.held.blocks[kind]
-            gathers = group.gathers if self.by_layer else {}
+            gathers = gathered(group, self.wide) if self.by_layer else {}
             reduces = group.reduces if self.pieces else {}
             for cell, half in (("F", cost.forward), ("B", cost.backward), ("I", cost.first), ("W", _rest(cost))):
                 runs = table.cells.get(cell, 0)
@@ -312,10 +314,20 @@ class Planned:
             self.memory["activations"] = kept * table.residuals + table.cuts * crossing
         self.memory["mail"] = table.mail * flow
 
+    def doubles(self, groups: list[Group]) -> bool:
+        """Whether XLA:TPU makes all-reduces of what would scatter the gradients of these."""
+        sums = [axes for group in groups for kind, axes in group.reduces if kind == "reduce-scatter"]
+        return bool(sums) and all(self.of.doubled(self.placed, axes) for axes in sums)
+
+    def wide(self, axes: Axes) -> bool:
+        """Whether XLA:TPU gathers what is small over these axes by an all-reduce."""
+        many = math.prod(self.sizes[axis] for axis in axes) >= WIDE and len(self.subject.target.shape) == 2
+        return many and self.of.doubled(self.placed, axes)
+
     def most(self) -> float:
         """Beside what is held throughout, the most that is made and held at once."""
         if self.loops or not self.rooms:
-            return max(self.transient.values())
+            return max(size for name, size in self.transient.items() if name != "cast")
         # Without a loop accumulators begin where they are first added to, those of blocks after the head, of what
         # `before` reads after the blocks; by then the weights of blocks are no longer needed.
         inside = sum(
@@ -324,7 +336,15 @@ class Planned:
         last = sum(self.sums(group) for read, group in self.held.outside.items() if "before" in read)
         ends = [self.transient.get(name, 0.0) - inside for name in ("after", "F")]
         finish = self.transient.get("finish", 0.0) - self.memory["working_copy"] - self.memory["activations"]
-        return max(self.transient.get("B", 0.0) - last, finish, *ends)
+        cast = self.transient.get("cast", 0.0) - self.memory["gradients"]
+        return max(self.transient.get("B", 0.0) - last, finish, cast, *ends)
+
+    def beyond(self) -> float:
+        """What the compiler takes beyond what is live."""
+        if self.subject.target.platform != "tpu":
+            return 0.0
+        doubled = functools.partial(self.of.doubled, self.placed)
+        return beyond_of_tpu(self.groups(), doubled, once=not self.pieces)
 
     def sums(self, group: Group) -> float:
         """Bytes of the accumulators of a group."""
@@ -385,7 +405,12 @@ class Planned:
             self.seconds["collectives"] += self.add("activations", of.sent(cost, each, choice), count) * count
             made = [group for read, group in self.held.outside.items() if _READ[name] in read]
             whole, summed = (sum(getattr(group, size) for group in made) for size in ("whole", "summed"))
+            if name == "after" and self.stored_first:
+                self.holds("cast", sum(group.whole * (1 + group.stored / group.shard) for group in made if group.cast))
             held = cost.live.at(each)
+            if name == "after" and not self.loops and self.pieces and self.doubles(made):
+                # The weights stay until their gradient is summed (v5e 4x4, 8x8, 16x16); else that takes their place.
+                held += whole
             if (self.loops and name == "after") or name == "finish":
                 # As in blocks; of those to be scattered what is summed replaces what they were made of.
                 held = max(held, whole + summed) if self.pieces else held - whole
@@ -424,9 +449,15 @@ class Planned:
     def outer(self) -> None:
         """What a step sends of weights and gradients once, and the optimizer."""
         numbers = 0.0
+        embeds = [id(group) for read, group in self.held.outside.items() if "before" in read]
         for group, count, inside in self.groups():
             if not (inside and self.by_layer):
-                self.seconds["weights"] += self.add("weights", group.gathers, count) * count
+                gathers = group.gathers
+                if self.stored_first and group.cast and id(group) not in embeds:
+                    # But for one of the embedding and the head, which have about one size.
+                    wide = group.stored / group.shard
+                    gathers = {key: (size * wide, times) for key, (size, times) in gathers.items()}
+                self.seconds["weights"] += self.add("weights", gathers, count) * count
             if not (inside and self.pieces):
                 # Pieces of what is outside blocks are summed whenever a microbatch has passed it.
                 times = self.table.after if self.pieces else count
@@ -452,7 +483,6 @@ class Planned:
         return found
 
 
-_GIVEN = ("parameters", "optimizer_state", "batch")
 _READ = {"before": "", "after": "after", "finish": "before"}
 _HELD = (
     *(

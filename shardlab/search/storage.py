@@ -6,7 +6,7 @@ The same decisions as `shardlab.plan.make` takes, for one block of each kind ins
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jax.sharding import PartitionSpec
@@ -20,6 +20,9 @@ from shardlab.sharding.zero import without
 Axes = tuple[str, ...]
 Sent = Mapping[tuple[str, Axes], tuple[float, float]]
 """By kind of collective and its axes: bytes on the wire, and how many collectives."""
+
+SMALL = 8 * 2**20
+"""Bytes of a gathered array of which XLA:TPU may make an all-reduce."""
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Group:
       pieces: of their gradients, as the optimizer's state lies.
       largest: of them, the largest whole one in the dtype that gradients are summed in; `summed`: all of them.
       gathers: to have them whole once.
+      small: of `gathers`, by axes, those of at most `SMALL` bytes each.
       reduces: to sum their gradients once.
       updates: of new parameters, where only the optimizer's state is cut.
       numbers: as they are updated.
@@ -53,6 +57,7 @@ class Group:
     largest: float = 0.0
     summed: float = 0.0
     gathers: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
+    small: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
     reduces: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
     updates: dict[tuple[str, Axes], tuple[float, float]] = field(default_factory=dict)
     numbers: float = 0.0
@@ -122,6 +127,8 @@ def storage(subject: Subject, mesh: MeshSpec, zero: int, whole: tuple[tuple[str,
             sharded |= bool(axes_in(lies) & {*mesh.batch})
             reduced |= bool(axes_in(state) & {*mesh.batch}) and zero > 1
         _send(group.gathers, "all-gather", over, at["compute"] * array.computed, sizes)
+        if at["compute"] * array.computed <= SMALL:
+            _send(group.small, "all-gather", over, at["compute"] * array.computed, sizes)
         summed = {axis for axis in mesh.batch if sizes[axis] > 1}
         if not inside and stage and stage not in axes_in(compute):
             summed.add(stage)
@@ -135,6 +142,17 @@ def storage(subject: Subject, mesh: MeshSpec, zero: int, whole: tuple[tuple[str,
         updated = _ordered(axes_in(state) - axes_in(lies), mesh)
         _send(group.updates, "all-gather", updated, at["lies"] * array.stored, sizes)
     return Storage(blocks, outside, tuple(faults), sharded, reduced)
+
+
+def gathered(group: Group, wide: Callable[[Axes], bool]) -> Sent:
+    """To have a group's weights once, where small ones are all-reduced over `wide` axes."""
+    found = dict(group.gathers)
+    for (kind, axes), (size, count) in group.small.items():
+        if wide(axes):
+            whole, times = found[kind, axes]
+            found[kind, axes] = whole - size, times - count
+            found["all-reduce", axes] = 2 * size, count
+    return found
 
 
 def _parts(spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
