@@ -9,8 +9,9 @@ predicted and read from the optimized program, seconds predicted and as the audi
 and the worst of the differences.
 
 What was compiled with jax 0.10.2 and libtpu 0.0.42.1 (the plugin's compiler for GPUs), with all layers, is kept in
-`predicted.json`; of rows 2, 3, 7 to 9 and 12 to 15 the memory is that of a program whose head's gradient was still
-all-reduced, the wire that of the program of today, read from its HLO (compiled anew, row 6 takes the same memory). What
+`predicted.json`; of rows 2, 3, 7 to 9, 12 and 14 the memory is that of a program whose head's gradient was still
+all-reduced, the wire that of the program of today, read from its HLO (compiled anew, rows 6 and 13 take the same
+memory). What
 the search predicts against it, by row:
 
                                                                                HBM GiB               wire GB
@@ -29,19 +30,19 @@ the search predicts against it, by row:
     12 8b tpu:v6e:8x8 32x1x2 ZeRO 3, by layer                   6.90   6.80  +1.4%    33.16   34.54  -4.0%
     13 70b tpu:v5p:4x8x8 256x1x1 ZeRO 3, by layer              19.88  18.50  +7.5%   417.48  418.19  -0.2%
     14 70b tpu:v5p:4x8x8 64x1x4 ZeRO 3, by layer               29.66  30.64  -3.2%   264.81  264.83  -0.0%
-    15 70b tpu:v5p:8x8x16 1024x1x1 ZeRO 3, by layer            30.52  30.45  +0.2%   418.71  419.40  -0.2%
+    15 70b tpu:v5p:8x8x16 1024x1x1 ZeRO 3, by layer            16.43  15.79  +4.1%   418.71  419.48  -0.2%
     16 1b gpu:h100:1x8 8x1x1 ZeRO 1                             9.73  10.80  -9.9%     7.41    7.41  +0.0%
     17 8b gpu:h100:8x8 64x1x1 ZeRO 3, by layer                  5.57   5.61  -0.6%    46.39   46.39  +0.0%
     18 8b gpu:h100:8x8 16x1x4 ZeRO 3, by layer                  7.68   7.51  +2.3%    43.56   43.56  +0.0%
     19 8b gpu:h200:8x8 16x4x1 ZeRO 1, M 8                      19.85  21.24  -6.6%    15.72   15.72  +0.0%
-    20 70b gpu:h200:64x8 512x1x1 ZeRO 3, by layer              25.49  26.03  -2.1%   420.40  420.40  +0.0%
-    mean 2.7 % of HBM (worst 9.9 %), 1.1 % of the wire (worst 9.8 %)
+    20 70b gpu:h200:64x8 512x1x1 ZeRO 3, by layer              12.72  12.79  -0.5%   420.40  420.40  +0.0%
+    mean 2.8 % of HBM (worst 9.9 %), 1.1 % of the wire (worst 9.8 %)
 
 HBM of row 0 is what the compiler refuses it for. Where the estimate is off most: XLA:GPU holds more of the attention at
 once than is counted (row 16), and makes buffers for the pipeline's ends (19); with a tensor axis XLA:TPU takes up to
 1 GiB more than is known (2, 7); of row 3 it makes all-reduces of the blocks' reduce-scatters over 4 chips. Constants of
-memory that XLA:TPU takes beyond what is live (`shardlab/search/beyond.py`) were measured on these very rows, so the
-difference says how well they fit, not how well they foretell another plan.
+memory that XLA:TPU takes beyond what is live (`shardlab/search/beyond.py`) were measured on these very rows but for
+15 and 20, which were compiled otherwise then: of the others the difference says how well they fit.
 """
 
 from __future__ import annotations
