@@ -1,11 +1,11 @@
 """Whether the search picks well: every plan of three small spaces compiled, and the pick among what was compiled.
 
-    pip install 'shardlab[tpu]' && python benchmarks/search_quality.py [--case NAME] [--most 40]
+    pip install 'shardlab[tpu,gpu-compiler]' && python benchmarks/search_quality.py [--case NAME] [--most 40]
 
-A space is what a small slice leaves: all meshes, ZeRO 0, 1 and 3 (by layer, in pieces), the fewest microbatches, 1F1B,
-one policy of remat, x whole between blocks. The pick is what the search's estimate puts first among the plans that
-fit; it is judged by the seconds that `shardlab compile` estimates from the optimized program of each. The goal is a
-pick within 5 % of the best.
+A space is what four chips leave, of a slice, of one host and of two: all meshes, ZeRO 0, 1 and 3 (by layer, in
+pieces), the fewest microbatches, 1F1B, one policy of remat, x whole between blocks. The pick is what the search's
+estimate puts first among the plans that fit; it is judged by the seconds that `shardlab compile` estimates from the
+optimized program of each. The goal is a pick within 5 % of the best.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from shardlab.search.subject import Subject
 CONFIG = "configs/llama3_8b.py"
 SMALL = {"model.num_layers": 4, "model.vocab_size": 32000, "model.num_heads": 8, "model.num_kv_heads": 8}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "narrow": ("tpu:v5e:2x4", {**SMALL, "model.model_dim": 512, "model.mlp_dim": 2048, "batch_size": 16}),
-    "wide": ("tpu:v5e:2x4", {**SMALL, "model.model_dim": 4096, "model.mlp_dim": 14336, "batch_size": 8}),
-    "v6e": ("tpu:v6e:2x2", {**SMALL, "model.model_dim": 2048, "model.mlp_dim": 8192, "batch_size": 8}),
+    "nvlink": ("gpu:h100:1x4", {**SMALL, "model.model_dim": 4096, "model.mlp_dim": 14336, "batch_size": 8}),
+    "hosts": ("gpu:a6000:2x2", {**SMALL, "model.model_dim": 2048, "model.mlp_dim": 8192, "batch_size": 8}),
+    "torus": ("tpu:v5e:2x2", {**SMALL, "model.model_dim": 2048, "model.mlp_dim": 8192, "batch_size": 8}),
 }
 
 
