@@ -85,9 +85,9 @@ def test_none_where_none_fits() -> None:
     assert other_mesh(config(), needed(), 1000) is None
 
 
-def test_what_make_plan_refuses_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second fastest then."""
-    room = round(0.6 * needed())
+def test_what_make_plan_refuses_is_not_offered(plans: dict[str, Estimate], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second fastest then; half of the plans fit."""
+    room = math.ceil(sorted(one.hbm_bytes for one in plans.values())[len(plans) // 2])
     first = other_mesh(config(), needed(), room)
     asked = []
 
