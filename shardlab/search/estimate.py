@@ -7,8 +7,8 @@
     seconds    products at the chip's rate, other traffic at its memory's, collectives over the links that the axes lie
                on; ticks in lock-step, each as long as its longest cell
 
-Every collective is waited for: so XLA schedules them by default, on TPUs and on GPUs (the audits of
-`benchmarks/predicted.py`).
+Gathers of a layer's weights and reductions of its gradients run beside its computation, and count as far as they are
+longer; everything else waits for its collectives.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ from shardlab.plan.layout import axes_in, policies_of_blocks, policy_within_stag
 from shardlab.search.beyond import beyond_of_tpu
 from shardlab.search.choice import Choice, Placed
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
-from shardlab.search.pace import bandwidth, peak
 from shardlab.search.places import slices_over
 from shardlab.search.stages import held_blocks
 from shardlab.search.storage import Axes, Group, Sent, Storage, gathered, storage, wire
 from shardlab.search.subject import Subject
 from shardlab.search.ticks import Key, Ticks, ticks
 from shardlab.sharding.zero import without
+
+EFFICIENCY = 0.75
+"""Of the chip's peak, what large products reach."""
+BANDWIDTH = 0.8
+"""Of the memory's bandwidth, what other work reaches."""
 
 WIDE = 64
 """Devices of a torus of two dims, over all of which XLA:TPU gathers what is small by an all-reduce: of v5e 8x8 and
@@ -99,7 +103,8 @@ class Estimator:
         self.blocks = functools.cache(functools.partial(held_blocks, subject))
         chip = self.chip
         # Of emulated devices nothing is known: their seconds are 0.
-        self.memory_pace = 0.0 if chip is None else 1 / bandwidth(chip)
+        self._peak = {} if chip is None else {dtype: flops * EFFICIENCY for dtype, flops in chip.flops.items()}
+        self.memory_pace = 0.0 if chip is None else 1 / (chip.hbm_bandwidth * BANDWIDTH)
 
     # What plans share.
 
@@ -169,8 +174,12 @@ class Estimator:
         """Seconds of computation."""
         if self.chip is None:
             return 0.0
-        products = sum(flops.at(rows) / peak(self.chip, dtype) for dtype, flops in cost.flops.items())
-        return products + cost.moved.at(rows) * self.memory_pace
+        products = sum(flops.at(rows) / self.peak(dtype) for dtype, flops in cost.flops.items())
+        return max(products, cost.fed.at(rows) * self.memory_pace) + cost.moved.at(rows) * self.memory_pace
+
+    def peak(self, dtype: str) -> float:
+        """Products a second in a dtype; XLA:TPU multiplies float32 in bfloat16 unless it is told not to."""
+        return self._peak.get(dtype) or self._peak["bfloat16"]
 
     def sent(self, cost: Cost, rows: float, choice: Choice) -> Sent:
         """What is put on the wire."""
@@ -249,9 +258,8 @@ class Planned:
         self.memory["fragments"] = self.beyond()
         total, mfu = sum(self.seconds.values()), 0.0
         if total:
-            assert subject.chip is not None
-            published = subject.chip.flops.get(subject.config.dtype, subject.chip.flops["bfloat16"])
-            mfu = subject.model_flops / math.prod(self.sizes.values()) / published / total
+            peak = self.of.peak(subject.config.dtype) / EFFICIENCY
+            mfu = subject.model_flops / math.prod(self.sizes.values()) / peak / total
         return Estimate(self.choice, self.memory, self.wires, self.seconds, self.flops, mfu)
 
     # Blocks and what is around them.
@@ -279,16 +287,16 @@ class Planned:
                 inside = self.add("activations", of.sent(half, rows, choice), count)
                 if forwards:
                     inside += self.add("activations", of.sent(cost.forward, rows, choice), count)
-                gathering = reducing = 0.0
+                beside = 0.0
                 if cell != "W" and gathers:
-                    gathering = self.add("weights", gathers, count * (1 + forwards)) * (1 + forwards)
+                    beside += self.add("weights", gathers, count * (1 + forwards)) * (1 + forwards)
                 if cell in ("B", "W") and reduces:
-                    reducing = self.add("gradients", reduces, count)
+                    beside += self.add("gradients", reduces, count)
+                late = max(0.0, beside - busy)
                 self.seconds["compute"] += busy * count
                 self.seconds["collectives"] += inside * count
-                self.seconds["weights"] += gathering * count
-                self.seconds["gradients"] += reducing * count
-                times[cell][kind] = busy + inside + gathering + reducing
+                self.seconds["weights" if cell in ("F", "I") else "gradients"] += late * count
+                times[cell][kind] = busy + inside + late
                 self.flops += count * sum(flops.at(rows) for flops in half.flops.values())
                 self.flops += count * forwards * sum(flops.at(rows) for flops in cost.forward.flops.values())
                 held = half.live.at(rows) + (group.whole if gathers else 0.0)
@@ -495,7 +503,7 @@ def _rest(cost: BlockCost) -> Cost:
     """The gradients of a split backward's weights."""
     whole, first = cost.backward, cost.first
     flops = {dtype: one - first.flops.get(dtype, NOTHING.moved) for dtype, one in whole.flops.items()}
-    return Cost(flops, whole.moved - first.moved, {}, whole.live)
+    return Cost(flops, whole.moved - first.moved, whole.fed - first.fed, {}, whole.live)
 
 
 def _virtual(choice: Choice) -> int:

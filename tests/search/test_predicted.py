@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from shardlab.mesh.targets import parse_target
-from shardlab.search.costs import Costs
 from shardlab.search.estimate import Estimate, Estimator
 from shardlab.search.subject import Subject
 
@@ -45,7 +44,6 @@ def pairs() -> list[tuple[Estimate, dict[str, Any]]]:
         subject.config, subject.target, subject.rows = config, parse_target(target), batch
         subject.__dict__.pop("chip", None)
         subject.__dict__.pop("model_flops", None)
-        subject.costs = Costs(subject.parts, subject.compiler)
         found.append((Estimator(subject).estimate(choice), one))
     return found
 
