@@ -91,10 +91,10 @@ def test_bytes_are_those_of_the_plan(name: str) -> None:
 
 def test_zero_1_shards_the_master_copy_of_a_bfloat16_step() -> None:
     _, state = cached("bfloat16, ZeRO 1")
-    # [4, 16, 24], one slot a pad: by stages, and by data where the rules name no axis
+    # [4, 16, 24], one slot a pad: by stages, and by data on the larger dim, which the rules cut over one device
     kernel = state.parameters["blocks/*/up/kernel"]
     assert kernel.dtype == jnp.float32
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 24)}
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 12)}
     moment = state.optimizer[0].mu["blocks"]["*"]["up"]["kernel"]
     assert (moment.dtype, moment.sharding) == (kernel.dtype, kernel.sharding)
 
