@@ -94,7 +94,7 @@ def test_stages_of_equal_blocks_have_nothing_to_balance() -> None:
 
 
 NARROW = DecoderConfig(
-    num_layers=2, model_dim=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_dim=256, vocab_size=32000
+    num_layers=2, model_dim=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_dim=128, vocab_size=32000
 )
 AXES = {"data": 8, "stage": 1, "tensor": 1}
 
