@@ -11,8 +11,7 @@ and the worst of the differences.
 What was compiled with jax 0.10.2 and libtpu 0.0.42.1 (the plugin's compiler for GPUs), with all layers, is kept in
 `predicted.json`; of rows 2, 3, 7 to 9, 12 and 14 the memory is that of a program whose head's gradient was still
 all-reduced, the wire that of the program of today, read from its HLO (compiled anew, rows 6 and 13 take the same
-memory). What
-the search predicts against it, by row:
+memory). What the search predicts against it, by row:
 
                                                                                HBM GiB               wire GB
      0 1b tpu:v5e:4x4 16x1x1 ZeRO 0                            24.93  24.70  +0.9%     5.62    5.75  -2.2%

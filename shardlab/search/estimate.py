@@ -236,14 +236,19 @@ class Planned:
 
     def add(self, cause: str, sent: Sent, times: float = 1.0) -> float:
         """Counts what is sent so often; the seconds that it takes once."""
-        placed, lasting = self.placed, 0.0
+        lasting = 0.0
         for (kind, axes), (size, count) in sent.items():
-            if kind == "reduce-scatter" and self.of.doubled(placed, axes):
-                kind, size = "all-reduce", 2 * size
+            made = self.made(kind, axes)
+            if made != kind:
+                size *= 2
             self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
-            pace, start = self.of.pace(placed, kind, axes)
+            pace, start = self.of.pace(self.placed, made, axes)
             lasting += pace * size + start * count
         return lasting
+
+    def made(self, kind: str, axes: Axes) -> str:
+        """What the compiler makes of a collective."""
+        return "all-reduce" if kind == "reduce-scatter" and self.of.doubled(self.placed, axes) else kind
 
     def estimate(self) -> Estimate:
         subject = self.subject

@@ -126,9 +126,7 @@ class _Watched(Planned):
         lasting = 0.0
         for (kind, axes), amount in sent.items():
             one = super().add(cause, {(kind, axes): amount}, times)
-            # XLA:TPU may make another of it.
-            made = "all-reduce" if kind == "reduce-scatter" and self.of.doubled(self.placed, axes) else kind
-            key = cause, made, axes, self.place
+            key = cause, self.made(kind, axes), axes, self.place
             self.lasting[key] = self.lasting.get(key, 0.0) + one * times
             lasting += one
         return lasting
