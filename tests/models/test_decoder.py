@@ -95,14 +95,15 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
 
 
 def test_grouped_queries_read_their_own_key_value_head() -> None:
-    q, k, v = np.random.default_rng(4).normal(size=(3, 2, 5, 4, 6))
-    k, v = k[:, :, :2], v[:, :, :2]
-    whole = causal_attention(*map(jnp.asarray, (q, k.repeat(2, axis=2), v.repeat(2, axis=2))))
-    np.testing.assert_allclose(causal_attention(*map(jnp.asarray, (q, k, v))), whole, rtol=1e-5)
-    in_two = causal_attention(*map(jnp.asarray, (q[:, :4], k[:, :4], v[:, :4])), query_chunk=2)
-    np.testing.assert_allclose(in_two, whole[:, :4], rtol=1e-5)
-    by_jax = jax.nn.dot_product_attention(*map(jnp.asarray, (q, k, v)), is_causal=True)
-    np.testing.assert_allclose(whole, by_jax, rtol=1e-4, atol=1e-6)
+    with jax.enable_x64(True):
+        q, k, v = map(jnp.asarray, np.random.default_rng(4).normal(size=(3, 2, 5, 4, 6)))
+        k, v = k[:, :, :2], v[:, :, :2]
+        whole = causal_attention(q, k.repeat(2, axis=2), v.repeat(2, axis=2))
+        np.testing.assert_allclose(causal_attention(q, k, v), whole, rtol=1e-12)
+        in_two = causal_attention(q[:, :4], k[:, :4], v[:, :4], query_chunk=2)
+        np.testing.assert_allclose(in_two, whole[:, :4], rtol=1e-12)
+        by_jax = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        np.testing.assert_allclose(whole, by_jax, rtol=1e-4, atol=1e-6)
 
 
 def test_uniform_logits_cost_log_v_for_every_counted_target() -> None:
