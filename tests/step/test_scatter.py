@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardlab.step.scatter import Scatter, scattered, scatters
+from shardlab.step.scatter import Scatter, scattered, scatters, wider
 from tests.equivalence.cases import case, compiled
 
 pytestmark = pytest.mark.versions
@@ -88,11 +89,11 @@ AWKWARD = 17 * 128  # tiles of a prime number
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((8, AWKWARD), 0), ((AWKWARD, 16), 1), ((16, 8, AWKWARD), 1), ((16,), 0), ((8, 3, 5), 0)]
+    ("shape", "dim"), [((8, AWKWARD), 0), ((AWKWARD, 16), 1), ((16, 8, AWKWARD), 1), ((3, 4, 16), 2), ((16,), 0), ((8, 3, 5), 0)]
 )
 @pytest.mark.parametrize("parts", [(8,), (4, 2)])
 def test_what_is_widened_for_a_tpu_is_narrowed_again(shape: tuple[int, ...], dim: int, parts: tuple[int, ...]) -> None:
-    """Scattered with its dim outermost in memory, before and after, and its lanes padded."""
+    """Scattered as rows of a table, of which the lanes are padded."""
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
     values = np.random.default_rng(0).integers(0, 9, (8, *shape)).astype(np.float32)
     run = jax.shard_map(
@@ -107,8 +108,10 @@ def test_what_is_widened_for_a_tpu_is_narrowed_again(shape: tuple[int, ...], dim
     laid = [one for one in inside.eqns if one.primitive.name == "layout_constraint"]
     sent = next(one.invars[0].aval.shape for one in inside.eqns if one.primitive.name == "reduce_scatter")
     assert len(laid) == (2 if len(shape) > 1 else 0)
-    assert all(one.params["layout"].major_to_minor[0] == dim for one in laid)
-    assert sent == tuple(18 * 128 if size == AWKWARD else size for size in shape)
+    assert all(one.params["layout"].major_to_minor == (0, 1) for one in laid)
+    rows, size = shape[dim], math.prod(shape) // shape[dim]
+    assert sent == ((rows,) if len(shape) == 1 else (rows, wider(size)))
+    assert (wider(size) > size) == any(one == AWKWARD for one in (*shape[:dim], *shape[dim + 1 :]))
 
 
 def test_a_step_says_how_it_scatters() -> None:

@@ -99,6 +99,7 @@ def compiled(name, shape, axes, state):
 
 compiled("padded", (8192, 128256), ("data",), P("data"))
 compiled("two dims", (128256, 8192), ("data", "stage"), P("stage", "data"))
+compiled("few layers", (4, 2048, 8192), ("stage",), P(None, None, "stage"))
 scatter.wider = lambda size: size
 compiled("not padded", (8192, 128256), ("data",), P("data"))
 """
@@ -117,6 +118,13 @@ def test_an_awkward_number_of_tiles_is_reduce_scattered_where_it_is_padded(alone
     assert len(large(alone["padded"], "reduce-scatter")) == 1
     assert large(alone["not padded"], "reduce-scatter") == []
     assert len(large(alone["not padded"], "all-reduce")) == 1
+
+
+def test_stacks_of_fewer_layers_than_a_tile_has_rows_are_reduce_scattered(alone: dict[str, str]) -> None:
+    """XLA:TPU writes it as a fusion of that name, in which an all-reduce stands."""
+    text = alone["few layers"]
+    assert len(re.findall(r"calls=%all-reduce-scatter", text)) + len(large(text, "reduce-scatter")) == 1
+    assert len(large(text.partition("ENTRY")[2], "all-reduce")) == 0
 
 
 def test_of_two_axes_on_two_dims_the_larger_is_a_reduce_scatter(alone: dict[str, str]) -> None:
