@@ -1,6 +1,6 @@
 """What the search predicts of a plan against what the compiler makes of it: memory and bytes on the wire.
 
-    pip install 'shardlab[tpu]' && python benchmarks/predicted.py [--only TEXT] [--layers 8] [--gpu]
+    pip install 'shardlab[tpu]' && python benchmarks/predicted.py [--only TEXT] [--layers 8] [--gpu] [--keep]
 
 Each row is a plan of configs/llama3_8b.py, configs/llama3_70b.py or a model of a billion parameters, compiled by a
 `shardlab compile` of its own, with all layers or, to be done sooner, with fewer. Of each: HBM predicted and as the
@@ -47,6 +47,7 @@ memory that XLA:TPU takes beyond what is live (`shardlab/search/beyond.py`) were
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose text holds this")
     parser.add_argument("--layers", type=int, default=0, help="layers of every model; 0: its own")
     parser.add_argument("--gpu", action="store_true", help="the rows of GPUs too")
+    parser.add_argument("--keep", action="store_true", help=f"write what is compiled to {KEPT.name}; of all layers alone")
     given = parser.parse_args()
+    kept = {one["row"]: one for one in json.loads(KEPT.read_text())}
     print(f"{'model, target, data x stage x tensor':<52}{'HBM GiB':>16}{'':>7}{'wire GB':>18}{'':>7}{'seconds':>16}")
     hbm, wire = [], []
     for row, (model, target, _, sizes, options) in enumerate(ROWS):
@@ -137,6 +140,11 @@ def main() -> None:
             f"{predicted.total_seconds:>8.3f}{made['estimate_seconds']:>8.3f}",
         )
         print(f"{label:<52}{''.join(pairs)}   ({time.perf_counter() - start:.0f} s)", flush=True)
+        if given.keep and not given.layers:
+            told = {name: made[name] for name in ("hbm_bytes", "wire_bytes", "estimate_seconds")}
+            kept[row] = {"row": row, **made["versions"], **told}
+            lines = (f"  {json.dumps(kept[one])}" for one in sorted(kept))
+            KEPT.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     for name, found in (("HBM", hbm), ("wire", wire)):
         if found:
             sizes_ = sorted(abs(one) for one in found)

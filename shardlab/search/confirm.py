@@ -18,7 +18,7 @@ from shardlab.search.choice import Choice, changed
 from shardlab.search.estimate import Estimate
 from shardlab.search.plan_file import PlanFile, write_plan
 
-_TOLD = ("hbm_bytes", "fits", "wire_bytes", "estimate_seconds", "mfu", "bound_by", "compile_seconds")
+_TOLD = ("hbm_bytes", "fits", "wire_bytes", "estimate_seconds", "mfu", "bound_by", "compile_seconds", "versions")
 
 
 def confirm(

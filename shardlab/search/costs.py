@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from shardlab.module.model import Model
 from shardlab.search.parts import ROWS, Part, Parts, Traced
-from shardlab.search.propagate import Laid, Work, laid, local_bytes, propagate
+from shardlab.search.propagate import Compiler, Laid, Work, laid, local_bytes, propagate
 from shardlab.sharding.rules import axes_of
 
 Specs = Mapping[str, PartitionSpec]
@@ -57,14 +57,12 @@ class Cost:
     Attributes:
       flops: of products, by the dtype of what is multiplied.
       moved: bytes between memory and the cores, but for products.
-      fed: those of products.
       sends: (kind, axes) -> how often, and payload bytes.
       live: bytes that it makes and holds at once.
     """
 
     flops: Mapping[str, Linear]
     moved: Linear
-    fed: Linear
     sends: Mapping[tuple[str, tuple[str, ...]], tuple[float, Linear]]
     live: Linear
 
@@ -78,10 +76,10 @@ class Cost:
             for dtype in {**self.flops, **other.flops}
         }
         live = max(self.live, other.live, key=lambda one: one.at(1))
-        return Cost(flops, self.moved + other.moved, self.fed + other.fed, sends, live)
+        return Cost(flops, self.moved + other.moved, sends, live)
 
 
-NOTHING = Cost({}, Linear(), Linear(), {}, Linear())
+NOTHING = Cost({}, Linear(), {}, Linear())
 
 
 @dataclass(frozen=True)
@@ -125,12 +123,11 @@ class Costs:
 
     Args:
       parts: the parts, which are traced when they are first asked for.
-      merges: whether the compiler makes one sum of two that are added; XLA:CPU does not.
+      compiler: what is known of what they are compiled by.
     """
 
-    def __init__(self, parts: Parts, *, merges: bool = True) -> None:
-        self.parts, self.merges = parts, merges
-        self._traced = functools.cache(self._trace)
+    def __init__(self, parts: Parts, compiler: Compiler | None = None) -> None:
+        self.parts, self.compiler = parts, compiler or Compiler()
         self.ends = functools.cache(self._ends)
         self.block = functools.cache(self._block)
         self.flow_bytes = functools.cache(self._flow_bytes)
@@ -139,24 +136,15 @@ class Costs:
     def model(self) -> Model:
         return self.parts.model
 
-    def _trace(self, name: str, kind: int, remat: str) -> tuple[Part, Part]:
-        make: Mapping[str, Callable[[int], Part]] = {
-            "before": self.parts.before,
-            "after": self.parts.after,
-            "block": lambda rows: self.parts.block(kind, remat, rows),
-            "whole": lambda rows: self.parts.whole(remat, rows),
-        }
-        return make[name](ROWS), make[name](2 * ROWS)
-
     def _ends(self, name: str, split: Split, remat: str = "none") -> tuple[Cost, Cost]:
         """Of "before", "after" or the "whole" model: the forward; the backward, of the latter two with its forward."""
-        pair = self._traced(name, 0, remat)
+        pair = self.parts.pair(name, 0, remat)
         forward = self._cost(pair, split, lambda part: part.forward)
         backward = self._cost(pair, split, lambda part: part.backward)
         return forward[0], backward[0]
 
     def _block(self, kind: int, remat: str, split: Split) -> BlockCost:
-        pair = self._traced("block", kind, remat)
+        pair = self.parts.pair("block", kind, remat)
         forward, works = self._cost(pair, split, lambda part: part.forward)
         flow = split.flow
         kept_lays = [
@@ -225,10 +213,8 @@ class Costs:
         for key in {**few.sends, **many.sends}:
             (count, a), (_, b) = few.sends.get(key, (0.0, 0.0)), many.sends.get(key, (0.0, 0.0))
             sends[key] = count, Linear.through(a, b)
-        moved, fed, live = (
-            Linear.through(getattr(few, name), getattr(many, name)) for name in ("moved", "fed", "live")
-        )
-        return Cost(flops, moved, fed, sends, live), works
+        moved, live = (Linear.through(getattr(few, name), getattr(many, name)) for name in ("moved", "live"))
+        return Cost(flops, moved, sends, live), works
 
     def work(self, part: Part, split: Split) -> Work:
         """Of one trace of a block under `full` remat, what its backward does."""
@@ -259,7 +245,7 @@ class Costs:
                 ins.append(next(left))
             else:
                 ins.append(laid(ndim, {}))
-        return propagate(program, ins, sizes, self._wanted(traced, split, only), merges=self.merges)
+        return propagate(program, ins, sizes, self._wanted(traced, split, only), compiler=self.compiler)
 
     def _wanted(self, traced: Traced, split: Split, only: str) -> list[Any]:
         """How each result is to lie, or None where it may lie as it comes."""

@@ -7,8 +7,8 @@
     seconds    products at the chip's rate, other traffic at its memory's, collectives over the links that the axes lie
                on; ticks in lock-step, each as long as its longest cell
 
-Gathers of a layer's weights and reductions of its gradients run beside its computation, and count as far as they are
-longer; everything else waits for its collectives.
+Every collective is waited for: so XLA schedules them by default, on TPUs and on GPUs (the audits of
+`benchmarks/predicted.py`).
 """
 
 from __future__ import annotations
@@ -21,28 +21,18 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from shardlab.mesh.spec import MeshSpec, Pairs
-from shardlab.mesh.topology import Layout, collective_seconds, lay_out
 from shardlab.pipeline.schedules import SCHEDULES
 from shardlab.plan.layout import axes_in, policies_of_blocks, policy_within_stage
 from shardlab.search.beyond import beyond_of_tpu
-from shardlab.search.choice import Choice, Placed
+from shardlab.search.choice import Choice
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
-from shardlab.search.places import slices_over
+from shardlab.search.link_costs import LinkCosts
+from shardlab.search.pace import bandwidth, keeping_moves, peak
 from shardlab.search.stages import held_blocks
 from shardlab.search.storage import Axes, Group, Sent, Storage, gathered, storage, wire
 from shardlab.search.subject import Subject
 from shardlab.search.ticks import Key, Ticks, ticks
 from shardlab.sharding.zero import without
-
-EFFICIENCY = 0.75
-"""Of the chip's peak, what large products reach."""
-BANDWIDTH = 0.8
-"""Of the memory's bandwidth, what other work reaches."""
-
-WIDE = 64
-"""Devices of a torus of two dims, over all of which XLA:TPU gathers what is small by an all-reduce: of v5e 8x8 and
-16x16 and v6e 8x8 it does, of 4x4 it does not (libtpu 0.0.42.1)."""
 
 
 def schedule_of(choice: Choice, stage: str | None) -> Key:
@@ -92,63 +82,23 @@ class Estimator:
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.chip = subject, subject.chip
-        self.mesh = functools.cache(self._mesh)
+        self.links = LinkCosts(subject)
         self.storage = functools.cache(self._storage)
-        self.layout = functools.cache(self._layout)
-        self.doubled = functools.cache(self._doubled)
-        self.pace = functools.cache(self._pace)
         self.split = functools.cache(self._split)
         self.cells = functools.cache(self._cells)
         self.ends = functools.cache(self._ends)
         self.blocks = functools.cache(functools.partial(held_blocks, subject))
         chip = self.chip
         # Of emulated devices nothing is known: their seconds are 0.
-        self._peak = {} if chip is None else {dtype: flops * EFFICIENCY for dtype, flops in chip.flops.items()}
-        self.memory_pace = 0.0 if chip is None else 1 / (chip.hbm_bandwidth * BANDWIDTH)
+        self.memory_pace = 0.0 if chip is None else 1 / bandwidth(chip)
 
     # What plans share.
 
-    def _mesh(self, axes: Pairs, dcn: Pairs = (), links: Any = ()) -> MeshSpec:
-        """The mesh of a plan; where nothing is said of slices, for sizes alone, over whichever axes they divide."""
-        mesh, target = self.subject.config.mesh, self.subject.target
-        if target.slices > 1 and not dcn:
-            dcn = next(slices_over(dict(axes), mesh.names, target.slices))
-        return MeshSpec(axes, batch=mesh.batch, stage=mesh.stage, target=target.text, dcn=dcn, links=links)
-
     def _storage(self, axes: Any, zero: int, whole: Any, head: str) -> Storage:
-        return storage(self.subject, self.mesh(axes), zero, whole, head)
-
-    def _pace(self, placed: Placed, kind: str, axes: Axes) -> tuple[float, float]:
-        """Seconds that a byte on the wire takes, and a collective of none."""
-        if self.chip is None:
-            return 0.0, 0.0
-        start = collective_seconds(self.layout(placed), kind, axes, 0.0)
-        return (collective_seconds(self.layout(placed), kind, axes, 1e9) - start) / 1e9, start
-
-    def _doubled(self, placed: Placed, axes: Axes) -> bool:
-        """Whether XLA:TPU makes an all-reduce of a reduce-scatter over these axes.
-
-        It does over all dims of a torus (libtpu 0.0.42: 4x4, 8x8 and 16x16 of v5e and v6e, every v4 and v5p), but
-        for a dim of 2, for a part of two dims (32 of 8x8 of v6e) and for dims of which one alone is a ring; of three
-        dims `scatter="auto"` makes two steps.
-        """
-        if self.subject.target.platform != "tpu":
-            return False
-        parts = [part for axis in axes for part in self.layout(placed).links(axis).dims if part.dim.torus]
-        dims = {part.name for part in parts}
-        if len(dims) < len(self.subject.target.shape):
-            return False
-        if len(dims) > 2:
-            return self.subject.config.scatter == "whole"
-        if math.prod(part.size for part in parts) < math.prod(self.subject.target.shape):
-            return False
-        return len({part.wrap for part in parts}) == 1 and min(part.size for part in parts) > 2
-
-    def _layout(self, placed: Placed) -> Layout:
-        return lay_out(self.mesh(*placed))
+        return storage(self.subject, self.links.mesh(axes), zero, whole, head)
 
     def _split(self, mesh: Any, activation: Any, saved: Any, whole: Any, vocabulary: bool) -> Split:
-        subject, spec = self.subject, self.mesh(mesh)
+        subject, spec = self.subject, self.links.mesh(mesh)
         sizes = {axis: spec.sizes[axis] for axis in subject.automatic if spec.sizes[axis] > 1}
         if vocabulary and spec.stage:
             sizes[spec.stage] = spec.sizes[spec.stage]
@@ -170,16 +120,13 @@ class Estimator:
 
     # Seconds.
 
-    def busy(self, cost: Cost, rows: float) -> float:
-        """Seconds of computation."""
+    def busy(self, cost: Cost, rows: float, kept: float = 0.0) -> float:
+        """Seconds of computation, of which so many bytes are kept or were."""
         if self.chip is None:
             return 0.0
-        products = sum(flops.at(rows) / self.peak(dtype) for dtype, flops in cost.flops.items())
-        return max(products, cost.fed.at(rows) * self.memory_pace) + cost.moved.at(rows) * self.memory_pace
-
-    def peak(self, dtype: str) -> float:
-        """Products a second in a dtype; XLA:TPU multiplies float32 in bfloat16 unless it is told not to."""
-        return self._peak.get(dtype) or self._peak["bfloat16"]
+        paces = {dtype: peak(self.chip, dtype, keeping=kept > 0) for dtype in cost.flops}
+        products = sum(flops.at(rows) / paces[dtype] for dtype, flops in cost.flops.items())
+        return products + (cost.moved.at(rows) + keeping_moves(self.chip, kept / 2)) * self.memory_pace
 
     def sent(self, cost: Cost, rows: float, choice: Choice) -> Sent:
         """What is put on the wire."""
@@ -238,17 +185,13 @@ class Planned:
         """Counts what is sent so often; the seconds that it takes once."""
         lasting = 0.0
         for (kind, axes), (size, count) in sent.items():
-            made = self.made(kind, axes)
+            made = self.of.links.made(self.placed, kind, axes)
             if made != kind:
                 size *= 2
             self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
-            pace, start = self.of.pace(self.placed, made, axes)
+            pace, start = self.of.links.pace(self.placed, made, axes)
             lasting += pace * size + start * count
         return lasting
-
-    def made(self, kind: str, axes: Axes) -> str:
-        """What the compiler makes of a collective."""
-        return "all-reduce" if kind == "reduce-scatter" and self.of.doubled(self.placed, axes) else kind
 
     def estimate(self) -> Estimate:
         subject = self.subject
@@ -263,8 +206,9 @@ class Planned:
         self.memory["fragments"] = self.beyond()
         total, mfu = sum(self.seconds.values()), 0.0
         if total:
-            peak = self.of.peak(subject.config.dtype) / EFFICIENCY
-            mfu = subject.model_flops / math.prod(self.sizes.values()) / peak / total
+            assert subject.chip is not None
+            published = subject.chip.flops.get(subject.config.dtype, subject.chip.flops["bfloat16"])
+            mfu = subject.model_flops / math.prod(self.sizes.values()) / published / total
         return Estimate(self.choice, self.memory, self.wires, self.seconds, self.flops, mfu)
 
     # Blocks and what is around them.
@@ -279,7 +223,7 @@ class Planned:
         kept = crossing = 0.0
         for kind, room in enumerate(self.rooms):
             cost, group = costs[kind], self.held.blocks[kind]
-            gathers = gathered(group, self.wide) if self.by_layer else {}
+            gathers = gathered(group, functools.partial(of.links.by_reducing, self.placed)) if self.by_layer else {}
             reduces = group.reduces if self.pieces else {}
             for cell, half in (("F", cost.forward), ("B", cost.backward), ("I", cost.first), ("W", _rest(cost))):
                 runs = table.cells.get(cell, 0)
@@ -288,20 +232,22 @@ class Planned:
                 count = runs * room
                 # A stage that kept its input alone runs its forward again before its backward.
                 forwards = 1 if again and cell in ("B", "I") else 0
-                busy = of.busy(half, rows) + forwards * of.busy(cost.forward, rows)
+                keeps = cost.kept.at(rows) if cost.kept.at(rows) > cost.kept_x.at(rows) else 0.0
+                busy = of.busy(half, rows, keeps) + forwards * of.busy(cost.forward, rows, keeps)
+                busy += self.stacked(group, cell) * of.memory_pace
                 inside = self.add("activations", of.sent(half, rows, choice), count)
                 if forwards:
                     inside += self.add("activations", of.sent(cost.forward, rows, choice), count)
-                beside = 0.0
+                gathering = reducing = 0.0
                 if cell != "W" and gathers:
-                    beside += self.add("weights", gathers, count * (1 + forwards)) * (1 + forwards)
+                    gathering = self.add("weights", gathers, count * (1 + forwards)) * (1 + forwards)
                 if cell in ("B", "W") and reduces:
-                    beside += self.add("gradients", reduces, count)
-                late = max(0.0, beside - busy)
+                    reducing = self.add("gradients", reduces, count)
                 self.seconds["compute"] += busy * count
                 self.seconds["collectives"] += inside * count
-                self.seconds["weights" if cell in ("F", "I") else "gradients"] += late * count
-                times[cell][kind] = busy + inside + late
+                self.seconds["weights"] += gathering * count
+                self.seconds["gradients"] += reducing * count
+                times[cell][kind] = busy + inside + gathering + reducing
                 self.flops += count * sum(flops.at(rows) for flops in half.flops.values())
                 self.flops += count * forwards * sum(flops.at(rows) for flops in cost.forward.flops.values())
                 held = half.live.at(rows) + (group.whole if gathers else 0.0)
@@ -319,15 +265,22 @@ class Planned:
             self.memory["activations"] = kept * table.residuals + table.cuts * crossing
         self.memory["mail"] = table.mail * flow
 
+    def stacked(self, group: Group, cell: str) -> float:
+        """Bytes that XLA:GPU moves to take a block's weights from their stack, and to add its gradients to theirs.
+
+        What is added is read and the accumulator copied out, and then all three moved again. XLA:TPU does both in the
+        products' own fusions.
+        """
+        if self.subject.target.platform != "gpu":
+            return 0.0
+        taken = 0.0 if cell == "W" or self.by_layer else 2 * group.whole
+        sums = group.pieces if self.pieces else group.accumulated
+        return taken + (4.5 * sums if cell in ("B", "W") else 0.0)
+
     def doubles(self, groups: list[Group]) -> bool:
         """Whether XLA:TPU makes all-reduces of what would scatter the gradients of these."""
         sums = [axes for group in groups for kind, axes in group.reduces if kind == "reduce-scatter"]
-        return bool(sums) and all(self.of.doubled(self.placed, axes) for axes in sums)
-
-    def wide(self, axes: Axes) -> bool:
-        """Whether XLA:TPU gathers what is small over these axes by an all-reduce."""
-        many = math.prod(self.sizes[axis] for axis in axes) >= WIDE and len(self.subject.target.shape) == 2
-        return many and self.of.doubled(self.placed, axes)
+        return bool(sums) and all(self.of.links.doubled(self.placed, axes) for axes in sums)
 
     def most(self) -> float:
         """Beside what is held throughout, the most that is made and held at once."""
@@ -348,7 +301,7 @@ class Planned:
         """What the compiler takes beyond what is live."""
         if self.subject.target.platform != "tpu":
             return 0.0
-        doubled = functools.partial(self.of.doubled, self.placed)
+        doubled = functools.partial(self.of.links.doubled, self.placed)
         return beyond_of_tpu(self.groups(), doubled, once=not self.pieces)
 
     def sums(self, group: Group) -> float:
@@ -453,7 +406,7 @@ class Planned:
 
     def outer(self) -> None:
         """What a step sends of weights and gradients once, and the optimizer."""
-        numbers = 0.0
+        numbers = moved = 0.0
         embeds = [id(group) for read, group in self.held.outside.items() if "before" in read]
         for group, count, inside in self.groups():
             if not (inside and self.by_layer):
@@ -469,6 +422,10 @@ class Planned:
                 self.seconds["gradients"] += self.add("gradients", group.reduces, times) * times
             self.seconds["weights"] += self.add("weights", group.updates, count) * count
             numbers += group.numbers * count
+            # Parameters are cast, and whole gradients before and after they are sent.
+            moved += (1.5 * group.stored if group.cast else 0.0) * count
+            moved += 3 * group.accumulated * count if group.reduces and not self.pieces else 0.0
+        self.seconds["compute"] += moved * self.of.memory_pace
         # Gradient, parameter and two moments are read, three of them written.
         self.seconds["optimizer"] += numbers * 4 * 7 * self.of.memory_pace
 
@@ -508,7 +465,7 @@ def _rest(cost: BlockCost) -> Cost:
     """The gradients of a split backward's weights."""
     whole, first = cost.backward, cost.first
     flops = {dtype: one - first.flops.get(dtype, NOTHING.moved) for dtype, one in whole.flops.items()}
-    return Cost(flops, whole.moved - first.moved, whole.fed - first.fed, {}, whole.live)
+    return Cost(flops, whole.moved - first.moved, {}, whole.live)
 
 
 def _virtual(choice: Choice) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shardlab.plan.layout import axes_in
 from shardlab.search.choice import Choice
 from shardlab.search.estimate import Estimate, Estimator, Planned
+from shardlab.search.link_costs import LinkCosts
 from shardlab.search.storage import Axes, Sent
 from shardlab.search.subject import Array, Subject
 from shardlab.sharding.zero import without
@@ -89,7 +90,7 @@ def bound(estimate: Estimate, subject: Subject) -> Bound:
 
 def links(estimate: Estimate, subject: Subject, axes: Axes) -> str:
     """The slowest links that the axes of a plan lie on."""
-    layout = Estimator(subject).layout(estimate.choice.placed)
+    layout = LinkCosts(subject).layout(estimate.choice.placed)
     tiers = {layout.links(axis).tier for axis in axes}
     return next((words for tier, words in reversed(_LINKS.items()) if tier in tiers), "links")
 
@@ -126,7 +127,7 @@ class _Watched(Planned):
         lasting = 0.0
         for (kind, axes), amount in sent.items():
             one = super().add(cause, {(kind, axes): amount}, times)
-            key = cause, self.made(kind, axes), axes, self.place
+            key = cause, self.of.links.made(self.placed, kind, axes), axes, self.place
             self.lasting[key] = self.lasting.get(key, 0.0) + one * times
             lasting += one
         return lasting
@@ -150,7 +151,7 @@ class _Watched(Planned):
 
 def _largest(estimator: Estimator, choice: Choice, axes: Axes, *, inside: bool) -> str:
     """The parameter of which most is sent over the axes; those of all blocks together, with a star for the number."""
-    subject, mesh = estimator.subject, estimator.mesh(choice.mesh)
+    subject, mesh = estimator.subject, estimator.links.mesh(choice.mesh)
     specs, sizes = subject.specs(choice.whole), choice.sizes
     most, found = -1.0, ""
     for array in subject.arrays:

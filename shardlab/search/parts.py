@@ -6,6 +6,7 @@ take) and a share for each example.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,18 @@ class Parts:
         }
         inside = model.parts.block_paths if model.parts is not None else frozenset()
         self.outside = {path: value for path, value in self.values.items() if path not in inside}
+
+        self.pair = functools.cache(self._pair)
+
+    def _pair(self, name: str, kind: int, remat: str) -> tuple[Part, Part]:
+        """Of "before", "after", a "block" or the "whole" model, traced with a few examples and with twice as many."""
+        make: Mapping[str, Callable[[int], Part]] = {
+            "before": self.before,
+            "after": self.after,
+            "block": lambda rows: self.block(kind, remat, rows),
+            "whole": lambda rows: self.whole(remat, rows),
+        }
+        return make[name](ROWS), make[name](2 * ROWS)
 
     def examples(self, rows: int) -> Any:
         """Shapes of some examples."""

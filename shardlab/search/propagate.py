@@ -6,7 +6,7 @@ is made of. Where an axis splits a dim that is summed, every device has a part o
     taken at once     all-reduce, where the next operation needs it whole
     kept in parts     reduce-scatter, where what it meets next lies in shards of that axis
     waited for        where it is only added to another part of a sum: one collective for both, as XLA:GPU and XLA:TPU
-                      merge them and XLA:CPU does not (`merges`)
+                      merge them and XLA:CPU does not (`Compiler.merges`)
 
 and a value that an operation needs otherwise than it lies is gathered, once for all that need it so. Of two dims that
 one axis would split, a weight keeps it; else the one that is not summed over. This is less than GSPMD knows (it looks
@@ -48,14 +48,28 @@ class Laid:
     weight: bool = False
 
 
+@dataclass(frozen=True)
+class Compiler:
+    """What is known of a compiler and of the chip that it compiles for.
+
+    Attributes:
+      merges: whether it makes one sum of two that are added; XLA:CPU does not.
+      kernels: whether it takes the kernels that a program has beside plain operations (XLA:TPU).
+      ridge: operations that the chip does in the time of a byte of its memory; 0 where that is not known.
+    """
+
+    merges: bool = True
+    kernels: bool = False
+    ridge: float = 0.0
+
+
 @dataclass
 class Work:
     """What one device does.
 
     Attributes:
       flops: of products and convolutions, by the dtype of what is multiplied.
-      moved: bytes read from memory and written to it, but for products.
-      fed: those of products, which compute meanwhile.
+      moved: bytes read from memory and written to it; of products those that they wait for.
       sends: collectives, by kind and axes: how often, and their payload in all (see `shardlab.hlo.collectives`).
       live: the most bytes that it has made and not used up at once.
       outs: how its results lie.
@@ -63,7 +77,6 @@ class Work:
 
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     moved: float = 0.0
-    fed: float = 0.0
     sends: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = field(default_factory=dict)
     live: float = 0.0
     outs: tuple[Laid, ...] = ()
@@ -76,7 +89,6 @@ class Work:
         for dtype, flops in other.flops.items():
             self.flops[dtype] += flops * times
         self.moved += other.moved * times
-        self.fed += other.fed * times
         for (kind, axes), (count, payload) in other.sends.items():
             self.send(kind, axes, payload * times, count * times)
 
@@ -87,7 +99,7 @@ def propagate(
     sizes: Mapping[str, int],
     wanted: Sequence[Any] | None = None,
     *,
-    merges: bool = True,
+    compiler: Compiler | None = None,
 ) -> Work:
     """What one device does of `program`.
 
@@ -95,7 +107,7 @@ def propagate(
       program: traced with whole shapes.
       ins: how its inputs lie.
       sizes: of the automatic axes.
-      merges: whether the compiler makes one sum of two that are added.
+      compiler: what is known of it.
       wanted: for each result a function from its number of dims to how it is to lie; None: as it comes.
 
     >>> import jax, jax.numpy as jnp
@@ -107,7 +119,7 @@ def propagate(
     >>> dict(work.flops), work.outs[0].partial
     ({'float32': 1024.0}, ('tensor',))
     """
-    return _Walk(program, sizes, merges).run(ins, wanted)
+    return _Walk(program, sizes, compiler or Compiler()).run(ins, wanted)
 
 
 def laid(ndim: int, dims: Mapping[int, tuple[str, ...]], *, weight: bool = False) -> Laid:
@@ -232,11 +244,12 @@ _JOINED = frozenset({"add", "add_any", "sub"})
 class _Walk:
     """One walk over a program."""
 
-    def __init__(self, program: Program, sizes: Mapping[str, int], merges: bool) -> None:
-        self.program, self.sizes, self.values, self.merges = program, sizes, program.values, merges
+    def __init__(self, program: Program, sizes: Mapping[str, int], compiler: Compiler) -> None:
+        self.program, self.sizes, self.values, self.compiler = program, sizes, program.values, compiler
         self.at: dict[int, Laid] = {}
         self.work = Work()
         self.whole: dict[tuple[int, Dims], Laid] = {}  # gathered before
+        self.unstored: set[int] = set()  # made by operations that are fused into what reads them
         self.extra: dict[int, float] = {}  # by op, bytes that gathered copies take until the end of the program
 
     def run(self, ins: Sequence[Laid], wanted: Sequence[Any] | None = None) -> Work:
@@ -268,6 +281,7 @@ class _Walk:
             return self._scan(op)
         if op.bodies and name in ("while", "cond"):
             return self._branches(op)
+        before = sum(self.work.flops.values())
         rule = _RULES.get(name)
         if rule is not None:
             rule(self, op)
@@ -275,12 +289,19 @@ class _Walk:
             self._reduce(op)
         else:
             self._elementwise(op)
-        if name not in _FUSED and name not in _COUNTED:
+        if name in _FUSED:
+            if name not in _LINEAR or not self.unstored.isdisjoint(op.ins):
+                self.unstored.update(op.outs)
+        elif name not in _COUNTED:
             size = sum(self._bytes(number) for number in (*op.ins, *op.outs) if number >= 0)
             if name in _PRODUCTS:
-                self.work.fed += size
-            else:
-                self.work.moved += size
+                # They are read while it computes; what takes longer is waited for.
+                done = sum(self.work.flops.values()) - before
+                size = max(0.0, size - done / self.compiler.ridge) if self.compiler.ridge else 0.0
+                written = self.unstored.intersection(op.ins)
+                size += sum(self._bytes(number) for number in written)
+                self.unstored -= written
+            self.work.moved += size
         return 0.0
 
     def _bytes(self, number: int) -> float:
@@ -360,7 +381,7 @@ class _Walk:
         one = len(parts) == 1 and lays[0].partial
         if one and (
             (op.name in _LINEAR and len(ins) == 1)
-            or (self.merges and op.name in _JOINED and len(full) == len(ins) == len(op.ins))
+            or (self.compiler.merges and op.name in _JOINED and len(full) == len(ins) == len(op.ins))
         ):
             dims = self._merged(full)
             for number in full:
@@ -665,12 +686,12 @@ class _Walk:
                 dims = self.gathered(number, ((), *dims[1:])).dims
             weight = number >= 0 and self.at[number].weight
             inside.append(Laid(dims[1:] if sliced else dims, weight=weight))
-        work = propagate(body, inside, self.sizes, merges=self.merges)
+        work = propagate(body, inside, self.sizes, compiler=self.compiler)
         # What is carried goes on as it comes out; one more pass settles it.
         carry = [self._settled(lay) for lay in work.outs[:carried]]
         if any(a.dims != b.dims for a, b in zip(carry, inside[constants : constants + carried], strict=True)):
             inside[constants : constants + carried] = carry
-            work = propagate(body, inside, self.sizes, merges=self.merges)
+            work = propagate(body, inside, self.sizes, compiler=self.compiler)
         outs = list(work.outs)
         length = op.params["length"]
         self.work.add(work, length)
@@ -695,8 +716,11 @@ class _Walk:
             self.work.send("all-reduce", (axis,), payload, length)
 
     def _branches(self, op: Op) -> float:
-        """Of branches the costliest; a while loop runs once, since nothing says how often."""
-        held = 0.0
+        """Of branches the costliest; a while loop runs once, since nothing says how often.
+
+        A kernel for the platform states no products, and takes those of the plain operations; what it moves is its own.
+        """
+        held, least = 0.0, math.inf
         for number in op.ins:
             if number >= 0:
                 self.summed(number)
@@ -706,11 +730,13 @@ class _Walk:
             given = [self.at[number] if number >= 0 else Laid(()) for number in op.ins[-count:]] if count else []
             if len(given) != count or any(len(lay.dims) != len(body.values[k].shape) for k, lay in enumerate(given)):
                 given = [Laid(((),) * len(value.shape)) for value in body.values[:count]]
-            work = propagate(body, given, self.sizes, merges=self.merges)
-            held = max(held, work.live)
+            work = propagate(body, given, self.sizes, compiler=self.compiler)
+            held, least = max(held, work.live), min(least, work.moved)
             if best is None or sum(work.flops.values()) >= sum(best.flops.values()):
                 best = work
         if best is not None:
+            if self.compiler.kernels and self._by_platform(op):
+                best.moved = least
             self.work.add(best, 1)
         for place, out in enumerate(op.outs):
             shape = self.values[out].shape
@@ -719,6 +745,9 @@ class _Walk:
                 dims = best.outs[place].dims
             self.at[out] = Laid(dims)
         return held
+
+    def _by_platform(self, op: Op) -> bool:
+        return any(one.name == "platform_index" and set(one.outs) & set(op.ins[:1]) for one in self.program.ops)
 
     # What is held at once.
 

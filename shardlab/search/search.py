@@ -104,7 +104,7 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
     for _ in range(ROUNDS):
         more = [
             *(
-                (one, elsewhere(one.choice, estimator.layout(one.choice.placed).spec, estimator.layers))
+                (one, elsewhere(one.choice, estimator.links.layout(one.choice.placed).spec, estimator.layers))
                 for one in _best_of_meshes(fitting)
             ),
             *((one, simplified(subject, one.choice)) for one in _leaders(fitting, stage)),

@@ -22,7 +22,9 @@ from shardlab.plan.optimizer import state_specs
 from shardlab.run.config import Config
 from shardlab.search.choice import kept_whole
 from shardlab.search.costs import Costs, Split
+from shardlab.search.pace import ridge
 from shardlab.search.parts import ROWS, Parts
+from shardlab.search.propagate import Compiler
 from shardlab.sharding.resolve import resolve
 from shardlab.sharding.rules import Rules
 
@@ -67,7 +69,7 @@ class Subject:
             dict.fromkeys(config.mesh.names, 1), batch=config.mesh.batch, stage=config.mesh.stage, target="cpu:1"
         )
         self.parts = Parts(self.model, config.loss, self.batch, self.one, config.dtype)
-        self.costs = Costs(self.parts, merges=self.target.platform != "cpu")
+        self.costs = Costs(self.parts, self.compiler)
         self.rows = jax.tree.leaves(self.batch)[0].shape[0]
         self._specs: dict[tuple[tuple[str, str], ...], dict[str, PartitionSpec]] = {}
         self._balances: dict[str, LayerCosts] = {}
@@ -76,6 +78,12 @@ class Subject:
     def chip(self) -> Chip | None:
         """Of the target; None for emulated devices, of which nothing is published."""
         return None if self.target.platform == "cpu" else chip_of(self.target)
+
+    @property
+    def compiler(self) -> Compiler:
+        """Of the target."""
+        platform = self.target.platform
+        return Compiler(platform != "cpu", platform == "tpu", ridge(self.chip, self.config.dtype))
 
     @property
     def room(self) -> float:

@@ -29,12 +29,12 @@ AXES = {"data": 8, "stage": 1, "tensor": 1}
 MODEL = DecoderConfig(
     num_layers=8, model_dim=2048, num_heads=16, num_kv_heads=8, head_dim=128, mlp_dim=8192, vocab_size=32000
 )
-SMALL_SLICE, SLICES = "tpu:v5e:2x4", "2*tpu:v5e:4x4"
+SMALL_SLICE, SLICES = "tpu:v5e:2x8", "2*tpu:v5e:4x4"
 
 
 @pytest.fixture(scope="module")
 def laid() -> tuple[Subject, Found]:
-    """Four examples on 2 x 4 chips: data 4 and tensor 2 are best, data in shards over both dims."""
+    """Four examples on 2 x 8 chips: data 4 and tensor 4 are best, data in shards over both dims."""
     config = decoder(AXES, model=MODEL, seq=1024, dtype="bfloat16", remat="full", batch_size=4)
     return search(config, SMALL_SLICE)
 

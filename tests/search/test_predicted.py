@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import predicted
 from shardlab.mesh.targets import parse_target
+from shardlab.search.costs import Costs
 from shardlab.search.estimate import Estimate, Estimator
 from shardlab.search.subject import Subject
-
-ROOT = Path(__file__).parents[2]
-
-
-def table() -> Any:
-    spec = importlib.util.spec_from_file_location("predicted", ROOT / "benchmarks" / "predicted.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[tuple[Estimate, dict[str, Any]]]:
     """Of every row the estimate and what was compiled; rows of one model share its traces."""
-    predicted, traced = table(), {}
+    traced: dict[str, Subject] = {}
     kept = json.loads(predicted.KEPT.read_text())
     assert [one["row"] for one in kept] == list(range(len(predicted.ROWS)))
     found = []
@@ -44,14 +33,20 @@ def pairs() -> list[tuple[Estimate, dict[str, Any]]]:
         subject.config, subject.target, subject.rows = config, parse_target(target), batch
         subject.__dict__.pop("chip", None)
         subject.__dict__.pop("model_flops", None)
+        subject.costs = Costs(subject.parts, subject.compiler)
         found.append((Estimator(subject).estimate(choice), one))
     return found
 
 
-@pytest.mark.parametrize(("what", "mean", "worst"), [("hbm_bytes", 0.05, 0.10), ("wire_bytes", 0.05, 0.10)])
+@pytest.mark.parametrize(
+    ("what", "mean", "worst"),
+    [("hbm_bytes", 0.05, 0.10), ("wire_bytes", 0.02, 0.05), ("estimate_seconds", 0.15, 0.45)],
+)
 def test_every_row_is_near_what_was_compiled(
     pairs: list[tuple[Estimate, dict[str, Any]]], what: str, mean: float, worst: float
 ) -> None:
-    off = [abs(getattr(estimate, what) / one[what] - 1) for estimate, one in pairs]
+    """Seconds too, which nothing asks to be near: of 1b, whose scores XLA:TPU has in fast memory or not, 45 % off."""
+    found = "total_seconds" if what == "estimate_seconds" else what
+    off = [abs(getattr(estimate, found) / one[what] - 1) for estimate, one in pairs]
     assert max(off) < worst, off
     assert sum(off) / len(off) < mean, off

@@ -14,7 +14,7 @@ from shardlab.run.config import Config
 from shardlab.search.choice import choice_of
 from shardlab.search.estimate import Estimator
 from shardlab.search.program import flat
-from shardlab.search.propagate import Laid, Work, laid, propagate
+from shardlab.search.propagate import Compiler, Laid, Work, laid, propagate
 from shardlab.search.subject import Subject
 from shardlab.step.compile import compile_train_step
 from tests.search.subjects import decoder, image_mixer, whole_mlp
@@ -22,11 +22,9 @@ from tests.search.subjects import decoder, image_mixer, whole_mlp
 T = ("tensor",)
 
 
-def work(
-    function: Callable[..., Any], *args: tuple[tuple[int, ...], Laid], sizes: int = 4, merges: bool = True
-) -> Work:
+def work(function: Callable[..., Any], *args: tuple[tuple[int, ...], Laid], sizes: int = 4, **known: Any) -> Work:
     program = flat(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape, _ in args)))
-    return propagate(program, [lay for _, lay in args], {"tensor": sizes}, merges=merges)
+    return propagate(program, [lay for _, lay in args], {"tensor": sizes}, compiler=Compiler(**known))
 
 
 W = ((8, 32), laid(2, {1: T}, weight=True))  # cut by columns
@@ -45,6 +43,37 @@ def test_sums_that_are_added_are_one_collective_where_the_compiler_merges_them()
     both = lambda w, v, x: jnp.tanh(jnp.tanh(x @ w) @ v + jnp.sin(x @ w) @ v)  # noqa: E731
     assert work(both, W, V, X).sends == {("all-reduce", T): (1, 128)}
     assert work(both, W, V, X, merges=False).sends == {("all-reduce", T): (2, 256)}
+
+
+def test_a_product_waits_for_what_it_reads_and_writes_longer_than_it_computes() -> None:
+    """[64, 32] @ [32, 128]: 2 x 64 x 32 x 128 operations of 57,344 bytes, 9.1 a byte."""
+    args = ((64, 32), laid(2, {})), ((32, 128), laid(2, {}))
+    size = 4 * (64 * 32 + 32 * 128 + 64 * 128)
+    assert work(jnp.matmul, *args, ridge=9.0).moved == 0
+    assert work(jnp.matmul, *args, ridge=18.0).moved == pytest.approx(size - 2 * 64 * 32 * 128 / 18)
+    assert work(jnp.matmul, *args).moved == 0
+
+
+def test_what_a_product_reads_of_fused_operations_is_written_once() -> None:
+    def twice(x: Any, w: Any) -> Any:
+        y = jnp.exp(x)
+        return y @ w, y.T @ y
+
+    args = ((64, 32), laid(2, {})), ((32, 128), laid(2, {}))
+    assert work(twice, *args).moved == 64 * 32 * 4
+    assert work(lambda x, w: x.astype(jnp.float32) @ w, *args).moved == 0
+
+
+def test_a_kernel_has_the_products_of_the_plain_operations_and_its_own_traffic() -> None:
+    def attend(q: Any, k: Any) -> Any:
+        plain = lambda q, k: jax.nn.softmax(q @ k.T) @ k  # noqa: E731
+        return jax.lax.platform_dependent(q, k, tpu=lambda q, k: q, default=plain)
+
+    args = ((64, 32), laid(2, {})), ((64, 32), laid(2, {}))
+    elsewhere, on_tpu = work(attend, *args), work(attend, *args, kernels=True)
+    assert elsewhere.flops == on_tpu.flops == {"float32": 2 * 2 * 64 * 64 * 32}
+    assert elsewhere.moved > 64 * 64 * 4
+    assert on_tpu.moved == 4  # the number of the platform
 
 
 def test_a_sum_that_meets_a_shard_is_scattered_and_its_input_gathered_once() -> None:

@@ -89,7 +89,7 @@ def test_balanced_stages_are_searched_and_named(wide_first: Estimator) -> None:
 def test_stages_of_equal_blocks_have_nothing_to_balance() -> None:
     estimator = Estimator(Subject(decoder({"data": 8, "stage": 1, "tensor": 1}), "tpu:v5e:1x2"))
     choice = Choice(mesh=PIPED, microbatches=4)
-    spec = estimator.layout(choice.placed).spec
+    spec = estimator.links.layout(choice.placed).spec
     assert [one for one in elsewhere(choice, spec, estimator.layers) if one.stages] == []
 
 
@@ -153,7 +153,7 @@ def test_a_search_keeps_a_kind_of_parameter_whole() -> None:
 
 def test_what_binds_is_named_in_short_and_explained_apart() -> None:
     model = dataclasses.replace(NARROW, mlp_dim=8192)
-    subject = Subject(decoder(AXES, model=model, seq=1024, dtype="bfloat16", batch_size=16), "tpu:v5e:4x4")
+    subject = Subject(decoder(AXES, model=model, seq=512, dtype="bfloat16", batch_size=16), "tpu:v5e:4x4")
     estimator = Estimator(subject)
     flat, piped = (tuple(zip(("data", "stage", "tensor"), sizes, strict=True)) for sizes in ((16, 1, 1), (8, 2, 1)))
     told = {

@@ -89,7 +89,8 @@ AWKWARD = 17 * 128  # tiles of a prime number
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((8, AWKWARD), 0), ((AWKWARD, 16), 1), ((16, 8, AWKWARD), 1), ((3, 4, 16), 2), ((16,), 0), ((8, 3, 5), 0)]
+    ("shape", "dim"),
+    [((8, AWKWARD), 0), ((AWKWARD, 16), 1), ((16, 8, AWKWARD), 1), ((3, 4, 16), 2), ((16,), 0), ((8, 3, 5), 0)],
 )
 @pytest.mark.parametrize("parts", [(8,), (4, 2)])
 def test_what_is_widened_for_a_tpu_is_narrowed_again(shape: tuple[int, ...], dim: int, parts: tuple[int, ...]) -> None:
