@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from shardlab.mesh.chips import chip_of
 from shardlab.mesh.targets import parse_target
 from shardlab.models.decoder import DecoderConfig
 from shardlab.search.choice import Choice
+from shardlab.search.costs import Cost
 from shardlab.search.estimate import Estimator, Planned
 from shardlab.search.link_costs import LinkCosts
 from shardlab.search.pace import bandwidth, keeping_moves, peak
@@ -60,10 +62,24 @@ def test_what_is_kept_costs_memory_traffic_and_on_a_tpu_slower_products(target: 
     assert slower == (1.0 if chip.platform == "gpu" else pytest.approx(0.82 / 0.76))
 
 
-def test_only_what_is_kept_beside_x_slows_a_block() -> None:
-    full, dots = (planned("tpu:v5e:2x4", remat=remat).estimate() for remat in ("full", "dots_saveable"))
-    assert full.flops / dots.flops > 1.2
-    assert full.seconds["compute"] / dots.seconds["compute"] < 1.1
+def test_what_a_kernel_keeps_of_its_mask_slows_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the splash kernels do, under "full" too."""
+    model = dataclasses.replace(MODEL, splash=True)
+    config = decoder(EIGHT, model=model, seq=1024, dtype="bfloat16", batch_size=8)
+    of = Estimator(Subject(config, "tpu:v5e:2x4"))
+    (cost,) = of.cells(Planned(of, Choice(mesh=tuple(EIGHT.items()))).split, "full")
+    assert 0 < cost.kept.at(1) < cost.kept_x.at(1) / 100
+    said, busy = [], of.busy
+
+    def watched(cost: Cost, rows: float, kept: float = 0.0) -> float:
+        said.append(kept)
+        return busy(cost, rows, kept)
+
+    monkeypatch.setattr(of, "busy", watched)
+    of.estimate(Choice(mesh=tuple(EIGHT.items()), remat="full"))
+    assert not any(said)
+    of.estimate(Choice(mesh=tuple(EIGHT.items()), remat="dots_saveable"))
+    assert any(said)
 
 
 def test_a_stack_of_weights_and_one_of_gradients_is_moved_on_gpus_alone() -> None:
