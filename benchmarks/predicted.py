@@ -1,6 +1,7 @@
 """What the search predicts of a plan against what the compiler makes of it: memory and bytes on the wire.
 
     pip install 'shardlab[tpu]' && python benchmarks/predicted.py [--only TEXT] [--layers 8] [--gpu] [--keep]
+    python benchmarks/predicted.py --kept
 
 Each row is a plan of configs/llama3_8b.py, configs/llama3_70b.py or a model of a billion parameters, compiled by a
 `shardlab compile` of its own, with all layers or, to be done sooner, with fewer. Of each: HBM predicted and as the
@@ -48,7 +49,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -116,39 +116,42 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose text holds this")
     parser.add_argument("--layers", type=int, default=0, help="layers of every model; 0: its own")
     parser.add_argument("--gpu", action="store_true", help="the rows of GPUs too")
-    parser.add_argument("--keep", action="store_true", help=f"write what is compiled to {KEPT.name}; of all layers alone")
+    parser.add_argument("--kept", action="store_true", help=f"compile nothing: all rows against {KEPT.name}")
+    parser.add_argument(
+        "--keep", action="store_true", help=f"write what is compiled to {KEPT.name}; of all layers alone"
+    )
     given = parser.parse_args()
     kept = {one["row"]: one for one in json.loads(KEPT.read_text())}
-    print(f"{'model, target, data x stage x tensor':<52}{'HBM GiB':>16}{'':>7}{'wire GB':>18}{'':>7}{'seconds':>16}")
-    hbm, wire = [], []
+    print(f"{'':<59}{'HBM GiB':>14}{'wire GB':>23}{'seconds':>23}")
+    off: dict[str, list[float]] = {"hbm_bytes": [], "wire_bytes": [], "estimate_seconds": []}
     for row, (model, target, _, sizes, options) in enumerate(ROWS):
-        label = f"{model} {target} {'x'.join(map(str, sizes))} {_words(options)}"
-        if given.only not in label or (target.startswith("gpu") and not given.gpu):
+        label = f"{row:>2} {model} {target} {'x'.join(map(str, sizes))} {_words(options)}"
+        if given.only not in label or (target.startswith("gpu") and not (given.gpu or given.kept)):
             continue
         scalars, config, choice = planned(row, given.layers)
         predicted = Estimator(Subject(config, target)).estimate(choice)
-        start = time.perf_counter()
-        made = compiled(CONFIGS[model], config, scalars, choice, target)
+        made = kept[row] if given.kept else compiled(CONFIGS[model], config, scalars, choice, target)
         if "error" in made or made["wire_bytes"] is None:
             print(f"{label:<52}{made.get('error', 'does not fit')}", flush=True)
             continue
-        hbm.append(predicted.hbm_bytes / made["hbm_bytes"] - 1)
-        wire.append(predicted.wire_bytes / made["wire_bytes"] - 1)
-        pairs = (
-            f"{predicted.hbm_bytes / 2**30:>8.2f}{made['hbm_bytes'] / 2**30:>8.2f}{hbm[-1]:>+7.1%}",
-            f"{predicted.wire_bytes / 1e9:>9.2f}{made['wire_bytes'] / 1e9:>9.2f}{wire[-1]:>+7.1%}",
-            f"{predicted.total_seconds:>8.3f}{made['estimate_seconds']:>8.3f}",
+        found = predicted.hbm_bytes, predicted.wire_bytes, predicted.total_seconds
+        for name, one in zip(off, found, strict=True):
+            off[name].append(one / made[name] - 1)
+        parts = (
+            f"{one / unit:>8.{digits}f}{made[name] / unit:>8.{digits}f}{off[name][-1]:>+7.1%}"
+            for (name, unit, digits), one in zip(_UNITS, found, strict=True)
         )
-        print(f"{label:<52}{''.join(pairs)}   ({time.perf_counter() - start:.0f} s)", flush=True)
-        if given.keep and not given.layers:
-            told = {name: made[name] for name in ("hbm_bytes", "wire_bytes", "estimate_seconds")}
+        print(f"{label:<52}{''.join(parts)}", flush=True)
+        if given.keep and not given.layers and not given.kept:
+            told = {name: made[name] for name in off}
             kept[row] = {"row": row, **made["versions"], **told}
             lines = (f"  {json.dumps(kept[one])}" for one in sorted(kept))
             KEPT.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    for name, found in (("HBM", hbm), ("wire", wire)):
-        if found:
-            sizes_ = sorted(abs(one) for one in found)
-            print(f"{name}: mean {sum(sizes_) / len(sizes_):.1%}, worst {sizes_[-1]:.1%} of {len(found)} plans")
+    for name, sizes_ in ((name, sorted(map(abs, found))) for name, found in off.items() if found):
+        print(f"{name}: mean {sum(sizes_) / len(sizes_):.1%}, worst {sizes_[-1]:.1%} of {len(sizes_)}")
+
+
+_UNITS = (("hbm_bytes", 2**30, 2), ("wire_bytes", 1e9, 2), ("estimate_seconds", 1.0, 3))
 
 
 def _words(options: dict[str, Any]) -> str:

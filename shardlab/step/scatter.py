@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 from shardlab.plan.scatter import read_parts
 
 _LANES = 128  # of a tile in a TPU's memory
+_FEW = 4  # rows of a tile that XLA:TPU does not scatter; as a table it does, for the copy that is made of it
 _MOST_DIMS = 2  # of the torus, over which XLA:TPU reduce-scatters
 
 
@@ -70,13 +71,17 @@ def scattered(value: jax.Array, axis: str, parts: tuple[int, ...], dim: int, *, 
     """The sum over `axis` of what each device holds, of which each keeps its piece of `dim`; in a manual region."""
     if not on_tpu or value.ndim == 1:
         return _in_parts(value, axis, parts, dim)
-    # XLA:TPU makes an all-reduce of it too where the dim lies innermost in memory, before or after, where what does is
-    # of an awkward number of tiles, and where fewer than 8 lie next to it: so a table is made, of which rows are cut.
-    whole = jnp.moveaxis(value, dim, 0)
-    rows, size, layout = whole.shape[0], math.prod(whole.shape[1:]), Layout((0, 1))
-    wide = jnp.pad(whole.reshape(rows, size), ((0, 0), (0, wider(size) - size)))
-    pieces = with_layout_constraint(_in_parts(with_layout_constraint(wide, layout), axis, parts, 0), layout)
-    return jnp.moveaxis(pieces[:, :size].reshape(-1, *whole.shape[1:]), 0, dim)
+    others = tuple(place for place in range(value.ndim) if place != dim)
+    if len(others) > 1 and value.shape[others[-2]] <= _FEW:
+        rows = jnp.moveaxis(value, dim, 0)
+        pieces = scattered(rows.reshape(len(rows), -1), axis, parts, 0, on_tpu=True)
+        return jnp.moveaxis(pieces.reshape(-1, *rows.shape[1:]), 0, dim)
+    # XLA:TPU makes an all-reduce of it too where the dim lies innermost in memory, before or after, and where what does
+    # is of an awkward number of tiles.
+    layout, inner, size = Layout((dim, *others)), others[-1], value.shape[others[-1]]
+    wide = jnp.pad(value, [(0, wider(size) - size if place == inner else 0) for place in range(value.ndim)])
+    pieces = _in_parts(with_layout_constraint(wide, layout), axis, parts, dim)
+    return jax.lax.slice_in_dim(with_layout_constraint(pieces, layout), 0, size, axis=inner)
 
 
 def _in_parts(value: jax.Array, axis: str, parts: tuple[int, ...], dim: int) -> jax.Array:
