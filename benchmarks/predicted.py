@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose text holds this")
     parser.add_argument("--layers", type=int, default=0, help="layers of every model; 0: its own")
     parser.add_argument("--gpu", action="store_true", help="the rows of GPUs too")
-    parser.add_argument("--keep", action="store_true", help=f"write what is compiled to {KEPT.name}; of all layers alone")
+    parser.add_argument(
+        "--keep", action="store_true", help=f"write what is compiled to {KEPT.name}; of all layers alone"
+    )
     given = parser.parse_args()
     kept = {one["row"]: one for one in json.loads(KEPT.read_text())}
     print(f"{'model, target, data x stage x tensor':<52}{'HBM GiB':>16}{'':>7}{'wire GB':>18}{'':>7}{'seconds':>16}")
