@@ -169,6 +169,9 @@ class Planned:
         self.pieces = choice.accumulate == "sharded" or (choice.accumulate == "auto" and self.held.reduced)
         self.split = estimator.split(choice.mesh, choice.activation, choice.saved_activation, choice.whole, False)
         self.wires: dict[tuple[str, Axes], float] = {}
+        # Seconds of collectives by cause, kind and axes, and by the part of the model that is estimated.
+        self.lasting: dict[tuple[str, str, Axes, str], float] = {}
+        self.part = ""
         self.seconds = dict.fromkeys(
             ("compute", "collectives", "weights", "gradients", "bubble", "stages", "optimizer"), 0.0
         )
@@ -190,7 +193,10 @@ class Planned:
                 size *= 2
             self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
             pace, start = self.of.links.pace(self.placed, made, axes)
-            lasting += pace * size + start * count
+            once = pace * size + start * count
+            key = cause, made, axes, self.part
+            self.lasting[key] = self.lasting.get(key, 0.0) + once * times
+            lasting += once
         return lasting
 
     def estimate(self) -> Estimate:
@@ -214,6 +220,7 @@ class Planned:
     # Blocks and what is around them.
 
     def blocks(self) -> None:
+        self.part = "blocks"
         of, choice, table, rows = self.of, self.choice, self.table, self.rows
         (policy,) = policies_of_blocks(choice.remat)
         again = policy_within_stage(choice.remat) is not None
@@ -344,6 +351,7 @@ class Planned:
 
     def around(self) -> None:
         """What comes before and after the blocks."""
+        self.part = "what comes before and after the blocks"
         of, choice, table, stages = self.of, self.choice, self.table, self.stages
         rows = self.rows / stages if self.shared else self.rows
         flow = self.subject.costs.flow_bytes(self.split)[0].at(self.rows)
@@ -386,6 +394,7 @@ class Planned:
                 self.seconds["stages"] += self.add("stages", {("all-reduce", stage): (2 * moved, 1)}, sums) * sums
 
     def whole_model(self) -> None:
+        self.part = "the model"
         of, choice, rows = self.of, self.choice, self.rows
         remat = "full" if policy_within_stage(choice.remat) else choice.remat
         _, cost = self.subject.costs.ends("whole", self.split, remat)
@@ -406,6 +415,7 @@ class Planned:
 
     def outer(self) -> None:
         """What a step sends of weights and gradients once, and the optimizer."""
+        self.part = ""
         numbers = moved = 0.0
         embeds = [id(group) for read, group in self.held.outside.items() if "before" in read]
         for group, count, inside in self.groups():
