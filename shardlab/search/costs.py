@@ -16,8 +16,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from shardlab.module.model import Model
+from shardlab.search.laid import Laid, laid, local_bytes
 from shardlab.search.parts import ROWS, Part, Parts, Traced
-from shardlab.search.propagate import Compiler, Laid, Work, laid, local_bytes, propagate
+from shardlab.search.propagate import propagate
+from shardlab.search.work import Compiler, Work
 from shardlab.sharding.rules import axes_of
 
 Specs = Mapping[str, PartitionSpec]

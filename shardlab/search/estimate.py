@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from shardlab.search.beyond import beyond_of_tpu
 from shardlab.search.choice import Choice
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
 from shardlab.search.link_costs import LinkCosts
+from shardlab.search.memory import Memory
 from shardlab.search.pace import bandwidth, keeping_moves, peak
 from shardlab.search.stages import held_blocks
 from shardlab.search.storage import Axes, Group, Sent, Storage, gathered, storage, wire
@@ -169,17 +170,26 @@ class Planned:
         self.pieces = choice.accumulate == "sharded" or (choice.accumulate == "auto" and self.held.reduced)
         self.split = estimator.split(choice.mesh, choice.activation, choice.saved_activation, choice.whole, False)
         self.wires: dict[tuple[str, Axes], float] = {}
+        # Seconds of collectives by cause, kind and axes, and by the part of the model that is estimated.
+        self.lasting: dict[tuple[str, str, Axes, str], float] = {}
+        self.part = ""
         self.seconds = dict.fromkeys(
             ("compute", "collectives", "weights", "gradients", "bubble", "stages", "optimizer"), 0.0
         )
         self.flops = 0.0
-        self.transient = {"none": 0.0}
         # XLA:GPU gathers what is stored, and casts that (five steps of `benchmarks/predicted.py`).
         self.stored_first = subject.target.platform == "gpu"
         self.loops = choice.microbatches > 1 or self.stage is not None
         self.virtual = _virtual(choice) if self.stage else 1
         self.stages_hold = estimator.blocks(self.stages * self.virtual, choice.stages, choice.remat, self.head)
         self.rooms = self.stages_hold.rooms
+        # Of parameters: how many of each a device holds, and whether they are of blocks.
+        self.groups = (
+            *((group, room * self.virtual, True) for group, room in zip(self.held.blocks, self.rooms, strict=True)),
+            *((group, 1, False) for group in self.held.outside.values()),
+        )
+        self.embeds = [group for read, group in self.held.outside.items() if "before" in read]
+        self.memory = Memory(self.groups, self.embeds, by_layer=self.by_layer, pieces=self.pieces, loops=self.loops)
 
     def add(self, cause: str, sent: Sent, times: float = 1.0) -> float:
         """Counts what is sent so often; the seconds that it takes once."""
@@ -190,30 +200,34 @@ class Planned:
                 size *= 2
             self.wires[cause, axes] = self.wires.get((cause, axes), 0.0) + size * times
             pace, start = self.of.links.pace(self.placed, made, axes)
-            lasting += pace * size + start * count
+            once = pace * size + start * count
+            key = cause, made, axes, self.part
+            self.lasting[key] = self.lasting.get(key, 0.0) + once * times
+            lasting += once
         return lasting
 
     def estimate(self) -> Estimate:
-        subject = self.subject
-        self.memory = self.stored()
+        subject, memory = self.subject, self.memory.bytes
+        memory["batch"] = subject.batch_bytes * subject.rows / self.shards
         if subject.model.parts is None:
             self.whole_model()
         else:
             self.blocks()
             self.around()
         self.outer()
-        self.memory["temporaries"] = self.most()
-        self.memory["fragments"] = self.beyond()
+        memory["temporaries"] = self.memory.most()
+        memory["fragments"] = self.beyond()
         total, mfu = sum(self.seconds.values()), 0.0
         if total:
             assert subject.chip is not None
             published = subject.chip.flops.get(subject.config.dtype, subject.chip.flops["bfloat16"])
             mfu = subject.model_flops / math.prod(self.sizes.values()) / published / total
-        return Estimate(self.choice, self.memory, self.wires, self.seconds, self.flops, mfu)
+        return Estimate(self.choice, memory, self.wires, self.seconds, self.flops, mfu)
 
     # Blocks and what is around them.
 
     def blocks(self) -> None:
+        self.part = "blocks"
         of, choice, table, rows = self.of, self.choice, self.table, self.rows
         (policy,) = policies_of_blocks(choice.remat)
         again = policy_within_stage(choice.remat) is not None
@@ -254,16 +268,16 @@ class Planned:
                 if cell in ("B", "W"):
                     # Whole gradients are added where they are made; others are there until they are scattered.
                     held += group.largest if reduces else -group.whole
-                self.holds(cell, max(held, 0.0))
+                self.memory.holds(cell, max(held, 0.0))
             kept += room * (cost.kept.at(rows) + cost.kept_x.at(rows))
             crossing += room * cost.crossing.at(rows)
         self.pipeline(times, flow)
         once = kept if again else 0.0
         if again:
-            self.memory["activations"] = saved * table.residuals + once + table.cuts * (once + crossing)
+            self.memory.bytes["activations"] = saved * table.residuals + once + table.cuts * (once + crossing)
         else:
-            self.memory["activations"] = kept * table.residuals + table.cuts * crossing
-        self.memory["mail"] = table.mail * flow
+            self.memory.bytes["activations"] = kept * table.residuals + table.cuts * crossing
+        self.memory.bytes["mail"] = table.mail * flow
 
     def stacked(self, group: Group, cell: str) -> float:
         """Bytes that XLA:GPU moves to take a block's weights from their stack, and to add its gradients to theirs.
@@ -274,43 +288,19 @@ class Planned:
         if self.subject.target.platform != "gpu":
             return 0.0
         taken = 0.0 if cell == "W" or self.by_layer else 2 * group.whole
-        sums = group.pieces if self.pieces else group.accumulated
-        return taken + (4.5 * sums if cell in ("B", "W") else 0.0)
+        return taken + (4.5 * self.memory.sums(group) if cell in ("B", "W") else 0.0)
 
     def doubles(self, groups: list[Group]) -> bool:
         """Whether XLA:TPU makes all-reduces of what would scatter the gradients of these."""
         sums = [axes for group in groups for kind, axes in group.reduces if kind == "reduce-scatter"]
         return bool(sums) and all(self.of.links.doubled(self.placed, axes) for axes in sums)
 
-    def most(self) -> float:
-        """Beside what is held throughout, the most that is made and held at once."""
-        if self.loops or not self.rooms:
-            return max(size for name, size in self.transient.items() if name != "cast")
-        # Without a loop accumulators begin where they are first added to, those of blocks after the head, of what
-        # `before` reads after the blocks; by then the weights of blocks are no longer needed.
-        inside = sum(
-            size for group, count, of_block in self.groups() for size in [self.sums(group) * count] if of_block
-        )
-        last = sum(self.sums(group) for read, group in self.held.outside.items() if "before" in read)
-        ends = [self.transient.get(name, 0.0) - inside for name in ("after", "F")]
-        finish = self.transient.get("finish", 0.0) - self.memory["working_copy"] - self.memory["activations"]
-        cast = self.transient.get("cast", 0.0) - self.memory["gradients"]
-        return max(self.transient.get("B", 0.0) - last, finish, cast, *ends)
-
     def beyond(self) -> float:
         """What the compiler takes beyond what is live."""
         if self.subject.target.platform != "tpu":
             return 0.0
         doubled = functools.partial(self.of.links.doubled, self.placed)
-        return beyond_of_tpu(self.groups(), doubled, once=not self.pieces)
-
-    def sums(self, group: Group) -> float:
-        """Bytes of the accumulators of a group."""
-        return group.pieces if self.pieces else group.accumulated
-
-    def holds(self, where: str, size: float) -> None:
-        """Notes what a part of the step makes and holds at once."""
-        self.transient[where] = max(self.transient.get(where, 0.0), size)
+        return beyond_of_tpu(self.groups, doubled, once=not self.pieces)
 
     def pipeline(self, times: Mapping[str, list[float]], flow: float) -> None:
         """Sends between stages, and the bubble: what cells take that no microbatch is in.
@@ -344,6 +334,7 @@ class Planned:
 
     def around(self) -> None:
         """What comes before and after the blocks."""
+        self.part = "what comes before and after the blocks"
         of, choice, table, stages = self.of, self.choice, self.table, self.stages
         rows = self.rows / stages if self.shared else self.rows
         flow = self.subject.costs.flow_bytes(self.split)[0].at(self.rows)
@@ -364,7 +355,9 @@ class Planned:
             made = [group for read, group in self.held.outside.items() if _READ[name] in read]
             whole, summed = (sum(getattr(group, size) for group in made) for size in ("whole", "summed"))
             if name == "after" and self.stored_first:
-                self.holds("cast", sum(group.whole * (1 + group.stored / group.shard) for group in made if group.cast))
+                self.memory.holds(
+                    "cast", sum(group.whole * (1 + group.stored / group.shard) for group in made if group.cast)
+                )
             held = cost.live.at(each)
             if name == "after" and not self.loops and self.pieces and self.doubles(made):
                 # The weights stay until their gradient is summed (v5e 4x4, 8x8, 16x16); else that takes their place.
@@ -372,7 +365,7 @@ class Planned:
             if (self.loops and name == "after") or name == "finish":
                 # As in blocks; of those to be scattered what is summed replaces what they were made of.
                 held = max(held, whole + summed) if self.pieces else held - whole
-            self.holds(name, max(held, 0.0))
+            self.memory.holds(name, max(held, 0.0))
         if self.stage:
             stage = (self.stage,)
             moved = flow * (stages - 1) / stages
@@ -386,6 +379,7 @@ class Planned:
                 self.seconds["stages"] += self.add("stages", {("all-reduce", stage): (2 * moved, 1)}, sums) * sums
 
     def whole_model(self) -> None:
+        self.part = "the model"
         of, choice, rows = self.of, self.choice, self.rows
         remat = "full" if policy_within_stage(choice.remat) else choice.remat
         _, cost = self.subject.costs.ends("whole", self.split, remat)
@@ -393,22 +387,16 @@ class Planned:
         self.seconds["compute"] += of.busy(cost, rows) * count
         self.seconds["collectives"] += self.add("activations", of.sent(cost, rows, choice), count) * count
         self.flops += count * sum(flops.at(rows) for flops in cost.flops.values())
-        self.holds("model", cost.live.at(rows))
+        self.memory.holds("model", cost.live.at(rows))
 
     # Parameters.
 
-    def groups(self) -> Iterator[tuple[Group, int, bool]]:
-        """Groups of parameters, how many of each a device holds, and whether they are of blocks."""
-        for group, room in zip(self.held.blocks, self.rooms, strict=True):
-            yield group, room * self.virtual, True
-        for group in self.held.outside.values():
-            yield group, 1, False
-
     def outer(self) -> None:
         """What a step sends of weights and gradients once, and the optimizer."""
+        self.part = ""
         numbers = moved = 0.0
-        embeds = [id(group) for read, group in self.held.outside.items() if "before" in read]
-        for group, count, inside in self.groups():
+        embeds = [id(group) for group in self.embeds]
+        for group, count, inside in self.groups:
             if not (inside and self.by_layer):
                 gathers = group.gathers
                 if self.stored_first and group.cast and id(group) not in embeds:
@@ -429,36 +417,8 @@ class Planned:
         # Gradient, parameter and two moments are read, three of them written.
         self.seconds["optimizer"] += numbers * 4 * 7 * self.of.memory_pace
 
-    def stored(self) -> dict[str, float]:
-        """What is held throughout the step."""
-        found = dict.fromkeys(_HELD, 0.0)
-        for group, count, inside in self.groups():
-            found["parameters"] += group.stored * count
-            found["optimizer_state"] += group.state * count
-            if inside and self.by_layer and group.cut:
-                found["working_copy"] += group.shard * count if group.cast else 0.0
-            elif (group.cast or group.cut) and (inside or self.loops):
-                # Without a loop what is outside blocks is made where it is used, and its gradient takes its place.
-                found["working_copy"] += group.whole * count
-            found["gradients"] += self.sums(group) * count
-        found["batch"] = self.subject.batch_bytes * self.subject.rows / self.shards
-        return found
-
 
 _READ = {"before": "", "after": "after", "finish": "before"}
-_HELD = (
-    *(
-        "parameters",
-        "optimizer_state",
-        "batch",
-        "working_copy",
-        "gradients",
-        "activations",
-        "mail",
-        "temporaries",
-        "fragments",
-    ),
-)
 
 
 def _rest(cost: BlockCost) -> Cost:

@@ -10,7 +10,7 @@ from shardlab.plan.layout import axes_in
 from shardlab.search.choice import Choice
 from shardlab.search.estimate import Estimate, Estimator, Planned
 from shardlab.search.link_costs import LinkCosts
-from shardlab.search.storage import Axes, Sent
+from shardlab.search.storage import Axes
 from shardlab.search.subject import Array, Subject
 from shardlab.sharding.zero import without
 
@@ -71,9 +71,9 @@ def bound(estimate: Estimate, subject: Subject) -> Bound:
     if part in _OTHER:
         return Bound(_OTHER[part], "in the optimizer's update" if part == "optimizer" else "", lasting)
     cause = _CAUSE[part]
-    watched = _Watched(estimator, estimate.choice)
-    watched.estimate()
-    found = {key: seconds for key, seconds in watched.lasting.items() if key[0] == cause}
+    planned = Planned(estimator, estimate.choice)
+    planned.estimate()
+    found = {key: seconds for key, seconds in planned.lasting.items() if key[0] == cause}
     if not found:
         return Bound(f"{links(estimate, subject, ())}: {cause}", "", lasting)
     _, kind, axes, place = max(found, key=lambda key: found[key])
@@ -113,40 +113,6 @@ _WAITS = {
     "stages": "sending between stages",
     "bubble": "the pipeline's bubble",
 }
-
-
-class _Watched(Planned):
-    """A plan estimated anew, its collectives told apart."""
-
-    def __init__(self, estimator: Estimator, choice: Choice) -> None:
-        super().__init__(estimator, choice)
-        self.lasting: dict[tuple[str, str, Axes, str], float] = {}
-        self.place = ""
-
-    def add(self, cause: str, sent: Sent, times: float = 1.0) -> float:
-        lasting = 0.0
-        for (kind, axes), amount in sent.items():
-            one = super().add(cause, {(kind, axes): amount}, times)
-            key = cause, self.of.links.made(self.placed, kind, axes), axes, self.place
-            self.lasting[key] = self.lasting.get(key, 0.0) + one * times
-            lasting += one
-        return lasting
-
-    def blocks(self) -> None:
-        self.place = "blocks"
-        super().blocks()
-
-    def around(self) -> None:
-        self.place = "what comes before and after the blocks"
-        super().around()
-
-    def outer(self) -> None:
-        self.place = ""
-        super().outer()
-
-    def whole_model(self) -> None:
-        self.place = "the model"
-        super().whole_model()
 
 
 def _largest(estimator: Estimator, choice: Choice, axes: Axes, *, inside: bool) -> str:

@@ -24,7 +24,7 @@ from shardlab.search.choice import kept_whole
 from shardlab.search.costs import Costs, Split
 from shardlab.search.pace import ridge
 from shardlab.search.parts import ROWS, Parts
-from shardlab.search.propagate import Compiler
+from shardlab.search.work import Compiler
 from shardlab.sharding.resolve import resolve
 from shardlab.sharding.rules import Rules
 

@@ -13,9 +13,11 @@ from shardlab.report.collectives import collective_rows
 from shardlab.run.config import Config
 from shardlab.search.choice import choice_of
 from shardlab.search.estimate import Estimator
+from shardlab.search.laid import Laid, laid
 from shardlab.search.program import flat
-from shardlab.search.propagate import Compiler, Laid, Work, laid, propagate
+from shardlab.search.propagate import propagate
 from shardlab.search.subject import Subject
+from shardlab.search.work import Compiler, Work
 from shardlab.step.compile import compile_train_step
 from tests.search.subjects import decoder, image_mixer, whole_mlp
 
