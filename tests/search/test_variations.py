@@ -153,7 +153,7 @@ def test_a_search_keeps_a_kind_of_parameter_whole() -> None:
 
 def test_what_binds_is_named_in_short_and_explained_apart() -> None:
     model = dataclasses.replace(NARROW, mlp_dim=8192)
-    subject = Subject(decoder(AXES, model=model, seq=512, dtype="bfloat16", batch_size=16), "tpu:v5e:4x4")
+    subject = Subject(decoder(AXES, model=model, seq=256, dtype="bfloat16", batch_size=16), "tpu:v5e:4x4")
     estimator = Estimator(subject)
     flat, piped = (tuple(zip(("data", "stage", "tensor"), sizes, strict=True)) for sizes in ((16, 1, 1), (8, 2, 1)))
     told = {
