@@ -299,8 +299,10 @@ class Planned:
         """What the compiler takes beyond what is live."""
         if self.subject.target.platform != "tpu":
             return 0.0
-        doubled = functools.partial(self.of.links.doubled, self.placed)
-        return beyond_of_tpu(self.groups, doubled, once=not self.pieces)
+        doubled, over_slices = (
+            functools.partial(rule, self.placed) for rule in (self.of.links.doubled, self.of.links.over_slices)
+        )
+        return beyond_of_tpu(self.groups, doubled, over_slices, once=not self.pieces)
 
     def pipeline(self, times: Mapping[str, list[float]], flow: float) -> None:
         """Sends between stages, and the bubble: what cells take that no microbatch is in.

@@ -66,9 +66,11 @@ class LinkCosts:
 
         It does over all dims of a torus (4x4, 8x8 and 16x16 of v5e and v6e, every v4 and v5p), but for a dim of 2, for
         a part of two dims (32 of 8x8 of v6e) and for dims of which one alone is a ring; of three dims `scatter="auto"`
-        makes two steps.
+        makes two steps. Of axes that go over slices too it always does within a slice (2 of v5e, 2x4 and 4x4).
         """
         parts, shape = self._torus(placed, axes), self.subject.target.shape
+        if parts and self.over_slices(placed, axes):
+            return True
         if not parts or _dims(parts) < len(shape):
             return False
         if _dims(parts) > _AT_ONCE:
@@ -76,6 +78,10 @@ class LinkCosts:
         if math.prod(part.size for part in parts) < math.prod(shape):
             return False
         return len({part.wrap for part in parts}) == 1 and min(part.size for part in parts) > 2
+
+    def over_slices(self, placed: Placed, axes: Axes) -> bool:
+        """Whether these axes go over the network between slices."""
+        return any(part.dim.tier == "dcn" for axis in axes for part in self.layout(placed).links(axis).dims)
 
     def by_reducing(self, placed: Placed, axes: Axes) -> bool:
         """Whether XLA:TPU gathers what is small over these axes by an all-reduce."""

@@ -1,5 +1,5 @@
-"""What the search foretells against what the compilers make of it here and now: rows of `benchmarks/predicted.py` with
-few layers, and a plan that the search found itself.
+"""What the search foretells against what compilers make of it here and now: rows of `benchmarks/predicted.py`, and a
+plan that the search found itself.
 
     pip install 'shardlab[test,tpu]' && python -m pytest -m tpu tests/search
     pip install 'shardlab[test,gpu-compiler]' && python -m pytest -m gpu_compiler tests/search
@@ -18,7 +18,6 @@ from shardlab.search.estimate import Estimate, Estimator
 from shardlab.search.search import search
 from shardlab.search.subject import Subject
 
-LAYERS = 4
 TPU_ROWS, GPU_ROWS = (1, 7, 12), (17, 18)  # of v5e, v5p and v6e; FSDP, and with tensor
 
 
@@ -31,7 +30,7 @@ def near(estimate: Estimate, told: dict[str, Any]) -> None:
 
 def row_is_near(row: int) -> None:
     model, target, *_ = ROWS[row]
-    scalars, config, choice = planned(row, LAYERS)
+    scalars, config, choice = planned(row)
     near(Estimator(Subject(config, target)).estimate(choice), compiled(CONFIGS[model], config, scalars, choice, target))
 
 
@@ -50,7 +49,7 @@ def test_memory_and_wire_are_near_what_the_gpu_compiler_makes(row: int) -> None:
 @pytest.mark.tpu
 def test_a_plan_found_over_two_slices_is_what_compiles() -> None:
     path, target = CONFIGS["8b"], "2*tpu:v5e:2x4"
-    scalars = {"model.num_layers": 4, "model.model_dim": 2048, "model.mlp_dim": 8192, "batch_size": 16}
+    scalars = {"model.num_layers": 4, "model.model_dim": 2048, "model.mlp_dim": 8192, "batch_size": 64}
     config = override(load_config(path), scalars)
     _, found = search(config, target)
     best = found.ranked[0]
