@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardlab.cli.audits import diff
+from shardlab.cli.checkpoint import checkpoint
 from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
 from shardlab.cli.options import Common, option, read, show
@@ -40,6 +41,8 @@ Declare a mesh and a PartitionSpec for every parameter of your own Flax model in
   shardlab compile CONFIG    compile it for --target, which need not be here, and audit what was compiled
   shardlab verify CONFIG     prove it: the plan against the same step on one device, in float64
   shardlab train CONFIG      train; writes metrics.jsonl, report.json, plan.json, parameters.npz, loss.png
+                             --checkpoint-every K saves; the same command with --resume goes on, on any plan
+  shardlab checkpoint RUN    what a run has saved; --verify: every file and array against what was written
   shardlab eval CONFIG       held-out loss, of a run's parameters with --run DIR
   shardlab report RUN        what a run compiled to and came to
   shardlab schedule NAME     a pipeline schedule drawn, its bubble, what is in flight
@@ -78,6 +81,10 @@ class _Train(Configured):
     out: str = option("", "directory to write to, instead of runs/ and the config's name", "DIR")
     profile: int = option(0, "capture a JAX profile of this many steps (3 if no number follows) in DIR/profile")
     tensorboard: bool = option(False, "write the metrics to DIR/tensorboard too")
+    checkpoint_every: int = option(0, "save a checkpoint in DIR/checkpoints after so many steps, and at the end")
+    keep: int = option(2, "how many of the last checkpoints to keep")
+    keep_every: int = option(0, "keep also those of steps that divide by this")
+    resume: bool = option(False, "go on from the last checkpoint in DIR, on this plan or another; from 0 without one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +211,7 @@ def train(arguments: list[str], *, restart: bool) -> int:
     call = configured(_Train, _with_number(arguments, "--profile", "3"), "train", about)
     start(call.config, restart=restart)
     from shardlab.run.loop import train as run
+    from shardlab.run.survival import Saving
 
     view = call.view()
     for remark in call.remarks:
@@ -214,6 +222,8 @@ def train(arguments: list[str], *, restart: bool) -> int:
         view=view,
         profile=call.options.profile,
         tensorboard=call.options.tensorboard,
+        saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
+        resume=call.options.resume,
         about={"config": call.path, "overrides": call.given},
     )
     # The report's text has been shown by the run.
@@ -248,6 +258,7 @@ VERBS: Mapping[str, Callable[..., int]] = {
     "eval": evaluate,
     "report": report,
     "schedule": schedule,
+    "checkpoint": checkpoint,
     "diff": diff,
     "targets": targets,
 }

@@ -99,9 +99,9 @@ class Board:
 
 @contextlib.contextmanager
 def stop_after_the_step(view: View) -> Iterator[Sequence[Any]]:
-    """Until it is left, the first Ctrl-C only fills the sequence; the second is a KeyboardInterrupt.
+    """Until it is left, the first Ctrl-C or SIGTERM only fills the sequence; the second does what it always did.
 
-    In a thread that is not the main one, which gets no signals, Ctrl-C stays what it was.
+    In a thread that is not the main one, which gets no signals, both stay what they were.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -111,10 +111,13 @@ def stop_after_the_step(view: View) -> Iterator[Sequence[Any]]:
     def note(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        view.say("Ctrl-C: stopping after the steps under way; once more to stop at once")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        view.say(f"{name}: stopping after the steps under way; once more to stop at once")
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

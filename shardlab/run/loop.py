@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import json
 import os
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from shardlab.checkpoint.canonical import Canonical
+from shardlab.checkpoint.store import Checkpoints
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
 from shardlab.plan.plan import Plan
@@ -29,13 +32,16 @@ from shardlab.run.record import (
     CURVE,
     FILES,
     PLAN,
+    REPORT,
     MetricsFile,
     Row,
     RunRecord,
     plain,
+    read_run,
     write_arrays,
     write_report,
 )
+from shardlab.run.survival import Saving, Start, batches_after, refuse_to_replace, rows_until, start_from
 from shardlab.run.view import Silent, View
 from shardlab.step.compile import CompiledStep, check_batch, compile_train_step
 from shardlab.step.state import TrainState, users_own
@@ -52,11 +58,14 @@ def train(
     view: View | None = None,
     profile: int = 0,
     tensorboard: bool = False,
+    saving: Saving | None = None,
+    resume: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Trains, and leaves in `out` what `shardlab.run.record` lists.
 
-    Ctrl-C ends the run after the steps under way, with everything written; a second one ends it at once.
+    Ctrl-C or SIGTERM ends the run after the steps under way, with everything written and, where it saves, a checkpoint
+    of the last of them; a second one ends it at once.
 
     Args:
       config: the run.
@@ -65,16 +74,26 @@ def train(
       view: what is told of what happens; None shows nothing.
       profile: write a JAX profile of this many steps to ``out/profile``; 0 writes none.
       tensorboard: write the metrics to ``out/tensorboard`` as well.
+      saving: when to save a checkpoint; None never.
+      resume: go on from the last checkpoint in `out`, on whatever plan; from step 0 where there is none.
       about: put into the report as it is: the config's path, what was overridden.
 
     Raises:
-      DeclarationError: with every fault of the declaration, before anything is compiled or written.
+      DeclarationError: with every fault of the declaration, before anything is compiled or written; `out` holds
+        checkpoints of an earlier run and this one does not resume.
+      CheckpointError: a checkpoint cannot be written.
     """
-    view, out = view or Silent(), Path(out)
-    start = time.perf_counter()
+    view, out, saving = view or Silent(), Path(out), saving or Saving()
+    begun = time.perf_counter()
     profiler = Profiler(out / "profile", steps=profile, of=config.steps)
     board = Board(out / "tensorboard") if tensorboard else None
     _check_place(out)
+    store = saving.store(out)
+    if not resume:
+        refuse_to_replace(store, out)
+    elif (out / REPORT).is_file() and config.steps in store.steps():
+        view.say(f"the run in {out} has ended: all {config.steps} steps are done")
+        return read_run(out)
     with view.phase("planning"):
         plan = config.plan()
         build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
@@ -82,11 +101,10 @@ def train(
         view.say(f"note: {note}")
     with view.phase("reading the data"):
         source = config.data.train(config.batch_size, seed=config.seed)
-        batches = _batches(source, plan, config.steps)
         held_out = config.data.held_out(config.batch_size, config.eval_batches) if config.eval_every else []
     if hasattr(config.data, "describe"):
         view.say(config.data.describe())
-    if any((out / name).exists() for name in FILES):
+    if not resume and any((out / name).exists() for name in FILES):
         view.say(f"{out} holds an earlier run, which this one replaces at its first step")
 
     with view.phase(f"compiling the train step for {plan.mesh}"):
@@ -102,21 +120,42 @@ def train(
     if held_out:
         with view.phase("compiling the evaluation"):
             evaluation = Evaluation(config, plan, held_out)
-    with view.phase("creating the state, every array in its own sharding"):
-        state = step.init(config.seed)
-        jax.block_until_ready(state)
-    before = time.perf_counter() - start
+    canonical = Canonical(step.model, plan, step.optimizer, step.mesh) if saving.every or resume else None
+    start, rows = Start(), []
+    if resume and canonical is not None:
+        with view.phase("reading the last checkpoint"):
+            start = start_from(store, canonical, view)
+        rows = rows_until(out, start.step) if start.state is not None else []
+        if start.step > config.steps:
+            raise DeclarationError(
+                f"steps: {config.steps}, and the checkpoint in {out} is of step {start.step}; give more steps"
+            )
+    state = start.state
+    if state is None:
+        with view.phase("creating the state, every array in its own sharding"):
+            state = step.init(config.seed)
+            jax.block_until_ready(state)
+    batches = _batches(batches_after(source, start), plan, config.steps - start.step)
+    before = time.perf_counter() - begun
 
-    _make_room(out, plan)
+    if start.state is None:
+        _make_room(out, plan)
     with (
-        MetricsFile(out) as file,
+        MetricsFile(out, append=start.state is not None) as file,
         stop_after_the_step(view) as stopped,
         profiler,
         contextlib.closing(board) if board is not None else contextlib.nullcontext(),
     ):
-        loop = _Loop(config, step, evaluation, view, file, board, profiler, stopped)
+        loop = _Loop(config, step, evaluation, view, file, board, profiler, stopped, start.step, rows)
+        if start.about is not None:
+            loop.initial_eval_loss = start.about["initial_eval_loss"]
+        if canonical is not None and saving.every:
+            loop.saves = _Saves(saving.every, store, canonical, source, plan, loop)
         with view.steps(config.steps, config.unit, config.batch_size):
             state = loop.run(state, batches)
+    if loop.saves is not None:
+        with view.phase("finishing the last checkpoint"):
+            store.wait()
     with view.phase("writing the report"):
         write_arrays(out, users_own(plan, {**state.parameters, **state.buffers}))
         report = plain(
@@ -126,6 +165,8 @@ def train(
                 **_results(config, loop.rows, loop.initial_eval_loss),
                 "seed": config.seed,
                 "interrupted": bool(stopped),
+                "resumed_from": start.step if start.state is not None else None,
+                "checkpoints": store.steps(),
                 "seconds_before_the_first_step": before,
                 "jax": jax.__version__,
                 "device": jax.devices()[0].device_kind,
@@ -150,18 +191,20 @@ class _Loop:
     board: Board | None
     profiler: Profiler
     stopped: Sequence[Any]
-    rows: list[Row] = field(default_factory=list)
+    done: int
+    rows: list[Row]
     initial_eval_loss: float | None = None
+    saves: _Saves | None = None
 
     def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
         """The state after the last step, or after the one in which the run was stopped."""
         every, last = self.config.eval_every, self.config.steps
-        if self.evaluation is not None:
+        if self.evaluation is not None and not self.done:
             self.initial_eval_loss = self._evaluate(state)
             self.view.evaluation(0, self.initial_eval_loss)
         waiting: deque[tuple[int, dict[str, jax.Array]]] = deque()
         self._clock = time.perf_counter()
-        for number in range(1, last + 1):
+        for number in range(self.done + 1, last + 1):
             self.profiler.before(number)
             state, metrics = self.step(state, next(batches))
             waiting.append((number, metrics))
@@ -170,12 +213,16 @@ class _Loop:
             # Asked after the wait, in which Ctrl-C is most likely pressed.
             ends = number == last or bool(self.stopped)
             due = self.evaluation is not None and (ends or number % every == 0)
-            while waiting and (ends or due or self.profiler.ends_with(number)):
+            saved = self.saves is not None and (ends or number % self.saves.every == 0)
+            while waiting and (ends or due or saved or self.profiler.ends_with(number)):
                 row = self._row(*waiting.popleft())
                 if due and not waiting:
                     row["eval_loss"] = self._evaluate(state)
                     self._clock = time.perf_counter()
                 self._write(row)
+            if self.saves is not None and saved:
+                self.saves.save(state)
+                self._clock = time.perf_counter()
             self.profiler.after(number)
             if ends or (due and self.stopped):
                 break
@@ -203,6 +250,27 @@ class _Loop:
         self.view.step(row)
         if "eval_loss" in row:
             self.view.evaluation(row["step"], row["eval_loss"])
+
+
+@dataclass(frozen=True)
+class _Saves:
+    """What a run saves, and every how many steps."""
+
+    every: int
+    store: Checkpoints
+    canonical: Canonical
+    source: Any
+    plan: Plan
+    loop: _Loop
+
+    def save(self, state: TrainState) -> None:
+        about = {
+            "plan": json.loads(self.plan.to_json()),
+            "data": self.source.get_state() if hasattr(self.source, "get_state") else None,
+            "initial_eval_loss": self.loop.initial_eval_loss,
+            "jax": jax.__version__,
+        }
+        self.store.save(self.canonical, state, plain(about))
 
 
 def _batches(given: Iterable[Any], plan: Plan, steps: int) -> Iterator[Any]:

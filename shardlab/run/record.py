@@ -5,6 +5,7 @@ DIR/report.json       what was compiled and what came of it
 DIR/plan.json         the plan
 DIR/parameters.npz    the trained arrays by the user's own paths, fit for any mesh
 DIR/loss.png          the loss curve
+DIR/checkpoints/      where it saves: see `shardlab.checkpoint.store`
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class MetricsFile:
     {"step": 1, "loss": null, "grad_norm": 2.0, "seconds": 0.5, "tokens": 64}
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._file: IO[str] = (directory / METRICS).open("w")
+    def __init__(self, directory: Path, *, append: bool = False) -> None:
+        self._file: IO[str] = (directory / METRICS).open("a" if append else "w")
 
     def write(self, row: Row) -> None:
         """Adds a row."""

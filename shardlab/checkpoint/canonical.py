@@ -1,0 +1,226 @@
+"""The state of a run by the user's own paths, whatever the plan: what a checkpoint holds.
+
+    step, key                  as in `TrainState`
+    parameters/PATH            every parameter in the user's own shape
+    buffers/PATH               every array that the model holds and does not train
+    optimizer/PLACE            every leaf of the state that the optimizer makes of the user's own tree, by its place
+
+Stages, stacks of layers, padding and ZeRO are how a plan lays these out. Both ways are compiled programs, from shards
+to shards: no device and no host holds the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardlab.checkpoint.digest import digest
+from shardlab.module.model import Model
+from shardlab.plan.layout import optimizer_shapes, optimizer_tree
+from shardlab.plan.plan import Plan
+from shardlab.plan.proof import place_of
+from shardlab.sharding.rules import axes_of, entry
+from shardlab.sharding.zero import add_axes
+from shardlab.step.state import TrainState, abstract_stored, cut, stage_axis, state_spec_tree
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a leaf of a `TrainState` holds.
+
+    Attributes:
+      names: canonical ones; of a stack one for every slot, None for a pad slot.
+      stacked: whether the leaf's first dim counts slots.
+    """
+
+    names: tuple[str | None, ...]
+    stacked: bool
+
+
+class Canonical:
+    """The canonical form of the states of one plan.
+
+    Arrays of one shape, dtype and layout share their programs, so that a model of many layers compiles few.
+
+    Args:
+      model: as read.
+      plan: whose states they are.
+      optimizer: the one that the plan was made for.
+      mesh: the devices.
+
+    Attributes:
+      leaves: shape, dtype and sharding of every canonical array, by name.
+    """
+
+    def __init__(self, model: Model, plan: Plan, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
+        specs = state_spec_tree(model, plan, optimizer)
+        shapes = _state_shapes(model, plan, optimizer)
+        own = _own_shapes(model, plan, optimizer)
+        self._held = _held(model, plan, shapes, own)
+        self._stored, self._treedef = jax.tree.flatten(shapes)
+        laid = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        self._shardings = [NamedSharding(mesh, spec) for spec in laid]
+        stage = stage_axis(plan)
+        leaves = {}
+        for one, spec in zip(self._held, laid, strict=True):
+            for name in filter(None, one.names):
+                shape = own[name].shape
+                entries = [*spec, *(None,) * (len(shape) + one.stacked - len(spec))][int(one.stacked) :]
+                fitting = _dividing(PartitionSpec(*entries), shape, plan)
+                if one.stacked and stage:
+                    fitting = add_axes(fitting, shape, (stage,), plan.mesh)[0]
+                leaves[name] = jax.ShapeDtypeStruct(shape, own[name].dtype, sharding=NamedSharding(mesh, fitting))
+        self.leaves: dict[str, jax.ShapeDtypeStruct] = dict(sorted(leaves.items()))
+
+    def arrays_of(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """The canonical arrays of a state by name, and of each its digest, uint32 [2]."""
+        arrays, digests = {}, {}
+        for one, leaf in zip(self._held, jax.tree.leaves(state), strict=True):
+            first = self.leaves[next(filter(None, one.names))]
+            slots = tuple(slot for slot, name in enumerate(one.names) if name) if one.stacked else None
+            parts, found = _parts_of(slots, first.shape, first.sharding)(leaf)
+            for place, name in enumerate(filter(None, one.names)):
+                arrays[name], digests[name] = (parts[place], found[place]) if one.stacked else (parts[0], found[0])
+        return {name: arrays[name] for name in self.leaves}, {name: digests[name] for name in self.leaves}
+
+    def state_of(self, arrays: Mapping[str, jax.Array]) -> TrainState:
+        """The state that canonical arrays are those of."""
+        leaves = []
+        for one, stored, sharding in zip(self._held, self._stored, self._shardings, strict=True):
+            slots = tuple(slot for slot, name in enumerate(one.names) if name) if one.stacked else None
+            names = [name for name in one.names if name] if one.stacked else [next(filter(None, one.names))]
+            leaves.append(_whole_of(slots, stored.shape, sharding)([arrays[name] for name in names]))
+        state: TrainState = jax.tree.unflatten(self._treedef, leaves)
+        return state
+
+    def digests_of(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The digest of each array, uint32 [2]."""
+        return {name: digest_of(array) for name, array in arrays.items()}
+
+
+digest_of = jax.jit(digest)
+
+
+@functools.cache
+def _parts_of(slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding) -> Any:
+    """A program that cuts a stack into the arrays of its slots; None: the array alone. Of each also the digest."""
+
+    def parts(leaf: jax.Array) -> Any:
+        found = [cut(leaf, shape)] if slots is None else [cut(leaf[slot], shape) for slot in slots]
+        return found, [digest(one) for one in found]
+
+    return jax.jit(parts, out_shardings=(sharding, None))
+
+
+@functools.cache
+def _whole_of(slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding) -> Any:
+    """A program that makes a stack of arrays, with zeros in its pad slots and where it is padded."""
+
+    def whole(parts: list[jax.Array]) -> jax.Array:
+        if slots is None:
+            return _widened(parts[0], shape)
+        wide = [_widened(part, shape[1:]) for part in parts]
+        at = dict(zip(slots, wide, strict=True))
+        return jnp.stack([at.get(slot, jnp.zeros_like(wide[0])) for slot in range(shape[0])])
+
+    return jax.jit(whole, out_shardings=sharding)
+
+
+def _widened(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if value.shape == shape:
+        return value
+    return jnp.pad(value, [(0, n - m) for m, n in zip(value.shape, shape, strict=True)])
+
+
+def _dividing(spec: PartitionSpec, shape: tuple[int, ...], plan: Plan) -> PartitionSpec:
+    """The spec without axes that a dim of the user's own shape does not divide by, as one that is padded may not."""
+    entries = []
+    for size, entries_ in zip(shape, (*spec, *(None,) * (len(shape) - len(spec))), strict=True):
+        axes, kept = axes_of(entries_), []
+        for axis in axes:
+            size, rest = divmod(size, plan.mesh.size(axis))
+            if rest:
+                break
+            kept.append(axis)
+        entries.append(entry(kept))
+    return PartitionSpec(*entries)
+
+
+def _state_shapes(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
+    parameters, buffers = abstract_stored(model, plan)
+    tree = optimizer_tree(model, optimizer_shapes(plan.parameters, plan.stacks, plan.update), plan.stacks, plan.update)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
+        parameters=parameters,
+        buffers=buffers,
+        optimizer=jax.eval_shape(optimizer.init, tree),
+    )
+
+
+def _own_shapes(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the canonical arrays, by name."""
+    parameters = {p.path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for p in plan.parameters}
+    state = jax.eval_shape(optimizer.init, model.tree(parameters))
+    return {
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
+        **{f"parameters/{path}": leaf for path, leaf in parameters.items()},
+        **{f"buffers/{path}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.buffers.items()},
+        **{
+            _optimizers(place_of(keys)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+        },
+    }
+
+
+def _optimizers(place: tuple[str, ...]) -> str:
+    return "/".join(("optimizer", *place))
+
+
+def _held(model: Model, plan: Plan, shapes: TrainState, own: Mapping[str, Any]) -> list[_Held]:
+    """What every leaf of the state holds, in the order of its leaves."""
+    stacks = {stack.name: stack.members for stack in plan.stacks}
+
+    def array(kind: str, name: str) -> _Held:
+        members = stacks.get(name)
+        if members is None:
+            return _Held((f"{kind}/{name}",), stacked=False)
+        return _Held(tuple(None if path is None else f"{kind}/{path}" for path in members), stacked=True)
+
+    paths = {p.path: p.path for p in plan.parameters}
+    places = {path: place_of(keys) for keys, path in jax.tree_util.tree_flatten_with_path(model.tree(paths))[0]}
+    in_stacks = plan.update == "stacked" and bool(plan.stacks)
+    owners: dict[tuple[str, ...], tuple[str | None, ...]] = {}
+    for path in paths:
+        owners[tuple(path.split("/")) if in_stacks else places[path]] = (path,)
+    for name, members in stacks.items() if in_stacks else ():
+        owners[tuple(name.split("/"))] = members
+
+    def state(keys: Any, leaf: Any) -> _Held:
+        place = place_of(keys)
+        for length in range(len(place), 0, -1):
+            members = owners.get(place[len(place) - length :])
+            if members is None:
+                continue
+            before = place[: len(place) - length]
+            names = tuple(None if path is None else _optimizers((*before, *places[path])) for path in members)
+            first = own[next(filter(None, names))]
+            # A placeholder is held once for all layers.
+            return _Held(names, stacked=leaf.ndim > first.ndim)
+        return _Held((_optimizers(place),), stacked=False)
+
+    return [
+        _Held(("step",), stacked=False),
+        _Held(("key",), stacked=False),
+        *(array("parameters", name) for name in sorted(shapes.parameters)),
+        *(array("buffers", name) for name in sorted(shapes.buffers)),
+        *(state(keys, leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes.optimizer)[0]),
+    ]

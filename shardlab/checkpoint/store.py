@@ -1,0 +1,223 @@
+"""The checkpoints of a run: saved beside the steps, sealed when they are whole, and read onto any plan.
+
+    DIR/checkpoints/STEP/       Orbax writes the arrays, in parts, while the run goes on; then `seal` makes it count
+
+What is kept is removed only when a newer one is sealed, so that one is there whatever ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from shardlab.checkpoint.canonical import Canonical, digest_of
+from shardlab.checkpoint.seal import CheckpointError, Seal, faults_of_files, hashes, read_seal, write_seal
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
+from shardlab.step.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints in a directory.
+
+    Args:
+      directory: of the run: a local path, or one of an object store as Orbax reads it (``gs://...``).
+      keep: how many of the last ones to keep, at least 1.
+      keep_every: keep also those of steps that divide by this; 0 keeps none.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2, keep_every: int = 0) -> None:
+        raise_faults(
+            Fault(name, f"is {value}", f"give {least} or more")
+            for name, value, least in (("keep", keep, 1), ("keep_every", keep_every, 0))
+            if value < least
+        )
+        text = str(directory)
+        self.folder = epath.Path(text if "://" in text else Path(text).absolute()) / FOLDER
+        self._keep, self._keep_every = keep, keep_every
+        self._sealing: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    # What is there.
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoint is sealed, in order."""
+        return [step for step, fault in self.found() if fault is None]
+
+    def found(self) -> Iterator[tuple[int, str | None]]:
+        """Every step that there is something of, in order, and why it is no checkpoint, or None."""
+        if not self.folder.is_dir():
+            return
+        for step in sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()):
+            try:
+                read_seal(self.folder / str(step))
+            except CheckpointError as error:
+                yield step, str(error)
+            else:
+                yield step, None
+
+    def seal(self, step: int) -> Seal:
+        """What the checkpoint of a step holds.
+
+        Raises:
+          CheckpointError: there is none, or it is damaged.
+        """
+        return read_seal(self.folder / str(step))
+
+    # Saving.
+
+    def save(self, canonical: Canonical, state: TrainState, about: Mapping[str, Any]) -> None:
+        """Saves a state. It returns when the arrays are copied from the devices, and writes beside what follows.
+
+        Raises:
+          CheckpointError: this one, or the one before, cannot be written.
+        """
+        self.wait()
+        arrays, digests = canonical.arrays_of(state)
+        step = int(state.step)
+        folder = self.folder / str(step)
+        with _named(folder):
+            if folder.exists():
+                folder.rmtree()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            writing = ocp.save_async(folder, arrays, overwrite=True)
+        tree = {
+            name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "digest": _hex(digests[name])}
+            for name, leaf in canonical.leaves.items()
+        }
+
+        def seal() -> None:
+            try:
+                with _named(folder):
+                    writing.result()
+                    if jax.process_index() == 0:
+                        write_seal(folder, Seal(step, about, tree, hashes(folder)))
+                        self._remove()
+            except BaseException as error:  # told by the run's own thread, at the next save or at the end
+                self._error = error
+
+        self._sealing = threading.Thread(target=seal, name=f"sealing the checkpoint of step {step}")
+        self._sealing.start()
+
+    def wait(self) -> None:
+        """Until what is being saved is sealed.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _remove(self) -> None:
+        """Removes what need not be kept, older ones first."""
+        steps = self.steps()
+        for step in steps[: -self._keep]:
+            if not (self._keep_every and step % self._keep_every == 0):
+                (self.folder / str(step)).rmtree()
+
+    # Reading.
+
+    def load(self, canonical: Canonical, step: int) -> TrainState:
+        """The state of a step on the plan of `canonical`, whatever plan saved it.
+
+        Raises:
+          CheckpointError: there is none, it is damaged, or an array is not what was saved.
+          DeclarationError: the arrays of the plan are others: by path, before any is read.
+        """
+        folder, seal = self.folder / str(step), self.seal(step)
+        raise_faults(_differences(seal, canonical, folder))
+        damaged = faults_of_files(folder, seal)
+        if damaged:
+            raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
+        with _named(folder):
+            arrays = ocp.load(folder, dict(canonical.leaves))
+        _check(arrays, canonical, seal, folder)
+        return canonical.state_of(arrays)
+
+    def faults(self, step: int) -> list[str]:
+        """What of a step's checkpoint is not as it was saved: its files by SHA-256, its arrays by digest."""
+        folder = self.folder / str(step)
+        try:
+            seal = read_seal(folder)
+        except CheckpointError as error:
+            return [str(error)]
+        return [*faults_of_files(folder, seal), *_faults_of_arrays(folder, seal)]
+
+
+def _faults_of_arrays(folder: epath.Path, seal: Seal) -> Iterator[str]:
+    """Arrays, read one at a time onto one device, whose digest is another."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    leaves = {
+        name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=device)
+        for name, leaf in seal.tree.items()
+    }
+    for name, leaf in leaves.items():
+        try:
+            alone = {other: leaf if other == name else ocp.PLACEHOLDER for other in leaves}
+            array = ocp.load(folder, alone)[name]
+        except Exception as error:  # whatever Orbax and TensorStore make of what is damaged
+            yield f"{name}: cannot be read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+            continue
+        if _hex(digest_of(array)) != seal.tree[name]["digest"]:
+            yield f"{name}: its digest is another"
+
+
+def _differences(seal: Seal, canonical: Canonical, folder: epath.Path) -> Iterator[Fault]:
+    """Where the arrays of a checkpoint and of a plan are others."""
+    way_out = "resume with the model and the optimizer that saved it, or start anew without --resume"
+    for name in sorted({*seal.tree, *canonical.leaves}):
+        saved, mine = seal.tree.get(name), canonical.leaves.get(name)
+        if saved is None:
+            yield Fault(name, f"is not in the checkpoint {folder}", way_out)
+        elif mine is None:
+            yield Fault(name, f"is in the checkpoint {folder}, and not in this model", way_out)
+        else:
+            for what, a, b in (
+                ("shape", tuple(saved["shape"]), mine.shape),
+                ("dtype", saved["dtype"], mine.dtype.name),
+            ):
+                if a != b:
+                    yield Fault(name, f"has {what} {b} here and {a} in the checkpoint {folder}", way_out)
+
+
+def _check(arrays: Mapping[str, jax.Array], canonical: Canonical, seal: Seal, folder: epath.Path) -> None:
+    found = canonical.digests_of(arrays)
+    wrong = [name for name, one in found.items() if _hex(one) != seal.tree[name]["digest"]]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {folder}: {', '.join(wrong[:3])}{more}: what is read is not what was saved (another digest); "
+            "use another checkpoint"
+        )
+
+
+def _hex(value: jax.Array) -> str:
+    return "".join(f"{int(word):08x}" for word in np.asarray(value))
+
+
+@contextlib.contextmanager
+def _named(folder: epath.Path) -> Iterator[None]:
+    """Errors of what lies beneath told as of a checkpoint."""
+    try:
+        yield
+    except DeclarationError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error.strerror or error}") from error
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"checkpoint {folder}: {type(error).__name__}: {first}") from error

@@ -1,0 +1,146 @@
+"""How a run outlives its end: what it saves beside its steps, and from where it goes on.
+
+A checkpoint of step N says that rows 1 to N of the metrics are on disk: rows after it are dropped when a run goes on
+from it, and made anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardlab.checkpoint.canonical import Canonical
+from shardlab.checkpoint.seal import CheckpointError
+from shardlab.checkpoint.store import Checkpoints
+from shardlab.mesh.faults import DeclarationError
+from shardlab.run.record import METRICS, Row
+from shardlab.run.view import View
+from shardlab.step.state import TrainState
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When a run saves, and what it keeps.
+
+    Attributes:
+      every: save after so many steps, and after the last; 0 saves nothing.
+      keep: how many of the last checkpoints to keep.
+      keep_every: keep also those of steps that divide by this; 0 keeps none.
+    """
+
+    every: int = 0
+    keep: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise DeclarationError(f"checkpoint_every: is {self.every}; give a number of steps, or 0 to save nothing")
+
+    def store(self, out: Path) -> Checkpoints:
+        """The checkpoints of the run in a directory."""
+        return Checkpoints(out, keep=self.keep, keep_every=self.keep_every)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+      step: steps done.
+      state: after them; None where none was restored.
+      about: what was saved beside it.
+    """
+
+    step: int = 0
+    state: TrainState | None = None
+    about: Mapping[str, Any] | None = None
+
+
+def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
+    """The newest checkpoint that can be read; step 0 where there is none. What is passed over is told.
+
+    Raises:
+      DeclarationError: the newest is of another model or optimizer, or none that was finished can be read.
+    """
+    found = list(store.found())
+    finished = [step for step, fault in found if fault is None]
+    damaged = []
+    for step, fault in reversed(found):
+        if fault is None:
+            try:
+                state = store.load(canonical, step)
+            except CheckpointError as error:
+                fault = str(error)
+                damaged.append(fault)
+            else:
+                view.say(f"going on from the checkpoint of step {step}")
+                return Start(step, state, store.seal(step).about)
+        view.say(f"passing over: {fault}")
+    if finished:
+        raise DeclarationError(
+            f"resume: none of the {len(finished)} checkpoints in {store.folder} can be read; the newest: {damaged[0]}"
+        )
+    view.say("nothing is saved yet: starting at step 0")
+    return Start()
+
+
+def rows_until(out: Path, step: int) -> list[Row]:
+    """The rows of a run up to a step; the file is left with these alone.
+
+    Raises:
+      DeclarationError: they are not steps 1 to `step`.
+    """
+    file = out / METRICS
+    lines = file.read_text().splitlines(keepends=True)[:step] if file.is_file() else []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            right = row["step"] == number
+        except (ValueError, TypeError, KeyError):
+            right = False
+        if not right:
+            raise DeclarationError(f"resume: {file} line {number} is not the row of step {number}: {_OTHERWISE}")
+        rows.append(row)
+    if len(rows) < step:
+        raise DeclarationError(f"resume: {file} has {len(rows)} of the {step} rows before the checkpoint: {_OTHERWISE}")
+    new = file.with_suffix(".new")
+    new.write_text("".join(lines))
+    new.replace(file)
+    return rows
+
+
+_OTHERWISE = "put the file back as it was, or start anew in another directory"
+
+
+def batches_after(source: Iterable[Any], start: Start) -> Iterator[Any]:
+    """The batches that follow those of the steps done.
+
+    Raises:
+      DeclarationError: the position that was saved is one in other data.
+    """
+    if start.about is None:
+        return iter(source)
+    position = start.about.get("data")
+    if position is not None and hasattr(source, "set_state"):
+        source.set_state(position)
+        return iter(source)
+    return itertools.islice(iter(source), start.step, None)
+
+
+def refuse_to_replace(store: Checkpoints, out: Path) -> None:
+    """That a new run does not take the place of one that can be gone on with.
+
+    Raises:
+      DeclarationError: there are checkpoints.
+    """
+    steps = store.steps()
+    if steps:
+        raise DeclarationError(
+            f"out {str(out)!r}: holds a run with a checkpoint of step {steps[-1]}; go on with it by --resume, give "
+            f"another directory, or remove {store.folder}"
+        )
