@@ -107,7 +107,7 @@ def test_a_verbs_help(call: Call, verb: str) -> None:
     assert (status, err) == (0, "")
     assert "--json" in out
     assert "--debug" in out
-    without = ("report", "schedule", "diff", "targets")
+    without = ("checkpoint", "report", "schedule", "diff", "targets")
     assert ("--batch-size" in out) == ("CONFIG" in out.splitlines()[0]) == (verb not in without)
 
 

@@ -101,6 +101,7 @@ def train(
         view.say(f"note: {note}")
     with view.phase("reading the data"):
         source = config.data.train(config.batch_size, seed=config.seed)
+        batches = _batches(iter(source), plan, config.steps)
         held_out = config.data.held_out(config.batch_size, config.eval_batches) if config.eval_every else []
     if hasattr(config.data, "describe"):
         view.say(config.data.describe())
@@ -125,17 +126,19 @@ def train(
     if resume and canonical is not None:
         with view.phase("reading the last checkpoint"):
             start = start_from(store, canonical, view)
-        rows = rows_until(out, start.step) if start.state is not None else []
         if start.step > config.steps:
             raise DeclarationError(
                 f"steps: {config.steps}, and the checkpoint in {out} is of step {start.step}; give more steps"
             )
+        if start.state is not None:
+            rows = rows_until(out, start.step)
+            source = config.data.train(config.batch_size, seed=config.seed)
+            batches = _batches(batches_after(source, start), plan, config.steps - start.step)
     state = start.state
     if state is None:
         with view.phase("creating the state, every array in its own sharding"):
             state = step.init(config.seed)
             jax.block_until_ready(state)
-    batches = _batches(batches_after(source, start), plan, config.steps - start.step)
     before = time.perf_counter() - begun
 
     if start.state is None:

@@ -89,10 +89,8 @@ OPTIMIZERS = ("adafactor", "muon", "masked", "multi", "multisteps", "block-clipp
     "optimizer", [pytest.param(one, marks=pytest.mark.slow) for one in OPTIMIZERS[1:]] + ["adafactor"]
 )
 def test_any_optimizers_state_goes_from_stages_to_one_device_and_back(optimizer: str, tmp_path: Path) -> None:
-    piped, alone = (
-        compiled(case("mlp-7-layers", optimizer=optimizer, **given))
-        for given in ({"stage": 2, "data": 2, "microbatches": 2, "zero": 1}, {})
-    )
+    piped = compiled(case("mlp-7-layers", optimizer=optimizer, stage=2, data=2, microbatches=2, zero=1))
+    alone = compiled(case("mlp-7-layers", optimizer=optimizer))
     state = piped.init(0)
     here, there = canonical_of(piped), canonical_of(alone)
     this = case("mlp-7-layers")
