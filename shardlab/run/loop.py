@@ -139,6 +139,10 @@ def train(
         with view.phase("creating the state, every array in its own sharding"):
             state = step.init(config.seed)
             jax.block_until_ready(state)
+    if canonical is not None and saving.every:
+        # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.
+        with view.phase("compiling what saves"):
+            jax.block_until_ready(canonical.arrays_of(state))
     before = time.perf_counter() - begun
 
     if start.state is None:
