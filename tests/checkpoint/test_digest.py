@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from shardlab.checkpoint.digest import digest
 
+pytestmark = pytest.mark.versions
+
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool", "float8_e4m3fn")
 
 
