@@ -14,6 +14,7 @@ import pytest
 from shardlab.checkpoint import Canonical, Checkpoints
 from shardlab.mesh.faults import DeclarationError
 from shardlab.step.compile import CompiledStep
+from shardlab.step.state import users_own
 from tests.checkpoint.plans import FEW, PLANS
 from tests.equivalence.cases import Case, case, compiled, subject_of
 
@@ -80,6 +81,24 @@ def test_every_leaf_and_the_next_loss_are_those_of_the_plan_that_saved(saved: An
     after = float(step(state, batch(PLANS[b], 2))[1]["loss"])
     assert after == pytest.approx(loss, rel=1e-5)
     assert a != b or after == loss
+
+
+@pytest.mark.parametrize("this", FEW)
+def test_canonical_names_are_the_users_own(this: str) -> None:
+    """Of the first state: parameters as a run leaves them; Adam's moments as one step of the gradients makes them."""
+    step, canonical = step_of(this)
+    state, _ = step(step.init(0), batch(PLANS[this], 0))
+    found = names_and_arrays(canonical, state)
+    own = users_own(step.plan, {**state.parameters, **state.buffers})
+    parameters = {name.partition("/")[2]: array for name, array in found.items() if name.startswith("parameters/")}
+    assert parameters.keys() == own.keys()
+    for path, array in own.items():
+        np.testing.assert_array_equal(parameters[path], array, err_msg=path)
+        assert found[f"optimizer/0/mu/{path}"].shape == found[f"optimizer/0/nu/{path}"].shape == array.shape
+        # Both moments are of one gradient: mu is 0.1 of it, nu 0.001 of its square.
+        np.testing.assert_allclose(
+            found[f"optimizer/0/nu/{path}"], found[f"optimizer/0/mu/{path}"] ** 2 / 10, rtol=1e-4, atol=1e-12
+        )
 
 
 OPTIMIZERS = ("adafactor", "muon", "masked", "multi", "multisteps", "block-clipped", "sgd")
