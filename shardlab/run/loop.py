@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ def train(
                 "interrupted": bool(stopped),
                 "resumed_from": start.step if start.state is not None else None,
                 "checkpoints": store.steps(),
+                "seconds_held_up_by_saving": sum(loop.saves.seconds) if loop.saves is not None else 0.0,
                 "seconds_before_the_first_step": before,
                 "jax": jax.__version__,
                 "device": jax.devices()[0].device_kind,
@@ -261,7 +262,7 @@ class _Loop:
 
 @dataclass(frozen=True)
 class _Saves:
-    """What a run saves, and every how many steps."""
+    """What a run saves, and every how many steps; `seconds` are those for which each save held the steps up."""
 
     every: int
     store: Checkpoints
@@ -269,8 +270,10 @@ class _Saves:
     source: Any
     plan: Plan
     loop: _Loop
+    seconds: list[float] = field(default_factory=list)
 
     def save(self, state: TrainState) -> None:
+        start = time.perf_counter()
         about = {
             "plan": json.loads(self.plan.to_json()),
             "data": self.source.get_state() if hasattr(self.source, "get_state") else None,
@@ -278,6 +281,7 @@ class _Saves:
             "jax": jax.__version__,
         }
         self.store.save(self.canonical, state, plain(about))
+        self.seconds.append(time.perf_counter() - start)
 
 
 def _batches(given: Iterable[Any], plan: Plan, steps: int) -> Iterator[Any]:

@@ -1,0 +1,49 @@
+"""What saving costs the steps: of the quickstart, a checkpoint every 20 steps, the part of the time that saves take.
+
+    python benchmarks/saving_cost.py [--steps 100] [--every 20]
+
+Of one run: the seconds for which saves held the steps up (copying from the devices, and waiting for the save before),
+and how much longer the steps after a save took, while files were written, than the others, as a part of all steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from shardlab.mesh.emulate import emulate
+from shardlab.run.config import load_config, override
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="steps of the run")
+    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    given = parser.parse_args()
+    emulate(8)
+    from shardlab.run.loop import train
+    from shardlab.run.survival import Saving
+
+    config = override(load_config("configs/quickstart.py"), {"steps": given.steps})
+    with tempfile.TemporaryDirectory(prefix="shardlab-saving-") as folder:
+        record = train(config, Path(folder, "run"), saving=Saving(every=given.every))
+    seconds = [row["seconds"] for row in record.rows]
+    usual = statistics.median(seconds)
+    # Beside the first two steps after a save, which files are written beside, and the run's own first.
+    beside = [
+        s
+        for row, s in zip(record.rows, seconds, strict=True)
+        if row["step"] > 2 and row["step"] % given.every in (1, 2)
+    ]
+    held, slower = record.report["seconds_held_up_by_saving"], sum(beside) - usual * len(beside)
+    whole = sum(seconds)
+    print(
+        f"{given.steps} steps, {whole:.1f} s, {usual:.3f} s a step; {given.steps // given.every} saves held them up "
+        f"for {held:.2f} s ({held / whole:.1%}), and beside them steps took {slower:+.2f} s ({slower / whole:+.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main()
