@@ -24,7 +24,7 @@ def main() -> None:
     given = parser.parse_args()
     emulate(8)
     from shardlab.run.loop import train
-    from shardlab.run.survival import Saving
+    from shardlab.run.resume import Saving
 
     config = override(load_config("configs/quickstart.py"), {"steps": given.steps})
     with tempfile.TemporaryDirectory(prefix="shardlab-saving-") as folder:

@@ -79,6 +79,8 @@ class Checkpoints:
     def save(self, canonical: Canonical, state: TrainState, about: Mapping[str, Any]) -> None:
         """Saves a state. It returns when the arrays are copied from the devices, and writes beside what follows.
 
+        Until then the devices hold the state twice, as it lies and as it is saved.
+
         Raises:
           CheckpointError: this one, or the one before, cannot be written.
         """

@@ -211,7 +211,7 @@ def train(arguments: list[str], *, restart: bool) -> int:
     call = configured(_Train, _with_number(arguments, "--profile", "3"), "train", about)
     start(call.config, restart=restart)
     from shardlab.run.loop import train as run
-    from shardlab.run.survival import Saving
+    from shardlab.run.resume import Saving
 
     view = call.view()
     for remark in call.remarks:

@@ -41,7 +41,7 @@ from shardlab.run.record import (
     write_arrays,
     write_report,
 )
-from shardlab.run.survival import Saving, Start, batches_after, refuse_to_replace, rows_until, start_from
+from shardlab.run.resume import Saving, Start, batches_after, refuse_to_replace, rows_until, start_from
 from shardlab.run.view import Silent, View
 from shardlab.step.compile import CompiledStep, check_batch, compile_train_step
 from shardlab.step.state import TrainState, users_own

@@ -19,7 +19,7 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.run.data import ByteText
 from shardlab.run.loop import train
 from shardlab.run.record import METRICS, RunRecord, read_rows
-from shardlab.run.survival import Saving
+from shardlab.run.resume import Saving
 from tests.run.test_loop import Heard, numbers
 from tests.run.tiny import tiny
 
