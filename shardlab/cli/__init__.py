@@ -84,6 +84,7 @@ class _Train(Configured):
     checkpoint_every: int = option(0, "save a checkpoint in DIR/checkpoints after so many steps, and at the end")
     keep: int = option(2, "how many of the last checkpoints to keep")
     keep_every: int = option(0, "keep also those of steps that divide by this")
+    max_skipped: int = option(0, "skip updates that are not finite, and stop after so many in a row; 0 skips none")
     resume: bool = option(False, "go on from the last checkpoint in DIR, on this plan or another; from 0 without one")
 
 
@@ -224,6 +225,7 @@ def train(arguments: list[str], *, restart: bool) -> int:
         tensorboard=call.options.tensorboard,
         saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
         resume=call.options.resume,
+        max_skipped=call.options.max_skipped,
         about={"config": call.path, "overrides": call.given},
     )
     # The report's text has been shown by the run.

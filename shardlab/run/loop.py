@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -44,6 +45,7 @@ from shardlab.run.record import (
 from shardlab.run.resume import Saving, Start, batches_after, refuse_to_replace, rows_until, start_from
 from shardlab.run.view import Silent, View
 from shardlab.step.compile import CompiledStep, check_batch, compile_train_step
+from shardlab.step.finite import not_finite
 from shardlab.step.state import TrainState, users_own
 
 # Steps handed to the devices before the metrics of an earlier one are waited for. Enough to keep them busy; many
@@ -60,6 +62,7 @@ def train(
     tensorboard: bool = False,
     saving: Saving | None = None,
     resume: bool = False,
+    max_skipped: int = 0,
     about: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Trains, and leaves in `out` what `shardlab.run.record` lists.
@@ -76,12 +79,15 @@ def train(
       tensorboard: write the metrics to ``out/tensorboard`` as well.
       saving: when to save a checkpoint; None never.
       resume: go on from the last checkpoint in `out`, on whatever plan; from step 0 where there is none.
+      max_skipped: make no update where the loss or a gradient is not finite, and stop after so many such steps in a
+        row, with the parameters named; 0: every update is made.
       about: put into the report as it is: the config's path, what was overridden.
 
     Raises:
       DeclarationError: with every fault of the declaration, before anything is compiled or written; `out` holds
         checkpoints of an earlier run and this one does not resume.
       CheckpointError: a checkpoint cannot be written.
+      NotFinite: `max_skipped` steps in a row had no finite loss and gradients.
     """
     view, out, saving = view or Silent(), Path(out), saving or Saving()
     begun = time.perf_counter()
@@ -116,6 +122,7 @@ def train(
             plan,
             config.abstract_batch(),
             compiler_options=config.options_of_xla(),
+            skip_nonfinite=max_skipped > 0,
         )
     evaluation = None
     if held_out:
@@ -154,6 +161,7 @@ def train(
         contextlib.closing(board) if board is not None else contextlib.nullcontext(),
     ):
         loop = _Loop(config, step, evaluation, view, file, board, profiler, stopped, start.step, rows)
+        loop.max_skipped = max_skipped
         if start.about is not None:
             loop.initial_eval_loss = start.about["initial_eval_loss"]
         if canonical is not None and saving.every:
@@ -189,6 +197,10 @@ def train(
     return RunRecord(out, tuple(loop.rows), report)
 
 
+class NotFinite(DeclarationError):
+    """Steps in a row whose loss or gradients were not finite."""
+
+
 @dataclass
 class _Loop:
     config: Config
@@ -203,6 +215,8 @@ class _Loop:
     rows: list[Row]
     initial_eval_loss: float | None = None
     saves: _Saves | None = None
+    max_skipped: int = 0
+    skipped: int = 0
 
     def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
         """The state after the last step, or after the one in which the run was stopped."""
@@ -210,7 +224,7 @@ class _Loop:
         if self.evaluation is not None and not self.done:
             self.initial_eval_loss = self._evaluate(state)
             self.view.evaluation(0, self.initial_eval_loss)
-        waiting: deque[tuple[int, dict[str, jax.Array]]] = deque()
+        waiting: deque[tuple[int, Mapping[str, Any]]] = deque()
         self._clock = time.perf_counter()
         for number in range(self.done + 1, last + 1):
             self.profiler.before(number)
@@ -236,12 +250,34 @@ class _Loop:
                 break
         return state
 
-    def _row(self, number: int, metrics: dict[str, jax.Array]) -> Row:
+    def _row(self, number: int, metrics: Mapping[str, Any]) -> Row:
         """The row of a step, once it has ended: its seconds are those since the step before it ended."""
         loss, norm, weight = (float(metrics[name]) for name in ("loss", "grad_norm", "weight"))
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        return Row(step=number, loss=loss, grad_norm=norm, seconds=seconds, tokens=round(weight))
+        row = Row(step=number, loss=loss, grad_norm=norm, seconds=seconds, tokens=round(weight))
+        if self.max_skipped:
+            self._skips(row, not_finite(metrics["finite"], self.step.plan))
+        return row
+
+    def _skips(self, row: Row, paths: Sequence[str]) -> None:
+        """Counts the steps in a row that made no update; one too many ends the run, with its row written."""
+        loss = [] if math.isfinite(row["loss"] or 0.0) else ["the loss"]
+        if not (paths or loss):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        row["skipped"] = True
+        some = ", ".join([*loss, *paths[:3]]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        self.view.say(f"step {row['step']}: no update: not finite: {some} ({self.skipped} in a row)")
+        if self.skipped >= self.max_skipped:
+            self._write(row)
+            saved = self.saves.store.steps() if self.saves is not None else []
+            way = f"go on from the checkpoint of step {saved[-1]} with --resume" if saved else "start anew"
+            raise NotFinite(
+                f"steps {row['step'] - self.skipped + 1} to {row['step']}: not finite: {some}; parameters are as they "
+                f"were before; look at the data and the learning rate of these steps, and {way}"
+            )
 
     def _evaluate(self, state: TrainState) -> float:
         assert self.evaluation is not None

@@ -35,7 +35,8 @@ METRICS, REPORT, PLAN, PARAMETERS, CURVE = FILES = (
 class Row(TypedDict):
     """A step: its number from 1, the loss of the parameters it started from, wall seconds, tokens it learnt from.
 
-    `eval_loss` is of the parameters after the step. A number that is not finite is None, since JSON has no other.
+    `eval_loss` is of the parameters after the step; `skipped` says that no update was made. A number that is not finite
+    is None, since JSON has no other.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Row(TypedDict):
     seconds: float
     tokens: int
     eval_loss: NotRequired[float | None]
+    skipped: NotRequired[bool]
 
 
 @dataclass(frozen=True)

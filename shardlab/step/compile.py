@@ -23,6 +23,7 @@ from shardlab.plan.layout import axes_in, optimizer_shapes, optimizer_tree
 from shardlab.plan.optimizer import why_per_layer
 from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
+from shardlab.step.finite import finite_layers, unless_finite
 from shardlab.step.pipelined import pipelined_gradients
 from shardlab.step.refusals import refusals
 from shardlab.step.region import Region, make_region
@@ -147,6 +148,7 @@ def compile_train_step(
     *,
     devices: Sequence[jax.Device] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
+    skip_nonfinite: bool = False,
     prove: bool = False,
 ) -> CompiledStep:
     """The train step of `plan`, compiled.
@@ -160,6 +162,8 @@ def compile_train_step(
       batch: a global batch, or its shapes.
       devices: to compile for, in place of those JAX sees here; compile-only devices of a topology do.
       compiler_options: of XLA, for this executable alone.
+      skip_nonfinite: leave parameters, buffers and optimizer state as they are where the loss or a gradient is not
+        finite; metrics hold ``finite``, by stored name, of a stack for each slot.
       prove: for tests: metrics hold the ``gradients`` too, by stored name, and unused activation buffers are filled
         with NaN, so that a bubble that reaches a result is seen.
 
@@ -189,11 +193,20 @@ def compile_train_step(
         gradient, metrics, buffers = gradients(state.parameters, state.buffers, batch, state.key, state.step)
         parameters, optimizer_state = update(gradient, state.optimizer, state.parameters, metrics["loss"])
         metrics |= {"grad_norm": optax.tree.norm(gradient)} | ({"gradients": gradient} if prove else {})
+        if skip_nonfinite:
+            metrics["finite"] = finite_layers(gradient, plan)
+            finite = jnp.isfinite(metrics["loss"])
+            for one in metrics["finite"].values():
+                finite &= one.all()
+            parameters, buffers, optimizer_state = unless_finite(
+                finite, (parameters, buffers, optimizer_state), (state.parameters, state.buffers, state.optimizer)
+            )
         return TrainState(state.step + 1, state.key, parameters, buffers, optimizer_state), metrics
 
     one = NamedSharding(mesh, PartitionSpec())
     names = ("loss", "grad_norm", "weight", *(("auxiliary",) if calls.has_auxiliary else ()))
     metric_shardings: dict[str, Any] = dict.fromkeys(names, one)
+    metric_shardings |= {"finite": dict.fromkeys(storage_specs(plan), one)} if skip_nonfinite else {}
     metric_shardings |= {"gradients": shardings(mesh, storage_specs(plan, "state"))} if prove else {}
     jitted = jax.jit(
         step,
