@@ -63,6 +63,6 @@ def test_where_all_is_finite_it_is_the_step_that_skips_none(name: str) -> None:
 def test_only_the_layers_that_are_not_finite_are_named() -> None:
     plan = planned(PLANS["stages"])
     (stack, *_) = plan.stacks
-    layers = {one.name: np.ones(len(one.members), bool) for one in plan.stacks} | {"inputs/kernel": np.bool_(True)}
+    layers: dict[str, Any] = {one.name: [True] * len(one.members) for one in plan.stacks} | {"inputs/kernel": True}
     layers[stack.name][1] = False
     assert not_finite(layers, plan) == [stack.members[1]]
