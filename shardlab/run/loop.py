@@ -42,7 +42,16 @@ from shardlab.run.record import (
     write_arrays,
     write_report,
 )
-from shardlab.run.resume import Saving, Start, batches_after, refuse_to_replace, rows_until, start_from
+from shardlab.run.resume import (
+    Saving,
+    Start,
+    batches_after,
+    check_resumes,
+    check_rows,
+    drop_rows_after,
+    refuse_to_replace,
+    start_from,
+)
 from shardlab.run.view import Silent, View
 from shardlab.step.compile import CompiledStep, check_batch, compile_train_step
 from shardlab.step.finite import not_finite
@@ -100,6 +109,8 @@ def train(
     elif (out / REPORT).is_file() and config.steps in store.steps():
         view.say(f"the run in {out} has ended: all {config.steps} steps are done")
         return read_run(out)
+    else:
+        check_resumes(store, out, config.steps)
     with view.phase("planning"):
         plan = config.plan()
         build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
@@ -133,12 +144,9 @@ def train(
     if resume and canonical is not None:
         with view.phase("reading the last checkpoint"):
             start = start_from(store, canonical, view)
-        if start.step > config.steps:
-            raise DeclarationError(
-                f"steps: {config.steps}, and the checkpoint in {out} is of step {start.step}; give more steps"
-            )
         if start.state is not None:
-            rows = rows_until(out, start.step)
+            rows = check_rows(out, start.step)
+            drop_rows_after(out, start.step)
             source = config.data.train(config.batch_size, seed=config.seed)
             batches = _batches(batches_after(source, start), plan, config.steps - start.step)
     state = start.state

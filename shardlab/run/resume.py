@@ -88,16 +88,14 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
     return Start()
 
 
-def rows_until(out: Path, step: int) -> list[Row]:
-    """The rows of a run up to a step; the file is left with these alone.
+def check_rows(out: Path, step: int) -> list[Row]:
+    """The rows of a run up to a step.
 
     Raises:
       DeclarationError: they are not steps 1 to `step`.
     """
-    file = out / METRICS
-    lines = file.read_text().splitlines(keepends=True)[:step] if file.is_file() else []
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
+    file, rows = out / METRICS, []
+    for number, line in enumerate(_lines(file, step), start=1):
         try:
             row = json.loads(line)
             right = row["step"] == number
@@ -108,10 +106,19 @@ def rows_until(out: Path, step: int) -> list[Row]:
         rows.append(row)
     if len(rows) < step:
         raise DeclarationError(f"resume: {file} has {len(rows)} of the {step} rows before the checkpoint: {_OTHERWISE}")
-    new = file.with_suffix(".new")
-    new.write_text("".join(lines))
-    new.replace(file)
     return rows
+
+
+def drop_rows_after(out: Path, step: int) -> None:
+    """Leaves the file of a run with its rows up to a step."""
+    file = out / METRICS
+    new = file.with_suffix(".new")
+    new.write_text("".join(_lines(file, step)))
+    new.replace(file)
+
+
+def _lines(file: Path, most: int) -> list[str]:
+    return file.read_text(errors="replace").splitlines(keepends=True)[:most] if file.is_file() else []
 
 
 _OTHERWISE = "put the file back as it was, or start anew in another directory"
@@ -130,6 +137,20 @@ def batches_after(source: Iterable[Any], start: Start) -> Iterator[Any]:
         source.set_state(position)
         return iter(source)
     return itertools.islice(iter(source), start.step, None)
+
+
+def check_resumes(store: Checkpoints, out: Path, steps: int) -> None:
+    """That a run can go on from its newest checkpoint; asked before anything is compiled.
+
+    Raises:
+      DeclarationError: it has more steps than the run is to have, or the metrics before it are not there.
+    """
+    newest = max(store.steps(), default=0)
+    if newest > steps:
+        raise DeclarationError(
+            f"steps: {steps}, and the checkpoint in {out} is of step {newest}; give as many steps at least"
+        )
+    check_rows(out, newest)
 
 
 def refuse_to_replace(store: Checkpoints, out: Path) -> None:

@@ -29,5 +29,5 @@ PLANS: dict[str, Case] = {
     "zb_v": _plan(stage=2, data=2, microbatches=4, schedule="zb_v", zero=2),
 }
 
-FEW = ("one device", "fsdp 3 by layer", "uneven", "hybrid")
+FEW = ("one device", "uneven", "hybrid")
 """Those between which a state is moved in the default tests."""

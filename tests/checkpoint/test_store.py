@@ -47,7 +47,7 @@ def damage(file: Path, rng: np.random.Generator, how: str) -> None:
     file.write_bytes(bytes(data))
 
 
-TRIES = [pytest.param(number, marks=() if number < 24 else pytest.mark.slow, id=f"{number}") for number in range(1000)]
+TRIES = [pytest.param(number, marks=() if number < 15 else pytest.mark.slow, id=f"{number}") for number in range(1000)]
 
 
 @pytest.mark.parametrize("number", TRIES)

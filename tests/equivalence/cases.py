@@ -708,21 +708,33 @@ CASES: dict[str, Case] = {
 
 
 DAILY = (
-    *("one-device", "one-device-whole", "data-8-zero-1", "replica-2-data-2-zero-3"),
-    *("data-4-whole-zero-3-accumulation", "tensor-4-linen", "sequence-parallel-stages", "stage-8-microbatch-1"),
-    *("stage-2-conditioned", "zb-v-conditioned-tied", "hybrid", "hybrid-mixer", "hybrid-replicated-rules"),
     *(
+        "one-device",
+        "data-8-zero-1",
+        "replica-2-data-2-zero-3",
+        "data-4-whole-zero-3-accumulation",
+        "tensor-4-linen",
+        "sequence-parallel-stages",
+    ),
+    *(
+        "zb-v-conditioned-tied",
+        "hybrid",
         "stages-listed-virtual",
         "stages-skips",
-        "vocab",
         "vocab-zb-v",
+    ),
+    *(
         "batch-sum-stages",
         "constraints",
         "both-axes-on-one-dim",
         "padded-stages-zero-3",
+        "kinds-encoder-decoder",
     ),
-    *("kinds-encoder-decoder", "kinds-linen-zb-v", "remat-by-stage", "remat-whole", "dropout-linen-whole"),
-    *("adafactor", "muon", "clipped-uneven", "multi", "multisteps"),
+    *(
+        "remat-whole",
+        "dropout-linen-whole",
+        "adafactor",
+    ),
 )
 """Beside the pipelines in which every two choices meet, what the default run tries: what those leave out."""
 

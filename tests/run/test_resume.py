@@ -65,7 +65,7 @@ def test_it_goes_on_as_if_it_had_never_ended(whole: RunRecord, run: Path) -> Non
     assert (run / "parameters.npz").read_bytes() == (whole.directory / "parameters.npz").read_bytes()
 
 
-@pytest.mark.parametrize("sizes", ["data=4", "data=2,tensor=2", "stage=2,data=2"])
+@pytest.mark.parametrize("sizes", ["data=2,tensor=2", "stage=2,data=2"])
 def test_it_goes_on_upon_another_plan(whole: RunRecord, run: Path, sizes: str) -> None:
     config = tiny(sizes, steps=7, zero=1, microbatches=2)
     record = train(config, run, saving=SAVING, resume=True)
@@ -98,7 +98,9 @@ def test_a_run_that_has_ended_stays_as_it_is(run: Path) -> None:
 
 
 def test_fewer_steps_than_are_done_are_refused(run: Path) -> None:
-    with pytest.raises(DeclarationError, match=r"steps: 3, and the checkpoint in .* is of step 5; give more steps"):
+    with pytest.raises(
+        DeclarationError, match=r"steps: 3, and the checkpoint in .* is of step 5; give as many steps at least"
+    ):
         train(tiny(steps=3), run, saving=SAVING, resume=True)
 
 
@@ -216,20 +218,16 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """By its own process, so that -9 ends it as a machine would."""
+    """In a process of its own, so that -9 ends it as a machine would; `benchmarks/kills.py` does it a hundred times."""
     steps = ("--steps", "60", "--checkpoint-every", "3")
     ended(shardlab(*steps, "--out", str(tmp_path / "whole")))
     out = tmp_path / "killed"
-    for number in range(2):
-        process = shardlab(*steps, "--out", str(out), "--resume")
-        limit = time.monotonic() + 100
-        while time.monotonic() < limit and process.poll() is None:
-            saved = Checkpoints(out).steps()
-            if saved and saved[-1] >= 9 + 15 * number:
-                break
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
+    process = shardlab(*steps, "--out", str(out), "--resume")
+    limit = time.monotonic() + 100
+    while time.monotonic() < limit and process.poll() is None and not Checkpoints(out).steps():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
     assert process.returncode == -signal.SIGKILL
     ended(shardlab(*steps, "--out", str(out), "--resume"))
 
