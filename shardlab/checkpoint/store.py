@@ -125,11 +125,14 @@ class Checkpoints:
             raise error
 
     def _remove(self) -> None:
-        """Removes what need not be kept, older ones first."""
+        """Removes what need not be kept, older ones first, and what saves that never finished left behind."""
         steps = self.steps()
         for step in steps[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
                 (self.folder / str(step)).rmtree()
+        for path in self.folder.iterdir():
+            if (path.name.isdecimal() and int(path.name) not in steps) or ".orbax-checkpoint-tmp" in path.name:
+                path.rmtree()
 
     # Reading.
 

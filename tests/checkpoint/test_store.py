@@ -130,6 +130,17 @@ def test_what_is_kept_is_the_last_ones_and_every_so_many_steps(
     assert store.steps() == [4, 6, 7]
 
 
+def test_what_unfinished_saves_left_behind_goes_with_the_next_one(
+    step: CompiledStep, canonical: Canonical, tmp_path: Path
+) -> None:
+    store = Checkpoints(tmp_path)
+    for name in ("7", "3.orbax-checkpoint-tmp", "mine"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    store.save(canonical, step.init(0), {})
+    store.wait()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "mine"]
+
+
 def test_a_full_disk_is_told_and_what_was_there_stays(
     step: CompiledStep, canonical: Canonical, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
