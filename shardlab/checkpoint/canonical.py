@@ -12,6 +12,7 @@ to shards: no device and no host holds the model.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardlab.checkpoint.digest import digest
 from shardlab.module.model import Model
-from shardlab.plan.layout import optimizer_shapes, optimizer_tree
 from shardlab.plan.plan import Plan
 from shardlab.plan.proof import place_of
 from shardlab.sharding.rules import axes_of, entry
 from shardlab.sharding.zero import add_axes
-from shardlab.step.state import TrainState, abstract_stored, cut, stage_axis, state_spec_tree
+from shardlab.step.state import TrainState, abstract_state_of, cut, stage_axis, state_spec_tree
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class _Held:
 
     names: tuple[str | None, ...]
     stacked: bool
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The names of arrays that it holds."""
+        return tuple(filter(None, self.names))
+
+    @property
+    def slots(self) -> tuple[int, ...] | None:
+        """Of a stack where each of them is."""
+        return tuple(slot for slot, name in enumerate(self.names) if name) if self.stacked else None
 
 
 class Canonical:
@@ -61,7 +71,7 @@ class Canonical:
 
     def __init__(self, model: Model, plan: Plan, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
         specs = state_spec_tree(model, plan, optimizer)
-        shapes = _state_shapes(model, plan, optimizer)
+        shapes = abstract_state_of(model, plan, optimizer)
         own = _own_shapes(model, plan, optimizer)
         self._held = _held(model, plan, shapes, own)
         self._stored, self._treedef = jax.tree.flatten(shapes)
@@ -70,7 +80,7 @@ class Canonical:
         stage = stage_axis(plan)
         leaves = {}
         for one, spec in zip(self._held, laid, strict=True):
-            for name in filter(None, one.names):
+            for name in one.filled:
                 shape = own[name].shape
                 entries = [*spec, *(None,) * (len(shape) + one.stacked - len(spec))][int(one.stacked) :]
                 fitting = _dividing(PartitionSpec(*entries), shape, plan)
@@ -83,29 +93,21 @@ class Canonical:
         """The canonical arrays of a state by name, and of each its digest, uint32 [2]."""
         arrays, digests = {}, {}
         for one, leaf in zip(self._held, jax.tree.leaves(state), strict=True):
-            first = self.leaves[next(filter(None, one.names))]
-            slots = tuple(slot for slot, name in enumerate(one.names) if name) if one.stacked else None
-            parts, found = _parts_of(slots, first.shape, first.sharding)(leaf)
-            for place, name in enumerate(filter(None, one.names)):
-                arrays[name], digests[name] = (parts[place], found[place]) if one.stacked else (parts[0], found[0])
+            first = self.leaves[one.filled[0]]
+            parts, found = _parts_of(one.slots, first.shape, first.sharding)(leaf)
+            # What is held once is that of every name.
+            for name, part, its_digest in zip(one.filled, itertools.cycle(parts), itertools.cycle(found), strict=False):
+                arrays[name], digests[name] = part, its_digest
         return {name: arrays[name] for name in self.leaves}, {name: digests[name] for name in self.leaves}
 
     def state_of(self, arrays: Mapping[str, jax.Array]) -> TrainState:
         """The state that canonical arrays are those of."""
         leaves = []
         for one, stored, sharding in zip(self._held, self._stored, self._shardings, strict=True):
-            slots = tuple(slot for slot, name in enumerate(one.names) if name) if one.stacked else None
-            names = [name for name in one.names if name] if one.stacked else [next(filter(None, one.names))]
-            leaves.append(_whole_of(slots, stored.shape, sharding)([arrays[name] for name in names]))
+            names = one.filled if one.stacked else one.filled[:1]
+            leaves.append(_whole_of(one.slots, stored.shape, sharding)([arrays[name] for name in names]))
         state: TrainState = jax.tree.unflatten(self._treedef, leaves)
         return state
-
-    def digests_of(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The digest of each array, uint32 [2]."""
-        return {name: digest_of(array) for name, array in arrays.items()}
-
-
-digest_of = jax.jit(digest)
 
 
 @functools.cache
@@ -125,15 +127,15 @@ def _whole_of(slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: N
 
     def whole(parts: list[jax.Array]) -> jax.Array:
         if slots is None:
-            return _widened(parts[0], shape)
-        wide = [_widened(part, shape[1:]) for part in parts]
+            return _padded(parts[0], shape)
+        wide = [_padded(part, shape[1:]) for part in parts]
         at = dict(zip(slots, wide, strict=True))
         return jnp.stack([at.get(slot, jnp.zeros_like(wide[0])) for slot in range(shape[0])])
 
     return jax.jit(whole, out_shardings=sharding)
 
 
-def _widened(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _padded(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if value.shape == shape:
         return value
     return jnp.pad(value, [(0, n - m) for m, n in zip(value.shape, shape, strict=True)])
@@ -151,18 +153,6 @@ def _dividing(spec: PartitionSpec, shape: tuple[int, ...], plan: Plan) -> Partit
             kept.append(axis)
         entries.append(entry(kept))
     return PartitionSpec(*entries)
-
-
-def _state_shapes(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
-    parameters, buffers = abstract_stored(model, plan)
-    tree = optimizer_tree(model, optimizer_shapes(plan.parameters, plan.stacks, plan.update), plan.stacks, plan.update)
-    return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
-        key=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
-        parameters=parameters,
-        buffers=buffers,
-        optimizer=jax.eval_shape(optimizer.init, tree),
-    )
 
 
 def _own_shapes(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> dict[str, jax.ShapeDtypeStruct]:

@@ -30,6 +30,9 @@ def digest(array: jax.Array) -> jax.Array:
     return jnp.stack([_sum(words, jnp.uint32(seed)) for seed in _SEEDS])
 
 
+digest_of = jax.jit(digest)
+
+
 def _sum(words: jax.Array, seed: jax.Array) -> jax.Array:
     place = jnp.broadcast_to(_mix(seed), words.shape)
     for dim in range(words.ndim):

@@ -27,6 +27,10 @@ class CheckpointError(DeclarationError):
     """A checkpoint that is not what it says, or cannot be written."""
 
 
+class Unfinished(CheckpointError):
+    """A step whose save never came to its seal."""
+
+
 @dataclass(frozen=True)
 class Seal:
     """What a checkpoint holds.
@@ -57,7 +61,8 @@ def read_seal(folder: epath.Path) -> Seal:
     """The seal of a step.
 
     Raises:
-      CheckpointError: there is none, or it is not as it was written.
+      Unfinished: there is none.
+      CheckpointError: it is not as it was written.
     """
     file = folder / SEAL
     try:
@@ -67,7 +72,7 @@ def read_seal(folder: epath.Path) -> Seal:
         if told != _hash(_canonical(asdict(seal))):
             raise ValueError("its own SHA-256 is another")
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {folder}: has no {SEAL}: it was never finished; use another") from None
+        raise Unfinished(f"checkpoint {folder}: has no {SEAL}: it was never finished; use another") from None
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"checkpoint {folder}: {SEAL} is damaged ({error}); use another") from error
     return seal

@@ -19,8 +19,9 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from shardlab.checkpoint.canonical import Canonical, digest_of
-from shardlab.checkpoint.seal import CheckpointError, Seal, faults_of_files, hashes, read_seal, write_seal
+from shardlab.checkpoint.canonical import Canonical
+from shardlab.checkpoint.digest import digest_of
+from shardlab.checkpoint.seal import CheckpointError, Seal, Unfinished, faults_of_files, hashes, read_seal, write_seal
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.step.state import TrainState
 
@@ -54,7 +55,7 @@ class Checkpoints:
         """Steps whose checkpoint is sealed, in order."""
         return [step for step, fault in self.found() if fault is None]
 
-    def found(self) -> Iterator[tuple[int, str | None]]:
+    def found(self) -> Iterator[tuple[int, CheckpointError | None]]:
         """Every step that there is something of, in order, and why it is no checkpoint, or None."""
         if not self.folder.is_dir():
             return
@@ -62,7 +63,7 @@ class Checkpoints:
             try:
                 read_seal(self.folder / str(step))
             except CheckpointError as error:
-                yield step, str(error)
+                yield step, error
             else:
                 yield step, None
 
@@ -126,12 +127,14 @@ class Checkpoints:
 
     def _remove(self) -> None:
         """Removes what need not be kept, older ones first, and what saves that never finished left behind."""
-        steps = self.steps()
-        for step in steps[: -self._keep]:
+        found = dict(self.found())
+        whole = [step for step, fault in found.items() if fault is None]
+        for step in whole[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
                 (self.folder / str(step)).rmtree()
         for path in self.folder.iterdir():
-            if (path.name.isdecimal() and int(path.name) not in steps) or ".orbax-checkpoint-tmp" in path.name:
+            unfinished = path.name.isdecimal() and isinstance(found.get(int(path.name)), Unfinished)
+            if unfinished or ".orbax-checkpoint-tmp" in path.name:
                 path.rmtree()
 
     # Reading.
@@ -150,7 +153,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
         with _named(folder):
             arrays = ocp.load(folder, dict(canonical.leaves))
-        _check(arrays, canonical, seal, folder)
+        _check(arrays, seal, folder)
         return canonical.state_of(arrays)
 
     def faults(self, step: int) -> list[str]:
@@ -199,9 +202,8 @@ def _differences(seal: Seal, canonical: Canonical, folder: epath.Path) -> Iterat
                     yield Fault(name, f"has {what} {b} here and {a} in the checkpoint {folder}", way_out)
 
 
-def _check(arrays: Mapping[str, jax.Array], canonical: Canonical, seal: Seal, folder: epath.Path) -> None:
-    found = canonical.digests_of(arrays)
-    wrong = [name for name, one in found.items() if _hex(one) != seal.tree[name]["digest"]]
+def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path) -> None:
+    wrong = [name for name, array in arrays.items() if _hex(digest_of(array)) != seal.tree[name]["digest"]]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(

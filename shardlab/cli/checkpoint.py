@@ -23,18 +23,20 @@ def checkpoint(arguments: list[str], *, restart: bool) -> int:
     """The verb `checkpoint`: exit status 1 where something is damaged."""
     about = "What a run has saved. With --verify, exit status 1 where a file or an array is not what was written."
     options = read(_Checkpoint, arguments, prog="shardlab checkpoint", about=about)
+    from shardlab.checkpoint.seal import Unfinished
     from shardlab.checkpoint.store import Checkpoints
 
     store = Checkpoints(options.run)
     if not store.folder.is_dir():
         raise DeclarationError(f"run {options.run!r}: has no checkpoints; give the --out directory of a run that saves")
-    facts: dict[str, Any] = {"directory": str(store.folder), "checkpoints": [], "unfinished": []}
+    facts: dict[str, Any] = {"directory": str(store.folder), "checkpoints": [], "damaged": [], "unfinished": []}
     lines, damaged = [], 0
     for step, fault in store.found():
         if fault is not None:
-            facts["unfinished"].append({"step": step, "fault": fault})
-            lines.append(f"step {step}: no checkpoint: {fault}")
-            damaged += 1
+            kind = "unfinished" if isinstance(fault, Unfinished) else "damaged"
+            facts[kind].append({"step": step, "fault": str(fault)})
+            lines.append(f"step {step}: {kind}: {fault}")
+            damaged += kind == "damaged"
             continue
         seal = store.seal(step)
         one: dict[str, Any] = {"step": step, "bytes": _bytes(seal), "tree": seal.tree, "about": seal.about}

@@ -102,6 +102,8 @@ def train(
     begun = time.perf_counter()
     profiler = Profiler(out / "profile", steps=profile, of=config.steps)
     board = Board(out / "tensorboard") if tensorboard else None
+    if max_skipped < 0:
+        raise DeclarationError(f"max_skipped: is {max_skipped}; give a number of steps, or 0 to skip none")
     _check_place(out)
     store = saving.store(out)
     if not resume:
@@ -168,15 +170,15 @@ def train(
         profiler,
         contextlib.closing(board) if board is not None else contextlib.nullcontext(),
     ):
-        loop = _Loop(config, step, evaluation, view, file, board, profiler, stopped, start.step, rows)
-        loop.max_skipped = max_skipped
+        saves = _Saves(saving.every, store, canonical, source, plan) if canonical is not None and saving.every else None
+        loop = _Loop(
+            config, step, evaluation, view, file, board, profiler, stopped, start.step, rows, saves, max_skipped
+        )
         if start.about is not None:
             loop.initial_eval_loss = start.about["initial_eval_loss"]
-        if canonical is not None and saving.every:
-            loop.saves = _Saves(saving.every, store, canonical, source, plan, loop)
         with view.steps(config.steps, config.unit, config.batch_size):
             state = loop.run(state, batches)
-    if loop.saves is not None:
+    if saves is not None:
         with view.phase("finishing the last checkpoint"):
             store.wait()
     with view.phase("writing the report"):
@@ -190,7 +192,7 @@ def train(
                 "interrupted": bool(stopped),
                 "resumed_from": start.step if start.state is not None else None,
                 "checkpoints": store.steps(),
-                "seconds_held_up_by_saving": sum(loop.saves.seconds) if loop.saves is not None else 0.0,
+                "seconds_held_up_by_saving": sum(saves.seconds) if saves is not None else 0.0,
                 "seconds_before_the_first_step": before,
                 "jax": jax.__version__,
                 "device": jax.devices()[0].device_kind,
@@ -221,9 +223,9 @@ class _Loop:
     stopped: Sequence[Any]
     done: int
     rows: list[Row]
+    saves: _Saves | None
+    max_skipped: int
     initial_eval_loss: float | None = None
-    saves: _Saves | None = None
-    max_skipped: int = 0
     skipped: int = 0
 
     def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
@@ -251,7 +253,7 @@ class _Loop:
                     self._clock = time.perf_counter()
                 self._write(row)
             if self.saves is not None and saved:
-                self.saves.save(state)
+                self.saves.save(state, self.initial_eval_loss)
                 self._clock = time.perf_counter()
             self.profiler.after(number)
             if ends or (due and self.stopped):
@@ -280,7 +282,10 @@ class _Loop:
         self.view.say(f"step {row['step']}: no update: not finite: {some} ({self.skipped} in a row)")
         if self.skipped >= self.max_skipped:
             self._write(row)
-            saved = self.saves.store.steps() if self.saves is not None else []
+            saved: list[int] = []
+            if self.saves is not None:
+                self.saves.store.wait()
+                saved = self.saves.store.steps()
             way = f"go on from the checkpoint of step {saved[-1]} with --resume" if saved else "start anew"
             raise NotFinite(
                 f"steps {row['step'] - self.skipped + 1} to {row['step']}: not finite: {some}; parameters are as they "
@@ -313,15 +318,14 @@ class _Saves:
     canonical: Canonical
     source: Any
     plan: Plan
-    loop: _Loop
     seconds: list[float] = field(default_factory=list)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, initial_eval_loss: float | None) -> None:
         start = time.perf_counter()
         about = {
             "plan": json.loads(self.plan.to_json()),
             "data": self.source.get_state() if hasattr(self.source, "get_state") else None,
-            "initial_eval_loss": self.loop.initial_eval_loss,
+            "initial_eval_loss": initial_eval_loss,
             "jax": jax.__version__,
         }
         self.store.save(self.canonical, state, plain(about))

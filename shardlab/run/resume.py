@@ -68,14 +68,15 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
     """
     found = list(store.found())
     finished = [step for step, fault in found if fault is None]
-    damaged = []
-    for step, fault in reversed(found):
+    damaged: list[CheckpointError] = []
+    for step, unread in reversed(found):
+        fault = unread
         if fault is None:
             try:
                 state = store.load(canonical, step)
             except CheckpointError as error:
-                fault = str(error)
-                damaged.append(fault)
+                fault = error
+                damaged.append(error)
             else:
                 view.say(f"going on from the checkpoint of step {step}")
                 return Start(step, state, store.seal(step).about)

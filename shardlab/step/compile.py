@@ -32,7 +32,7 @@ from shardlab.step.spmd import whole_gradients
 from shardlab.step.stage_arrays import diverges, leaves_out
 from shardlab.step.state import (
     TrainState,
-    abstract_stored,
+    abstract_state_of,
     initial_values,
     shardings,
     state_spec_tree,
@@ -176,7 +176,7 @@ def compile_train_step(
     model = read_model(model, shapes, plan.pipeline)
     _same_as_planned(model, plan, shapes)
     _may_be_stacked(model, plan, optimizer)
-    abstract_state = _abstract_state(model, plan, optimizer)
+    abstract_state = abstract_state_of(model, plan, optimizer)
     _same_optimizer(plan, abstract_state.optimizer)
     mesh = build_mesh(plan.mesh, devices)
     specs = state_spec_tree(model, plan, optimizer)
@@ -286,18 +286,6 @@ def make_gradients(
         return gradient, metrics, buffers
 
     return gradients
-
-
-def _abstract_state(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
-    tree_shapes = optimizer_shapes(plan.parameters, plan.stacks, plan.update)
-    parameters, buffers = abstract_stored(model, plan)
-    return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
-        key=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
-        parameters=parameters,
-        buffers=buffers,
-        optimizer=jax.eval_shape(optimizer.init, optimizer_tree(model, tree_shapes, plan.stacks, plan.update)),
-    )
 
 
 def _kind(leaf: Any) -> Any:

@@ -82,6 +82,19 @@ def abstract_stored(model: Model, plan: Plan) -> tuple[dict[str, Any], dict[str,
     return dict(optimizer_shapes(plan.parameters, plan.stacks, "stacked")), buffers
 
 
+def abstract_state_of(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
+    """A `TrainState` of shapes and dtypes."""
+    parameters, buffers = abstract_stored(model, plan)
+    shapes = optimizer_shapes(plan.parameters, plan.stacks, plan.update)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
+        parameters=parameters,
+        buffers=buffers,
+        optimizer=jax.eval_shape(optimizer.init, optimizer_tree(model, shapes, plan.stacks, plan.update)),
+    )
+
+
 def state_spec_tree(model: Model, plan: Plan, optimizer: optax.GradientTransformation) -> Any:
     """A `TrainState` of specs."""
     shapes = optimizer_shapes(plan.parameters, plan.stacks, plan.update)

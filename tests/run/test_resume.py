@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.kills import ended, newest, started, told_by
 from shardlab.checkpoint import Checkpoints
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.data import ByteText
@@ -23,7 +21,6 @@ from shardlab.run.resume import Saving
 from tests.run.test_loop import Heard, numbers
 from tests.run.tiny import Points, tiny
 
-ROOT = Path(__file__).parents[2]
 SAVING = Saving(every=2)
 
 
@@ -200,43 +197,25 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(whole: RunRecord, 
     assert losses(after) == losses(whole)
 
 
-def shardlab(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "shardlab", "train", "tests/run/tiny.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    return text
-
-
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """In a process of its own, so that -9 ends it as a machine would; `benchmarks/kills.py` does it a hundred times."""
-    steps = ("--steps", "60", "--checkpoint-every", "3")
-    ended(shardlab(*steps, "--out", str(tmp_path / "whole")))
+    ended(started(tmp_path / "whole", 60, 3))
     out = tmp_path / "killed"
-    process = shardlab(*steps, "--out", str(out), "--resume")
+    process = started(out, 60, 3)
     limit = time.monotonic() + 100
-    while time.monotonic() < limit and process.poll() is None and not Checkpoints(out).steps():
+    while time.monotonic() < limit and process.poll() is None and not newest(out):
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    ended(shardlab(*steps, "--out", str(out), "--resume"))
+    ended(started(out, 60, 3))
+    assert told_by(out) == told_by(tmp_path / "whole")
+    assert len(told_by(out)) == 60
 
-    def told(where: Path) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in (where / METRICS).read_text().splitlines()]
-        return [{name: row[name] for name in ("step", "loss", "grad_norm", "tokens")} for row in rows]
 
-    assert told(out) == told(tmp_path / "whole")
-    assert len(told(out)) == 60
+def test_fewer_than_no_skipped_steps_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match="max_skipped: is -1; give a number of steps, or 0"):
+        train(tiny(steps=2), tmp_path, max_skipped=-1)
 
 
 class Spoilt(Points):
