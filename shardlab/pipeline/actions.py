@@ -12,8 +12,7 @@ microbatch 0 on stage 2. The kinds:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["F", "B", "I", "W"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -25,9 +24,8 @@ class ScheduleError(ValueError):
     """A schedule, or what was asked of one, is wrong; the message is for the person who wrote it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One stage's work on one microbatch.
+class Action(NamedTuple):
+    """One stage's work on one microbatch; a tuple, since tables of thousands are looked up by it.
 
     >>> str(Action(2, "F", 0))
     '2F0'

@@ -34,6 +34,7 @@ whatever the number of microbatches.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -320,40 +321,44 @@ class _Slots:
 
 
 def _allocate(schedule: Schedule, iterations: Sequence[Iteration], arrivals: _Arrivals) -> _Slots:
-    when = {action: index for index, iteration in enumerate(iterations) for action in iteration.actions}
-
-    def moment(action: Action, offset: int) -> int:
-        if action not in when:
-            raise ScheduleError(f"schedule '{schedule.name}': {action} is missing; run the checker to see every fault")
-        return when[action] * _MOMENTS + offset
-
-    def backward(stage: int, microbatch: int) -> Action:
-        half = Action(stage, "I", microbatch)
-        return half if half in when else Action(stage, "B", microbatch)
-
-    def arrival(action: Action, offset: int) -> int:
-        return arrivals.moment[action] if action in arrivals.moment else moment(action, offset)
-
+    # Plain tuples find actions: making thousands of those only to look one up takes longer than all else here.
+    when: dict[tuple[int, str, int], int] = {
+        action: index * _MOMENTS for index, iteration in enumerate(iterations) for action in iteration.actions
+    }
+    sent: Mapping[tuple[int, str, int], int] = {**arrivals.moment}
     mail: dict[_Key, _Life] = {}
     residuals: dict[_Key, _Life] = {}
     cuts: dict[_Key, _Life] = {}
     last = schedule.num_stages - 1
-    for stage in range(schedule.num_stages):
+    try:
         for microbatch in range(schedule.num_microbatches):
-            f, b = Action(stage, "F", microbatch), backward(stage, microbatch)
-            if stage > 0:
-                sent = arrival(Action(stage - 1, "F", microbatch), _WRITE_FORWARD)
-                mail["x", stage, microbatch] = sent, moment(f, _READ_INPUT)
-            if stage == last:
-                written = moment(f, _WRITE_HEAD)
-            else:
-                written = arrival(backward(stage + 1, microbatch), _WRITE_BACKWARD)
-            mail["cotangent", stage, microbatch] = written, moment(b, _READ_BACKWARD)
-            end = moment(b, _READ_BACKWARD)
-            if b.kind == "I":
-                end = moment(Action(stage, "W", microbatch), _READ_WEIGHTS)
-                cuts["cut", stage, microbatch] = moment(b, _WRITE_BACKWARD), end
-            residuals["residuals", stage, microbatch] = moment(f, _WRITE_FORWARD), end
+            x = cotangent = 0  # when they arrive
+            for stage in range(schedule.num_stages):
+                f = stage, "F", microbatch
+                at = when[f]
+                if stage > 0:
+                    mail["x", stage, microbatch] = x, at + _READ_INPUT
+                x = sent.get(f, at + _WRITE_FORWARD)
+            for stage in range(last, -1, -1):
+                f, w = (stage, "F", microbatch), (stage, "W", microbatch)
+                b = stage, "I", microbatch
+                if b not in when:
+                    b = stage, "B", microbatch
+                begins, at = when[f] + _WRITE_FORWARD, when[b]
+                if stage == last:
+                    cotangent = when[f] + _WRITE_HEAD
+                mail["cotangent", stage, microbatch] = cotangent, at + _READ_BACKWARD
+                end = at + _READ_BACKWARD
+                if b[1] == "I":
+                    end = when[w] + _READ_WEIGHTS
+                    cuts["cut", stage, microbatch] = at + _WRITE_BACKWARD, end
+                residuals["residuals", stage, microbatch] = begins, end
+                cotangent = sent.get(b, at + _WRITE_BACKWARD)
+    except KeyError as error:
+        missing = Action(*error.args[0])
+        raise ScheduleError(
+            f"schedule '{schedule.name}': {missing} is missing; run the checker to see every fault"
+        ) from None
     return _Slots(*(_slots(schedule, lives) for lives in (mail, residuals, cuts)))
 
 
@@ -363,16 +368,20 @@ def _slots(schedule: Schedule, lives: Mapping[_Key, _Life]) -> dict[_Key, int]:
     That uses as many slots as there are lives at once, the fewest possible (the lives are intervals).
     """
     slots: dict[_Key, int] = {}
-    last_read: list[list[int]] = [[] for _ in range(schedule.num_devices)]
+    free: list[list[int]] = [[] for _ in range(schedule.num_devices)]
+    busy: list[list[tuple[int, int]]] = [[] for _ in range(schedule.num_devices)]  # last read, slot
+    device_of = [schedule.device_of(stage) for stage in range(schedule.num_stages)]
     for (what, stage, microbatch), (write, read) in sorted(lives.items(), key=lambda item: item[1]):
         if read < write:
             raise ScheduleError(
                 f"schedule '{schedule.name}': stage {stage} reads what it needs of microbatch {microbatch} "
                 "before it is there; run the checker to see every fault"
             )
-        busy = last_read[schedule.device_of(stage)]
-        slot = next((slot for slot, until in enumerate(busy) if until < write), len(busy))
-        busy[slot : slot + 1] = [read]
+        device = device_of[stage]
+        while busy[device] and busy[device][0][0] < write:
+            heapq.heappush(free[device], heapq.heappop(busy[device])[1])
+        slot = heapq.heappop(free[device]) if free[device] else len(busy[device])
+        heapq.heappush(busy[device], (read, slot))
         slots[what, stage, microbatch] = slot
     return slots
 

@@ -6,6 +6,7 @@ iterations   FB    FB    FW
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Iteration:
     divergent: bool
     """Whether devices do different kinds of action in it."""
 
-    @property
+    @functools.cached_property
     def actions(self) -> tuple[Action, ...]:
         """All of them, on all devices."""
         return tuple(action for tick in dict.fromkeys((self.f, self.b, self.w)) for action in tick if action)
@@ -71,10 +72,10 @@ def iterations_of(schedule: Schedule) -> list[Iteration]:
     # Where all forwards precede all backwards, an F tick and a B tick meet at the turn: merged, they would be a scan
     # of their own, compiled apart. They stay apart wherever that makes fewer scans.
     for at in range(len(merged) - 1, -1, -1):
-        if len(merged[at]) > 1:
-            apart = [*merged[:at], *([part] for part in merged[at]), *merged[at + 1 :]]
-            if _num_groups(apart) < _num_groups(merged):
-                merged = apart
+        apart = [[part] for part in merged[at]]
+        before, after = merged[max(at - 1, 0) : at], merged[at + 1 : at + 2]
+        if _num_groups([*before, *apart, *after]) < _num_groups([*before, merged[at], *after]):
+            merged[at : at + 1] = apart
     return [_uniform(parts, schedule.num_devices) for parts in merged]
 
 
