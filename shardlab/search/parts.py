@@ -77,6 +77,8 @@ class Parts:
         self.outside = {path: value for path, value in self.values.items() if path not in inside}
 
         self.pair = functools.cache(self._pair)
+        self.x = functools.cache(self._x)
+        self.c = functools.cache(self._c)
 
     def _pair(self, name: str, kind: int, remat: str) -> tuple[Part, Part]:
         """Of "before", "after", a "block" or the "whole" model, traced with a few examples and with twice as many."""
@@ -92,12 +94,12 @@ class Parts:
         """Shapes of some examples."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self.batch)
 
-    def x(self, rows: int) -> Any:
+    def _x(self, rows: int) -> Any:
         """Shapes of what flows between the blocks."""
         with self._meshed():
             return jax.eval_shape(self._before, self.values, self.examples(rows), self._key)
 
-    def c(self, rows: int) -> Any:
+    def _c(self, rows: int) -> Any:
         """Shapes of the context, None without one."""
         parts = self.model.parts
         if parts is None or parts.context is None:

@@ -17,7 +17,7 @@ from shardlab.search.candidates import candidates, elsewhere, simplified, variat
 from shardlab.search.choice import Choice, changed
 from shardlab.search.estimate import Estimate, Estimator, schedule_of
 from shardlab.search.subject import Subject
-from shardlab.search.ticks import count_in_two
+from shardlab.search.ticks import counting_beside, size
 
 VARIED = 100
 """Of how many of the best plans the variations are looked at."""
@@ -93,9 +93,10 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
             if least is None or found.hbm_bytes < least.hbm_bytes:
                 least = found
 
-    every = list(candidates(subject))
-    count_in_two(schedule_of(choice, config.mesh.stage) for choice in every)
-    look(every)
+    with_keys = [(schedule_of(choice, config.mesh.stage), choice) for choice in candidates(subject)]
+    with_keys.sort(key=lambda pair: size(pair[0]))
+    with counting_beside(key for key, _ in with_keys):
+        look(choice for _, choice in with_keys)
     best = heapq.nsmallest(VARIED, fitting, key=_rank) or ([least] if least else [])
     for one in best:
         look(variations(subject, one.choice))

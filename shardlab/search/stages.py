@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 from shardlab.pipeline.runs import stage_runs
@@ -34,11 +35,19 @@ class Held:
           seconds: by kind.
           skips: whether a stage leaves out the slots that it has no block for.
         """
-        return max(_times(one, seconds) for one in self.stages) if skips else _times(self.rooms, seconds)
+        return max(_times(one, seconds) for one in self._different) if skips else _times(self.rooms, seconds)
 
     def mean(self, seconds: list[float]) -> float:
         """What the mean stage takes for its own blocks."""
-        return sum(_times(one, seconds) for one in self.stages) / len(self.stages)
+        return _times(self._all, seconds) / len(self.stages)
+
+    @cached_property
+    def _different(self) -> frozenset[Counts]:
+        return frozenset(self.stages)
+
+    @cached_property
+    def _all(self) -> Counts:
+        return tuple(map(sum, zip(*self.stages, strict=True)))
 
 
 def _times(counts: Counts, seconds: list[float]) -> float:

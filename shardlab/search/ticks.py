@@ -1,7 +1,7 @@
 """How often a device runs each part of a step, from the program of a schedule; what it keeps meanwhile.
 
-Counting hundreds of schedules takes longer than all else in a search, so a second process counts half of them
-(`count_in_two`); nothing here imports JAX, and it is there at once.
+Counting hundreds of schedules takes as long as all else in a search, so a second process counts most of them
+(`counting_beside`); nothing here imports JAX, and it is there at once.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,36 +69,49 @@ def ticks(schedule: str, stages: int, microbatches: int, virtual: int) -> Ticks:
     return _known[key]
 
 
-def count_in_two(keys: Iterable[Key]) -> None:
-    """Counts schedules in this process and in a second one at once, so that `ticks` knows them."""
-    todo = sorted({key for key in keys if key not in _known}, key=_size, reverse=True)
-    others = todo[1::2]
-    if sum(map(_size, others)) < _WORTH_A_PROCESS:
+@contextlib.contextmanager
+def counting_beside(keys: Iterable[Key]) -> Iterator[None]:
+    """Meanwhile a second process counts schedules, those first that take long; what it has counted `ticks` knows.
+
+    Who asks for short ones first meets it in the middle. What it fails to count is counted when it is asked for.
+    """
+    todo = sorted({key for key in keys if key not in _known}, key=size, reverse=True)
+    if sum(map(size, todo)) < _WORTH_A_PROCESS:
+        yield
         return
     command = [sys.executable, "-c", "from shardlab.search.ticks import answer; answer()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second:
         assert second.stdin is not None
-        assert second.stdout is not None
         with contextlib.suppress(BrokenPipeError), second.stdin as given:  # it has failed to start
-            given.write(json.dumps(others))
-        for key in todo[::2]:
-            ticks(*key)
-        found = second.stdout.read()
-    if second.returncode == 0:  # else this process counts them too, when they are asked for
-        _known.update(zip(others, map(_read, json.loads(found)), strict=True))
+            given.write(json.dumps(todo))
+        reader = threading.Thread(target=_learn, args=(todo, second.stdout))
+        reader.start()
+        try:
+            yield
+        finally:
+            second.kill()
+            reader.join()
 
 
 def answer() -> None:
-    """The second process: keys as JSON on standard input, their counts on standard output."""
-    json.dump([vars(_count(*key)) for key in json.load(sys.stdin)], sys.stdout)
+    """The second process: keys as JSON on standard input, their counts on standard output, one a line."""
+    for key in json.load(sys.stdin):
+        print(json.dumps(vars(_count(*key))), flush=True)
+
+
+def _learn(keys: Iterable[Key], lines: Iterable[str]) -> None:
+    for key, line in zip(keys, lines, strict=False):
+        with contextlib.suppress(ValueError):  # cut off: the process was ended as it wrote
+            _known.setdefault(key, _read(json.loads(line)))
+
+
+def size(key: Key) -> int:
+    """The actions in a schedule's table, in units of about how long one takes to count."""
+    _, stages, microbatches, virtual = key
+    return stages * microbatches * max(virtual, 1)
 
 
 _WORTH_A_PROCESS = 20_000  # actions in its tables, below which a process costs more than it saves
-
-
-def _size(key: Key) -> int:
-    _, stages, microbatches, virtual = key
-    return stages * microbatches * max(virtual, 1)
 
 
 def _read(data: Mapping[str, Any]) -> Ticks:
