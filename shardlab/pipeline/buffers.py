@@ -325,7 +325,7 @@ def _allocate(schedule: Schedule, iterations: Sequence[Iteration], arrivals: _Ar
     when: dict[tuple[int, str, int], int] = {
         action: index * _MOMENTS for index, iteration in enumerate(iterations) for action in iteration.actions
     }
-    sent: Mapping[tuple[int, str, int], int] = {**arrivals.moment}
+    sent: dict[tuple[int, str, int], int] = dict(arrivals.moment.items())
     mail: dict[_Key, _Life] = {}
     residuals: dict[_Key, _Life] = {}
     cuts: dict[_Key, _Life] = {}

@@ -73,8 +73,8 @@ def iterations_of(schedule: Schedule) -> list[Iteration]:
     # of their own, compiled apart. They stay apart wherever that makes fewer scans.
     for at in range(len(merged) - 1, -1, -1):
         apart = [[part] for part in merged[at]]
-        before, after = merged[max(at - 1, 0) : at], merged[at + 1 : at + 2]
-        if _num_groups([*before, *apart, *after]) < _num_groups([*before, merged[at], *after]):
+        left, right = merged[max(at - 1, 0) : at], merged[at + 1 : at + 2]
+        if _num_groups([*left, *apart, *right]) < _num_groups([*left, merged[at], *right]):
             merged[at : at + 1] = apart
     return [_uniform(parts, schedule.num_devices) for parts in merged]
 
