@@ -32,6 +32,9 @@ def beyond_of_tpu(
     over_slices: Callable[[Axes], bool],
     *,
     once: bool,
+    backward: float,
+    head: float,
+    most: float,
 ) -> float:
     """Bytes beyond what is live.
 
@@ -40,16 +43,22 @@ def beyond_of_tpu(
       doubled: whether XLA:TPU makes an all-reduce of a reduce-scatter over these axes.
       over_slices: whether these axes go over several slices.
       once: whether gradients of blocks are summed once a step, and not layer by layer.
+      beside: what a block's backward and the head's largest array take together beyond the most that is live.
     """
-    largest, more = 0.0, 0.0
+    largest, more, by_layer = 0.0, 0.0, 0.0
     for group, count, inside in groups:
         scattered = [axes for kind, axes in group.reduces if kind == "reduce-scatter"]
         stacked = inside and once
         if group.reduces:
+            size = group.largest * (count if stacked else 1)
             times = SCATTERED if any(not doubled(axes) for axes in scattered) else REDUCED
             if any(over_slices(axes) for _, axes in group.reduces):
                 times = OVER_SLICES
-            largest = max(largest, times * group.largest * (count if stacked else 1))
+            elif not once:
+                by_layer = max(by_layer, size)
+            largest = max(largest, times * size)
         if stacked and scattered:
             more += 2 * group.accumulated * count
+    if by_layer and backward > 2 * by_layer:
+        largest = MODE(largest, 2 * by_layer + backward + head - most)
     return largest + min(more, SCATTERED_ONCE) + CODE

@@ -61,12 +61,14 @@ class Cost:
       moved: bytes between memory and the cores, but for products.
       sends: (kind, axes) -> how often, and payload bytes.
       live: bytes that it makes and holds at once.
+      largest: bytes of the largest array that it makes.
     """
 
     flops: Mapping[str, Linear]
     moved: Linear
     sends: Mapping[tuple[str, tuple[str, ...]], tuple[float, Linear]]
     live: Linear
+    largest: Linear
 
     def __add__(self, other: Cost) -> Cost:
         sends = dict(self.sends)
@@ -77,11 +79,13 @@ class Cost:
             dtype: self.flops.get(dtype, Linear()) + other.flops.get(dtype, Linear())
             for dtype in {**self.flops, **other.flops}
         }
-        live = max(self.live, other.live, key=lambda one: one.at(1))
-        return Cost(flops, self.moved + other.moved, sends, live)
+        live, largest = (
+            max(a, b, key=lambda one: one.at(1)) for a, b in ((self.live, other.live), (self.largest, other.largest))
+        )
+        return Cost(flops, self.moved + other.moved, sends, live, largest)
 
 
-NOTHING = Cost({}, Linear(), {}, Linear())
+NOTHING = Cost({}, Linear(), {}, Linear(), Linear())
 
 
 @dataclass(frozen=True)
@@ -215,8 +219,10 @@ class Costs:
         for key in {**few.sends, **many.sends}:
             (count, a), (_, b) = few.sends.get(key, (0.0, 0.0)), many.sends.get(key, (0.0, 0.0))
             sends[key] = count, Linear.through(a, b)
-        moved, live = (Linear.through(getattr(few, name), getattr(many, name)) for name in ("moved", "live"))
-        return Cost(flops, moved, sends, live), works
+        moved, live, largest = (
+            Linear.through(getattr(few, name), getattr(many, name)) for name in ("moved", "live", "largest")
+        )
+        return Cost(flops, moved, sends, live, largest), works
 
     def work(self, part: Part, split: Split) -> Work:
         """Of one trace of a block under `full` remat, what its backward does."""

@@ -177,6 +177,7 @@ class Planned:
             ("compute", "collectives", "weights", "gradients", "bubble", "stages", "optimizer"), 0.0
         )
         self.flops = 0.0
+        self.head_bytes = 0.0  # of the largest array that the head makes: logits
         # XLA:GPU gathers what is stored, and casts that (five steps of `benchmarks/predicted.py`).
         self.stored_first = subject.target.platform == "gpu"
         self.loops = choice.microbatches > 1 or self.stage is not None
@@ -290,8 +291,10 @@ class Planned:
         taken = 0.0 if cell == "W" or self.by_layer else 2 * group.whole
         return taken + (4.5 * self.memory.sums(group) if cell in ("B", "W") else 0.0)
 
-    def doubles(self, groups: list[Group]) -> bool:
-        """Whether XLA:TPU makes all-reduces of what would scatter the gradients of these."""
+    def keeps_weights(self, groups: list[Group]) -> bool:
+        """Whether weights stay until their gradient is summed: on v5e, where all-reduces sum it (4x4, 8x8, 16x16)."""
+        if self.subject.target.kind != "v5e":
+            return False
         sums = [axes for group in groups for kind, axes in group.reduces if kind == "reduce-scatter"]
         return bool(sums) and all(self.of.links.doubled(self.placed, axes) for axes in sums)
 
@@ -302,7 +305,15 @@ class Planned:
         doubled, over_slices = (
             functools.partial(rule, self.placed) for rule in (self.of.links.doubled, self.of.links.over_slices)
         )
-        return beyond_of_tpu(self.groups, doubled, over_slices, once=not self.pieces)
+        return beyond_of_tpu(
+            self.groups,
+            doubled,
+            over_slices,
+            once=not self.pieces,
+            backward=self.memory.transient.get("B", 0.0),
+            head=self.head_bytes,
+            most=self.memory.bytes["temporaries"],
+        )
 
     def pipeline(self, times: Mapping[str, list[float]], flow: float) -> None:
         """Sends between stages, and the bubble: what cells take that no microbatch is in.
@@ -342,7 +353,8 @@ class Planned:
         flow = self.subject.costs.flow_bytes(self.split)[0].at(self.rows)
         vocabulary = of.split(choice.mesh, choice.activation, choice.saved_activation, choice.whole, True)
         before, back = of.ends(self.split, "before")
-        after = of.ends(vocabulary if self.vocabulary else self.split, "after")[1]
+        forward, after = of.ends(vocabulary if self.vocabulary else self.split, "after")
+        self.head_bytes = forward.largest.at(self.rows if self.vocabulary else rows)
         for name, cost, count, each in (
             ("before", before, table.before, rows),
             ("after", after, table.after, self.rows if self.vocabulary else rows),
@@ -361,8 +373,8 @@ class Planned:
                     "cast", sum(group.whole * (1 + group.stored / group.shard) for group in made if group.cast)
                 )
             held = cost.live.at(each)
-            if name == "after" and not self.loops and self.pieces and self.doubles(made):
-                # The weights stay until their gradient is summed (v5e 4x4, 8x8, 16x16); else that takes their place.
+            if name == "after" and not self.loops and self.pieces and self.keeps_weights(made):
+                # The weights stay until their gradient is summed; else that takes their place.
                 held += whole
             if (self.loops and name == "after") or name == "finish":
                 # As in blocks; of those to be scattered what is summed replaces what they were made of.
@@ -427,7 +439,7 @@ def _rest(cost: BlockCost) -> Cost:
     """The gradients of a split backward's weights."""
     whole, first = cost.backward, cost.first
     flops = {dtype: one - first.flops.get(dtype, NOTHING.moved) for dtype, one in whole.flops.items()}
-    return Cost(flops, whole.moved - first.moved, {}, whole.live)
+    return Cost(flops, whole.moved - first.moved, {}, whole.live, whole.largest)
 
 
 def _virtual(choice: Choice) -> int:

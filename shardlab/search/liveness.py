@@ -9,8 +9,8 @@ from shardlab.search.operation_kinds import FUSED
 from shardlab.search.walk import Walk
 
 
-def live(walk: Walk, inner: Mapping[int, float]) -> float:
-    """The most bytes that a walked program holds at once of what it makes.
+def live(walk: Walk, inner: Mapping[int, float]) -> tuple[float, float]:
+    """The most bytes that a walked program holds at once of what it makes, and those of the largest array among it.
 
     Args:
       walk: at its end.
@@ -53,8 +53,9 @@ def live(walk: Walk, inner: Mapping[int, float]) -> float:
             events[until + (0 if in_place and until > place else 1)] -= size
     for place, size in walk.extra.items():
         events[place] += size
+    largest = max((walk.bytes(number) for number in made_at if number not in given), default=0.0)
     most = now = 0.0
     for place in range(end):
         now += events[place]
         most = max(most, now + inner.get(place, 0.0))
-    return most
+    return most, largest

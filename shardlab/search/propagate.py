@@ -73,7 +73,8 @@ def propagate(
         if lay is not None and out >= 0:
             walk.at[out] = walk.gathered(out, lay(len(walk.values[out].shape)))
     walk.work.outs = tuple(walk.at[out] if out >= 0 else Laid(()) for out in program.outs)
-    walk.work.live = live(walk, inner)
+    walk.work.live, largest = live(walk, inner)
+    walk.work.largest = max(walk.work.largest, largest)
     return walk.work
 
 
