@@ -93,7 +93,8 @@ class Checkpoints:
             if folder.exists():
                 folder.rmtree()
             self.folder.mkdir(parents=True, exist_ok=True)
-            writing = ocp.save_async(folder, arrays, overwrite=True)
+            with _orbax():
+                writing = ocp.save_async(folder, arrays, overwrite=True)
         tree = {
             name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "digest": _hex(digests[name])}
             for name, leaf in canonical.leaves.items()
@@ -210,6 +211,13 @@ def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path) -> N
             f"checkpoint {folder}: {', '.join(wrong[:3])}{more}: what is read is not what was saved (another digest); "
             "use another checkpoint"
         )
+
+
+def _orbax() -> ocp.Context:
+    """How Orbax saves: one replica is written whole. Cut among replicas each piece is a program of its own to compile."""
+    context = ocp.Context()
+    context.array.saving.use_replica_parallel = False
+    return context
 
 
 def _hex(value: jax.Array) -> str:
