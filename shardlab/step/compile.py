@@ -103,15 +103,16 @@ class CompiledStep:
         """How gradients are scattered over each batch axis of these devices, and why so."""
         return make_region(self.plan, self.mesh).scatters
 
-    def init(self, seed: int) -> TrainState:
+    def init(self, seed: int, parameters: Arrays | None = None) -> TrainState:
         """The state before the first step, every array created in its own sharding.
 
-        Parameters are those Flax's own initialisation, under `jax.jit`, gives for ``seed``.
+        Parameters are those Flax's own initialisation, under `jax.jit`, gives for ``seed``; or those given, placed as
+        the plan stores them, as `shardlab.load_safetensors` reads them. The first step takes their memory.
         """
         with jax.set_mesh(self.mesh):
-            values = initial_values(self.model, self.plan, self.mesh, seed)
             names = storage_specs(self.plan)
-            parameters = {name: values[name] for name in names}
+            values = initial_values(self.model, self.plan, self.mesh, seed, without=parameters or ())
+            parameters = parameters or {name: values[name] for name in names}
             return TrainState(
                 step=jax.device_put(jnp.int32(0), self.state_shardings.step),
                 key=jax.device_put(jax.random.key_data(jax.random.key(seed)), self.state_shardings.key),
