@@ -118,7 +118,7 @@ def own_parameters(plan: Plan, parameters: Mapping[str, jax.Array]) -> Iterator[
         held = _Held(members.get(name, (name,)), stacked=name in members)
         shape, leaf = shapes[held.filled[0]], parameters[name]
         sharding = NamedSharding(leaf.sharding.mesh, _unstacked_spec(spec, shape, held.stacked, plan))  # type: ignore[attr-defined]
-        yield from zip(held.filled, _parts_of(held.slots, shape, sharding)(leaf)[0], strict=True)
+        yield from zip(held.filled, _parts_of(held.slots, shape, sharding, digests=False)(leaf), strict=True)
 
 
 def _unstacked_spec(spec: PartitionSpec, shape: tuple[int, ...], stacked: bool, plan: Plan) -> PartitionSpec:
@@ -130,14 +130,16 @@ def _unstacked_spec(spec: PartitionSpec, shape: tuple[int, ...], stacked: bool, 
 
 
 @functools.cache
-def _parts_of(slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding) -> Any:
+def _parts_of(
+    slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding, *, digests: bool = True
+) -> Any:
     """A program that cuts a stack into the arrays of its slots; None: the array alone. Of each also the digest."""
 
     def parts(leaf: jax.Array) -> Any:
         found = [cut(leaf, shape)] if slots is None else [cut(leaf[slot], shape) for slot in slots]
-        return found, [digest(one) for one in found]
+        return (found, [digest(one) for one in found]) if digests else found
 
-    return jax.jit(parts, out_shardings=(sharding, None))
+    return jax.jit(parts, out_shardings=(sharding, None) if digests else sharding)
 
 
 @functools.cache

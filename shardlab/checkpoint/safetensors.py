@@ -288,7 +288,7 @@ def write_folder(folder: Path, entries: Sequence[Entry], values: Iterator[np.nda
             with _new(folder / name) as file:
                 file.write(_header(part))
                 for entry in part:
-                    value = np.ascontiguousarray(next(values), jnp.dtype(entry.dtype))
+                    value = np.asarray(next(values), jnp.dtype(entry.dtype), order="C")
                     assert value.shape == entry.shape
                     file.write(value.reshape(-1).view(np.uint8).data)
         if len(parts) > 1:
@@ -317,15 +317,14 @@ def _new(file: Path) -> IO[bytes]:
 def _parts(entries: Sequence[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     """The entries, by file."""
     part: list[Entry] = []
-    full = 0
+    full = start = len(_header([])) + 8
     for entry in entries:
-        line = len(json.dumps([entry.name, entry.shape]))
-        needed = entry.bytes + line + 100  # of a header's line the rest
-        if part and full + needed > max_bytes:
+        line = len(json.dumps([entry.name, entry.shape])) + 100  # of a tensor in a header, at most
+        if part and full + line + entry.bytes > max_bytes:
             yield part
-            part, full = [], 0
+            part, full = [], start
         part.append(entry)
-        full += needed
+        full += line + entry.bytes
     yield part
 
 
