@@ -1,4 +1,4 @@
-"""State that outlives a run: its canonical tree, digests of its arrays, checkpoints on disk, weights of other programs."""
+"""State that outlives a run: its canonical tree, digests of its arrays, checkpoints on disk, and weights of others."""
 
 from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.names import LLAMA, MIXTRAL, QWEN, Name, Names

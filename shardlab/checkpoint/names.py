@@ -54,7 +54,11 @@ class Name:
         raise_faults(
             Fault(f"name {self.ours!r}", problem, way_out)
             for problem, way_out, wrong in (
-                (f"has {stars[0]} times *, and {self.theirs!r} has {stars[1]}", "make them as many", len(set(stars)) > 1),
+                (
+                    f"has {stars[0]} times *, and {self.theirs!r} has {stars[1]}",
+                    "make them as many",
+                    len(set(stars)) > 1,
+                ),
                 (f"names dims {dims}, one of them twice", "name each of ours once", len(set(dims)) < len(dims)),
             )
             if wrong
@@ -81,7 +85,7 @@ class Name:
         known = sorted((*held.counted, *itertools.chain.from_iterable(held.dims)))
         if known != list(range(len(shape))):
             raise DeclarationError(
-                f"{path}: has shape {shape}, and the name {self.theirs!r} is for the dims {known}; name each of its dims"
+                f"{path}: has shape {shape}, and the name {self.theirs!r} is for dims {known}; name each of its dims"
             )
         return held
 
@@ -176,7 +180,10 @@ QWEN = Names(
         *_DECODER,
         *_MLP,
         *(Name(f"blocks/*/attention/{name}/bias", f"model.layers.*.self_attn.{name}_proj.bias") for name in "qkv"),
-        *(Name(f"blocks/*/attention/{name}/scale", f"model.layers.*.self_attn.{name}.weight") for name in ("q_norm", "k_norm")),
+        *(
+            Name(f"blocks/*/attention/{name}/scale", f"model.layers.*.self_attn.{name}.weight")
+            for name in ("q_norm", "k_norm")
+        ),
     ),
     _IGNORED,
 )

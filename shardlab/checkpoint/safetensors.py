@@ -18,6 +18,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,9 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
     if single:
         return _read_file(_inside(folder, SINGLE))
     if not index:
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+        others = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors")
+        )
         there = f"; it holds {shown(others)}" if others else ""
         raise DeclarationError(
             f"weights {folder}: holds neither {SINGLE} nor {INDEX}{there}; give a folder as save_pretrained of "
@@ -105,8 +108,8 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
 
 def _read_parts(folder: Path, index: Path) -> dict[str, Tensor]:
     """The tensors of the files that an index names: those that it says, each where it says."""
-    with index.open("rb") as file:
-        text = file.read(_MOST + 1)
+    with index.open("rb") as opened:
+        text = opened.read(_MOST + 1)
     if len(text) > _MOST:
         raise DeclarationError(f"weights {index}: is larger than {_MOST:,} bytes; it is no index")
     held = _json(text, str(index))
@@ -179,7 +182,9 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     for first, last, name in sorted(places):
         if first != end:
             way = "overlaps the one before" if first < end else "leaves bytes unused before it"
-            raise DeclarationError(f"weights {file}: tensor {shown(name)}: starts at byte {first:,}, and {way} ({end:,})")
+            raise DeclarationError(
+                f"weights {file}: tensor {shown(name)}: starts at byte {first:,}, and {way} ({end:,})"
+            )
         end = last
         if start + end > size:
             raise DeclarationError(
@@ -218,8 +223,7 @@ def _json(text: bytes, where: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise DeclarationError(f"weights {where}: names {shown(twice)} twice; get it anew")
         return made
 
@@ -281,7 +285,11 @@ def write_folder(folder: Path, entries: Sequence[Entry], values: Iterator[np.nda
     """
     check_free(folder)
     parts = list(_parts(entries, max_bytes))
-    names = [SINGLE] if len(parts) == 1 else [f"model-{k:05}-of-{len(parts):05}.safetensors" for k in range(1, len(parts) + 1)]
+    names = (
+        [SINGLE]
+        if len(parts) == 1
+        else [f"model-{k:05}-of-{len(parts):05}.safetensors" for k in range(1, len(parts) + 1)]
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in zip(names, parts, strict=True):

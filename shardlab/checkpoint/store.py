@@ -195,7 +195,9 @@ def _alone(folder: epath.Path, seal: Seal, name: str) -> jax.Array:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     leaf = seal.tree[name]
     wanted = jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=device)
-    array: jax.Array = ocp.load(folder, {other: wanted if other == name else ocp.PLACEHOLDER for other in seal.tree})[name]
+    array: jax.Array = ocp.load(folder, {other: wanted if other == name else ocp.PLACEHOLDER for other in seal.tree})[
+        name
+    ]
     return array
 
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from shardlab.checkpoint.canonical import own_parameters
 from shardlab.checkpoint.names import Held, Names, read_names
-from shardlab.checkpoint.safetensors import DTYPES, Entry, Tensor, check_free, read_folder, shown, write_folder
+from shardlab.checkpoint.safetensors import DTYPES, Entry, Tensor, read_folder, shown, write_folder
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError, Fault, nearest, raise_faults
 from shardlab.plan.plan import Plan
@@ -49,8 +49,23 @@ def load_safetensors(
       mesh: the devices, in place of those that `build_mesh` gives.
 
     Raises:
-      DeclarationError: with every tensor that is missing, too many, or of another shape or dtype, before any is read; or
-        a file is not what it says.
+      DeclarationError: with every tensor that is missing, too many, or of another shape or dtype, before any is read;
+        or a file is not what it says.
+
+    >>> import tempfile
+    >>> import optax
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from shardlab import Functions, MeshSpec, make_plan
+    >>> from shardlab.checkpoint import Name
+    >>> model = Functions(init=lambda key: {"up": jnp.ones((2, 4))}, apply=lambda p, batch: batch @ p["up"])
+    >>> mesh, batch = MeshSpec({"tensor": 2}, target="cpu:2"), jnp.ones((3, 2))
+    >>> plan = make_plan(model, mesh=mesh, rules=[("up", P(None, "tensor"))], optimizer=optax.sgd(1.0), batch=batch)
+    >>> table = Names((Name("up", "up_proj.weight", dims=(1, 0)),))
+    >>> placed = jax.device_put({"up": jnp.ones((2, 4))}, shardings(build_mesh(mesh), storage_specs(plan)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = save_safetensors(folder, plan, placed, table)
+    ...     print(files[0].name, load_safetensors(folder, plan, table)["up"].sharding.spec)
+    model.safetensors P(None, 'tensor')
     """
     return open_weights(folder, plan, names, cast=cast).onto(mesh or build_mesh(plan.mesh))
 
@@ -82,8 +97,8 @@ def save_safetensors(
       The files, the index last where there are several.
 
     Raises:
-      DeclarationError: the table has no name for a parameter, or one for two; the folder holds weights already, or cannot
-        be written.
+      DeclarationError: the table has no name for a parameter, or one for two; the folder holds weights already, or
+        cannot be written.
     """
     by_path = {parameter.path: parameter for parameter in plan.parameters}
     members = {stack.name: stack.members for stack in plan.stacks}
@@ -183,7 +198,7 @@ class Weights:
         return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     def read(self, which: str | Sequence[str | None], bounds: tuple[range, ...], dtype: jnp.dtype) -> np.ndarray:
-        """The part of a parameter, or of a stack of some, within bounds of the stored dims; zeros where it is padded."""
+        """The part of a parameter, or of a stack of some, within bounds of its stored dims; zeros where padded."""
         out = np.zeros([len(one) for one in bounds], dtype)
         if isinstance(which, str):
             self._fill(out, which, bounds)

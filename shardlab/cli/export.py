@@ -19,7 +19,9 @@ class _Export(Configured):
 
 def export(arguments: list[str], *, restart: bool) -> int:
     """The verb `export`."""
-    about = "A run's parameters as safetensors, by the names of --names. Put a config.json beside them for transformers."
+    about = (
+        "A run's parameters as safetensors, by the names of --names. Put a config.json beside them for transformers."
+    )
     call = configured(_Export, arguments, "export", about)
     options = call.options
     raise_faults(

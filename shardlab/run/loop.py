@@ -155,7 +155,7 @@ def train(
     state = start.state
     if state is None:
         with view.phase("creating the state, every array in its own sharding"):
-            state = step.init(config.seed, weights and weights.onto(step.mesh))
+            state = step.init(config.seed, None if weights is None else weights.onto(step.mesh))
             jax.block_until_ready(state)
     if canonical is not None and saving.every:
         # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.

@@ -55,15 +55,24 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "one offset": (raw({"a": entry([16], 0, 64) | {"data_offsets": [0]}}), "tensor 'a': has no dtype, shape and"),
     "an unknown dtype": (raw({"a": entry([16], 0, 64, "F99")}), "tensor 'a': has dtype 'F99'; those that can be read"),
     "a dtype that is none": (raw({"a": entry([16], 0, 64, ["F32"])}), r"tensor 'a': has dtype \['F32'\]"),
-    "a dtype of another size": (raw({"a": entry([16], 0, 64, "BF16")}), r"'a': is BF16 of shape \[16\], 32 bytes, and has"),
+    "a dtype of another size": (
+        raw({"a": entry([16], 0, 64, "BF16")}),
+        r"'a': is BF16 of shape \[16\], 32 bytes, and has",
+    ),
     "a shape of another size": (raw({"a": entry([4], 0, 64)}), r"'a': is F32 of shape \[4\], 16 bytes, and has 64"),
     "a shape past all sizes": (raw({"a": entry([2**40] * 9, 0, 64)}), "tensor 'a': is F32 of shape"),
     "bytes that end before they begin": (raw({"a": entry([], 64, 0)}), "tensor 'a': is F32 of shape"),
     "bytes past the end": (raw({"a": entry([2**34], 0, 2**36)}), "tensor 'a': ends at byte .* the file is cut"),
     "a cut file": (raw(WHOLE, DATA[:60]), "tensor 'b': ends at byte .* the file is cut"),
-    "bytes that overlap": (raw({"a": entry([8], 0, 32), "b": entry([12], 16, 64)}), "'b': starts at byte 16, and overlaps"),
+    "bytes that overlap": (
+        raw({"a": entry([8], 0, 32), "b": entry([12], 16, 64)}),
+        "'b': starts at byte 16, and overlaps",
+    ),
     "bytes of two": (raw({"a": entry([16], 0, 64), "b": entry([16], 0, 64)}), "'b': starts at byte 0, and overlaps"),
-    "bytes of none": (raw({"a": entry([4], 0, 16), "b": entry([8], 32, 64)}), "'b': starts at byte 32, and leaves bytes"),
+    "bytes of none": (
+        raw({"a": entry([4], 0, 16), "b": entry([8], 32, 64)}),
+        "'b': starts at byte 32, and leaves bytes",
+    ),
     "bytes behind": (raw(WHOLE, DATA + b"#!/bin/sh"), "has 9 bytes after its tensors"),
 }
 
@@ -81,7 +90,11 @@ def test_a_file_that_is_not_what_it_says_is_refused(name: str, tmp_path: Path) -
 def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
     """Of its own length, of a shape, of a shape and offsets."""
     file = tmp_path / SINGLE
-    for data in (raw(WHOLE, length=99_000_000), raw({"a": entry([2**38], 0, 2**40)}), raw({"a": entry([2**60], 0, 2**62)})):
+    for data in (
+        raw(WHOLE, length=99_000_000),
+        raw({"a": entry([2**38], 0, 2**40)}),
+        raw({"a": entry([2**60], 0, 2**62)}),
+    ):
         file.write_bytes(data)
         tracemalloc.start()
         with pytest.raises(DeclarationError):
@@ -108,11 +121,13 @@ def outside(folder: Path) -> Path:
     return inner
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "./x", "a/../../secret.safetensors", "..", ".", "", "a\0b", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "./x", "a/../../secret.safetensors", "..", ".", "", "a\0b", "a\nb"]
+)
 def test_a_file_that_is_not_in_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     inner = outside(tmp_path)
     index_of(inner, {"a": name, "b": name})
-    with pytest.raises(DeclarationError, match="names the file .*; a file in the folder is meant"):
+    with pytest.raises(DeclarationError, match=r"names the file .*; a file in the folder is meant"):
         read_folder(inner)
 
 
@@ -123,11 +138,11 @@ def test_nor_is_one_by_its_whole_path_or_by_a_link(tmp_path: Path) -> None:
         read_folder(inner)
     index_of(inner, {"a": "x.safetensors", "b": "x.safetensors"})
     (inner / "x.safetensors").symlink_to(secret)
-    with pytest.raises(DeclarationError, match="x.safetensors: is a link out of the folder"):
+    with pytest.raises(DeclarationError, match=r"x.safetensors: is a link out of the folder"):
         read_folder(inner)
     (inner / INDEX).unlink()
     (inner / INDEX).symlink_to(secret)
-    with pytest.raises(DeclarationError, match="index.json: is a link out of the folder"):
+    with pytest.raises(DeclarationError, match=r"index.json: is a link out of the folder"):
         read_folder(inner)
     (inner / INDEX).unlink()
     (inner / SINGLE).symlink_to(inner / SINGLE)
@@ -211,7 +226,9 @@ def both(where: dict[str, str], folder: Path) -> None:
         (both, "holds model.safetensors and model.safetensors.index.json"),
     ],
 )
-def test_an_index_that_is_not_what_the_files_are_is_refused(change: Callable[..., None], said: str, tmp_path: Path) -> None:
+def test_an_index_that_is_not_what_the_files_are_is_refused(
+    change: Callable[..., None], said: str, tmp_path: Path
+) -> None:
     change(parts(tmp_path), tmp_path)
     with pytest.raises(DeclarationError, match=said):
         read_folder(tmp_path)
@@ -225,7 +242,9 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
         read_folder(tmp_path / "nowhere")
 
 
-SMALL = st.one_of(st.integers(-1, 70), st.sampled_from([2**31, 2**63, 2**64]), st.booleans(), st.floats(), st.text(max_size=2))
+SMALL = st.one_of(
+    st.integers(-1, 70), st.sampled_from([2**31, 2**63, 2**64]), st.booleans(), st.floats(), st.text(max_size=2)
+)
 ENTRIES = st.builds(
     lambda dtype, shape, offsets: {"dtype": dtype, "shape": shape, "data_offsets": offsets},
     st.sampled_from(["F32", "F16", "BF16", "U8", "F64", "F99", 3]),
@@ -263,10 +282,10 @@ def test_nothing_is_read_that_the_formats_own_package_refuses(tries: int, tmp_pa
 
 
 def test_what_is_written_is_what_the_formats_own_package_reads(tmp_path: Path) -> None:
-    values = {
+    values: dict[str, np.ndarray] = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.arange(5, dtype=ml_dtypes.bfloat16),
-        "c": np.float32(np.nan).reshape(()),
+        "c": np.array(np.nan, np.float32),
         "d": np.zeros((0, 4), np.int8),
         "e": np.arange(24, dtype=np.float32).reshape(4, 6).T,
     }
