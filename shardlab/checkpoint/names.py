@@ -173,7 +173,7 @@ _MLP = tuple(
 _IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # a constant that old files hold
 
 LLAMA = Names((*_DECODER, *_MLP), _IGNORED)
-"""Llama 1 to 3, Mistral."""
+"""Llama; of Llama 3.1 and later with ``rope_stretch``."""
 
 QWEN = Names(
     (
@@ -217,7 +217,7 @@ def read_names(names: Names | str) -> Names:
     """
     if isinstance(names, Names):
         return names
-    if names not in TABLES:
+    if not isinstance(names, str) or names not in TABLES:
         raise DeclarationError(
             f"names: is {names!r}; give one of {', '.join(TABLES)}, or in a config a table of your own: "
             "shardlab.checkpoint.Names((Name('blocks/*/up/kernel', 'layers.*.up.weight', dims=(1, 0)), ...))"

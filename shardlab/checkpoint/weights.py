@@ -25,7 +25,7 @@ from shardlab.checkpoint.canonical import own_parameters
 from shardlab.checkpoint.names import Held, Names, read_names
 from shardlab.checkpoint.safetensors import DTYPES, Entry, Tensor, read_folder, shown, write_folder
 from shardlab.mesh.build import build_mesh
-from shardlab.mesh.faults import DeclarationError, Fault, nearest, raise_faults
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.plan.plan import Plan
 from shardlab.step.state import shardings, storage_specs
 
@@ -233,8 +233,7 @@ def open_weights(folder: str | Path, plan: Plan, names: Names | str, *, cast: bo
         for _, name in found.tensors():
             used.add(name)
             if name not in tensors:
-                near = nearest(name, tensors.keys() - used, cutoff=0.9)
-                problem = f"is tensor {name!r}, which {folder} does not hold" + (f" ({near!r} it does)" if near else "")
+                problem = f"is tensor {name!r}, which {folder} does not hold"
                 way_out = "give the folder of such a model, or the model and the table of such a folder"
                 faults.append(Fault(parameter.path, problem, way_out))
             else:

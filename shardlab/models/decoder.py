@@ -10,6 +10,7 @@ No layer names a dtype: the dtype of the parameters decides what is computed in.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ class DecoderConfig:
       heads_axis: mesh axis that attention's heads are split over, said to XLA where tokens are split between blocks
         (it would attend with parts of the tokens); None leaves it to XLA.
       rope_base: the longest rotary wavelength is about ``2 pi rope_base`` tokens.
+      rope_stretch: by how much wavelengths longer than `rope_trained` tokens are stretched, as in Llama 3.1.
+      rope_trained: see there; wavelengths shorter than a quarter of it stay, and those between go over.
       norm_epsilon: what every RMSNorm adds to the mean square.
       qkv_bias: biases of queries, keys and values, as in Qwen 2.
       qk_norm: RMSNorm of each head's queries and keys, before they are turned, as in Qwen 3.
@@ -67,6 +70,8 @@ class DecoderConfig:
     dropout: float = 0.0
     tied: bool = False
     rope_base: float = 10_000.0
+    rope_stretch: float = 1.0
+    rope_trained: int = 8192
     query_chunk: int = 0
     loss_chunk: int = 0
     splash: bool = False
@@ -127,7 +132,8 @@ class Decoder(nnx.Module):
         """The rotary angles of positions 0 to S-1, which every block reads."""
         dtype = jnp.promote_types(self.tokens.embedding.dtype, jnp.float32)
         positions = jnp.arange(batch["tokens"].shape[1], dtype=dtype)[None]
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+        stretch = self.config.rope_stretch, self.config.rope_trained
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_base, stretch)
 
     def head(self, x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         """The logits, [B, S, V]; or, with `loss_chunk`, the cross-entropy of every target, [B, S]."""
@@ -233,17 +239,23 @@ def heads(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, base: float) -> Angles:
+def rotary_angles(positions: jax.Array, head_dim: int, base: float, stretch: tuple[float, int] = (1.0, 1)) -> Angles:
     """Cosines and sines of ``position * base ** (-2 i / K)``, each [1 or B, S, K/2] (RoPE, arXiv 2104.09864).
 
     Args:
       positions: [1 or B, S], floating point; computed in its dtype.
+      stretch: factor of the wavelengths longer than so many tokens (Llama 3, arXiv 2407.21783; 1 and 4 are its
+        `low_freq_factor` and `high_freq_factor`).
 
     >>> cos, sin = rotary_angles(jnp.arange(3.0)[None], head_dim=4, base=10_000.0)
     >>> cos.shape, float(cos[0, 0, 0]), float(sin[0, 0, 0])
     ((1, 3, 2), 1.0, 0.0)
     """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=positions.dtype) / head_dim)
+    factor, length = stretch
+    if factor != 1:
+        stays = jnp.clip((length * frequencies / (2 * math.pi) - 1) / (4 - 1), 0, 1)
+        frequencies = frequencies * ((1 - stays) / factor + stays)
     angles = positions[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -34,6 +34,14 @@ _THEIRS = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
 }
+_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,10 @@ def _config(**changes: Any) -> DecoderConfig:
 
 FAMILIES = {
     "llama": Family(
-        _config(rope_base=500_000.0),
+        _config(rope_base=1000.0, rope_stretch=8.0, rope_trained=128),
         decoder_rules(),
         LLAMA,
-        ("LlamaConfig", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "head_dim": 6}),
+        ("LlamaConfig", {"rope_parameters": _ROPE, "head_dim": 6}),
     ),
     "qwen2": Family(
         _config(qkv_bias=True, tied=True, head_dim=4),

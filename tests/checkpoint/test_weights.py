@@ -269,7 +269,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ),
         (
             lambda tensors: tensors.update({f"{Q}s": tensors.pop(Q)}),
-            rf"does not hold \('{Q}s' it does\)(.|\n)*tensor '{Q}s' in .*: is no parameter of this model",
+            rf"'{Q}', which .* does not hold(.|\n)*tensor '{Q}s' in .*: is no parameter of this model",
         ),
         (
             lambda tensors: tensors.update(more=np.zeros(3)),
