@@ -88,14 +88,16 @@ def test_a_file_that_is_not_what_it_says_is_refused(name: str, tmp_path: Path) -
 
 
 def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
-    """Of its own length, of a shape, of a shape and offsets."""
+    """Of its own length, in a file as long, all holes, too; of a shape, of a shape and offsets."""
     file = tmp_path / SINGLE
-    for data in (
-        raw(WHOLE, length=99_000_000),
-        raw({"a": entry([2**38], 0, 2**40)}),
-        raw({"a": entry([2**60], 0, 2**62)}),
+    for data, holes in (
+        (raw(WHOLE, length=99_000_000), 0),
+        (raw(WHOLE, length=10**9), 2**32),
+        (raw({"a": entry([2**38], 0, 2**40)}), 0),
+        (raw({"a": entry([2**60], 0, 2**62)}), 0),
     ):
         file.write_bytes(data)
+        os.truncate(file, len(data) + holes)
         tracemalloc.start()
         with pytest.raises(DeclarationError):
             read_folder(tmp_path)
@@ -161,8 +163,11 @@ def test_links_of_a_hubs_cache_are_followed(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / SINGLE)
+    opened = os.open(tmp_path / SINGLE, os.O_RDWR)  # with this and something in it, a reader that is wrong does not wait
+    os.write(opened, raw(WHOLE))
     with pytest.raises(DeclarationError, match="is no file"):
         read_folder(tmp_path)
+    os.close(opened)
 
 
 def parts(folder: Path) -> dict[str, str]:

@@ -47,10 +47,12 @@ def test_a_token_is_what_its_experts_make_of_it() -> None:
 
 
 def test_the_dtype_of_the_parameters_is_computed_in() -> None:
-    model = dataclasses.replace(CONFIG, num_layers=1)(nnx.Rngs(0))
-    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model, nnx.Param)))
-    x = jax.ShapeDtypeStruct((1, 2, 8), jnp.bfloat16)
-    assert nnx.eval_shape(lambda x: model.blocks[0].mlp(x), x).dtype == jnp.bfloat16
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Experts(4, 2, 8, 6, rngs=nnx.Rngs(0))))
+    for dtype in ("bfloat16", "float32"):
+        narrow = jax.tree.map(lambda leaf, dtype=dtype: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+        x = jax.ShapeDtypeStruct((1, 2, 8), jnp.dtype(dtype))
+        made = jax.eval_shape(lambda values, x: nnx.merge(graph, values)(x), narrow, x)
+        assert (made.shape, made.dtype.name) == ((1, 2, 8), dtype)
 
 
 @pytest.mark.slow
