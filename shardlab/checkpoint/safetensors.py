@@ -171,12 +171,17 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         header = _json(opened.read(length), str(file))
     if not isinstance(header, dict):
         raise DeclarationError(f"weights {file}: its header is no JSON object; it is no safetensors file")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DeclarationError(f"weights {file}: its __metadata__ is no JSON object of texts; get it anew")
     start, end = 8 + length, 0
     tensors = {}
     places = []
     for name, entry in header.items():
-        dtype, shape, (first, last) = _entry(f"weights {file}: tensor {shown(name)}", entry)
+        where = f"weights {file}: tensor {shown(name)}"
+        if not name.isprintable():
+            raise DeclarationError(f"{where}: has a name that cannot be printed; get it anew")
+        dtype, shape, (first, last) = _entry(where, entry)
         tensors[name] = Tensor(name, file, dtype, shape, start + first)
         places.append((first, last, name))
     for first, last, name in sorted(places):
@@ -228,7 +233,7 @@ def _json(text: bytes, where: str) -> Any:
         return made
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text.decode(), object_pairs_hook=once)
     except DeclarationError:
         raise
     except (ValueError, RecursionError) as error:

@@ -168,6 +168,7 @@ def plan(arguments: list[str], *, restart: bool) -> int:
     from shardlab.report.text import schedule_text
 
     made = call.config.plan()
+    call.config.open_weights(made)  # what does not fit is told here too; no number is read
     facts = plan_facts(made)
     text = [str(made), *(f"note: {remark}" for remark in call.remarks), "", schedule_text(facts)]
     facts["notes"] += call.remarks

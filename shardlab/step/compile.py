@@ -33,6 +33,7 @@ from shardlab.step.stage_arrays import diverges, leaves_out
 from shardlab.step.state import (
     TrainState,
     abstract_state_of,
+    abstract_stored,
     initial_values,
     shardings,
     state_spec_tree,
@@ -108,7 +109,13 @@ class CompiledStep:
 
         Parameters are those Flax's own initialisation, under `jax.jit`, gives for ``seed``; or those given, placed as
         the plan stores them, as `shardlab.load_safetensors` reads them. The first step takes their memory.
+
+        Raises:
+          DeclarationError: those given are not the plan's, by name, shape and dtype.
         """
+        if parameters is not None:
+            _same_parameters(parameters, abstract_stored(self.model, self.plan)[0])
+            parameters = jax.device_put(parameters, self.state_shardings.parameters)
         with jax.set_mesh(self.mesh):
             names = storage_specs(self.plan)
             values = initial_values(self.model, self.plan, self.mesh, seed, without=parameters or ())
@@ -287,6 +294,17 @@ def make_gradients(
         return gradient, metrics, buffers
 
     return gradients
+
+
+def _same_parameters(given: Arrays, stored: Arrays) -> None:
+    """Parameters that are given are those of the plan, as it stores them."""
+    raise_faults(
+        Fault(
+            name, f"is {_kind(given.get(name))}, and the plan has {_kind(stored.get(name))}", "read them by this plan"
+        )
+        for name in {**stored, **given}
+        if _kind(given.get(name)) != _kind(stored.get(name))
+    )
 
 
 def _kind(leaf: Any) -> Any:

@@ -43,6 +43,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a pickle": (b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00cposix\nsystem", "says that its header has"),
     "no JSON": (raw(b"{'a': 1}"), "is no JSON where it should be"),
     "no UTF-8": (raw(b'{"\xff": 1}'), "is no JSON where it should be"),
+    "UTF-16": (raw(json.dumps(WHOLE).encode("utf-16")), "is no JSON where it should be"),
+    "a name that is no text": (raw(b'{"\\ud800":{}}'), r"tensor '\\ud800': has a name that cannot be printed"),
+    "metadata that are no texts": (raw(WHOLE | {"__metadata__": {"a": 1}}), "__metadata__ is no JSON object of texts"),
     "deep": (raw(b'{"a":' + b"[" * 100_000), "is no JSON where it should be"),
     "a number of many digits": (raw(b'{"a":' + b"9" * 10_000 + b"}"), "is no JSON where it should be"),
     "a list": (raw([1, 2]), "its header is no JSON object"),
@@ -107,7 +110,7 @@ def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
 
 def test_a_name_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(raw({"\x1b[2J" + "x" * 9999: 5}))
-    with pytest.raises(DeclarationError, match=r"tensor '\\x1b\[2Jx+\.\.\.: has no dtype"):
+    with pytest.raises(DeclarationError, match=r"tensor '\\x1b\[2Jx+\.\.\.: has a name that"):
         read_folder(tmp_path)
 
 
@@ -163,7 +166,9 @@ def test_links_of_a_hubs_cache_are_followed(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / SINGLE)
-    opened = os.open(tmp_path / SINGLE, os.O_RDWR)  # with this and something in it, a reader that is wrong does not wait
+    opened = os.open(
+        tmp_path / SINGLE, os.O_RDWR
+    )  # with this and something in it, a reader that is wrong does not wait
     os.write(opened, raw(WHOLE))
     with pytest.raises(DeclarationError, match="is no file"):
         read_folder(tmp_path)

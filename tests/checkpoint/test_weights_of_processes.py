@@ -62,7 +62,11 @@ def process(place: str, number: int, folder: Path) -> None:
     files = save_safetensors(folder / "out", plan, parameters, "mixtral", max_bytes=20_000)
     if files:
         back, first = (
-            {name: value for file in there.glob("*.safetensors") for name, value in safetensors.numpy.load_file(file).items()}
+            {
+                name: value
+                for file in there.glob("*.safetensors")
+                for name, value in safetensors.numpy.load_file(file).items()
+            }
             for there in (folder / "out", GOLDEN / "mixtral")
         )
         same(back, first)

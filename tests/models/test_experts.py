@@ -1,7 +1,5 @@
 """Experts: each token adds up what its own few make, in the parts that the router says."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np

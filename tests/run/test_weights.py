@@ -23,6 +23,8 @@ from shardlab.run.resume import Saving
 from tests.checkpoint.families import GOLDEN, LOGITS, tokens
 from tests.run.weighted import config
 
+FILE = str(Path(__file__).parent / "weighted.py")
+
 
 def golden_loss() -> float:
     """The mean cross-entropy of transformers' logits."""
@@ -65,7 +67,9 @@ def test_what_a_run_came_to_is_written_by_their_names(run: RunRecord, saved: boo
         assert not np.array_equal(value, first[f"model.layers.2.{theirs}_proj.weight"])  # it has learnt
 
 
-def test_what_cannot_be_is_refused_before_anything_is_compiled_or_written(run: RunRecord, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_compiled_or_written(
+    run: RunRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def with_(**changes: Any) -> Any:
         return override(config(), changes)
 
@@ -78,6 +82,8 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled_or_written(run: R
     with pytest.raises(DeclarationError, match="names: is ''; give one of llama"):
         evaluate(with_(names=""))
     assert not (tmp_path / "new").exists()
+    assert main(["plan", FILE, "--names", "mixtral"]) == 2
+    assert "tensor 'model.layers.0.mlp.down_proj.weight'" in capsys.readouterr().err
     with pytest.raises(DeclarationError, match=r"holds no parameters.npz"):
         export(config(), tmp_path, tmp_path / "out")
     other = dataclasses.replace(config(), model=dataclasses.replace(config().model, mlp_dim=24))
@@ -94,13 +100,12 @@ def test_a_run_that_goes_on_does_not_need_them(run: RunRecord) -> None:
 
 
 def test_the_verb(run: RunRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = str(Path(__file__).parent / "weighted.py")
     given = ["--run", str(run.directory), "--out", str(tmp_path / "out")]
-    assert main(["export", file, *given, "--weights-dtype", "bfloat16", "--max-bytes", "9000", "--json"]) == 0
+    assert main(["export", FILE, *given, "--weights-dtype", "bfloat16", "--max-bytes", "9000", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     assert len(files) > 3
     assert {tensor.dtype for tensor in read_folder(tmp_path / "out").values()} == {"bfloat16"}
-    assert main(["export", file, *given]) == 2
+    assert main(["export", FILE, *given]) == 2
     assert "holds ['model-00001" in capsys.readouterr().err
-    assert main(["export", file, "--run", str(run.directory)]) == 2
+    assert main(["export", FILE, "--run", str(run.directory)]) == 2
     assert "--out: is missing; give the folder to make" in capsys.readouterr().err
