@@ -301,7 +301,7 @@ def write_folder(folder: Path, entries: Sequence[Entry], values: Iterator[np.nda
             with _new(folder / name) as file:
                 file.write(_header(part))
                 for entry in part:
-                    value = np.asarray(next(values), jnp.dtype(entry.dtype), order="C")
+                    value = np.asarray(next(values), jnp.dtype(entry.dtype))
                     assert value.shape == entry.shape
                     file.write(value.reshape(-1).view(np.uint8).data)
         if len(parts) > 1:

@@ -298,12 +298,15 @@ def make_gradients(
 
 def _same_parameters(given: Arrays, stored: Arrays) -> None:
     """Parameters that are given are those of the plan, as it stores them."""
+    found, planned = ({name: (leaf.shape, str(leaf.dtype)) for name, leaf in each.items()} for each in (given, stored))
     raise_faults(
         Fault(
-            name, f"is {_kind(given.get(name))}, and the plan has {_kind(stored.get(name))}", "read them by this plan"
+            name,
+            f"the plan stores {_shown(planned.get(name))}, and given is {_shown(found.get(name))}",
+            "give what was read for this plan",
         )
-        for name in {**stored, **given}
-        if _kind(given.get(name)) != _kind(stored.get(name))
+        for name in {**planned, **found}
+        if planned.get(name) != found.get(name)
     )
 
 
@@ -322,22 +325,22 @@ def check_batch(batch: Any, planned: Sequence[tuple[str, tuple[int, ...], str]],
     Raises:
       DeclarationError: with every array that differs, and the way out.
     """
-
-    def shown(leaf: tuple[tuple[int, ...], str] | None) -> str:
-        return "no such array" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
-
     leaves = jax.tree_util.tree_flatten_with_path(abstract(batch))[0]
     found = {path_of(keys): (leaf.shape, str(leaf.dtype)) for keys, leaf in leaves}
     expected = {path: (shape, dtype) for path, shape, dtype in planned}
     raise_faults(
         Fault(
             f"batch {path}".rstrip(),
-            f"the plan has {shown(expected.get(path))}, the batch {shown(found.get(path))}",
+            f"the plan has {_shown(expected.get(path))}, the batch {_shown(found.get(path))}",
             way_out,
         )
         for path in {**expected, **found}
         if expected.get(path) != found.get(path)
     )
+
+
+def _shown(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "no such array" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
 def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:

@@ -101,6 +101,20 @@ def test_steps_are_counted_and_leave_everything_in_its_place() -> None:
     assert {shard.data.shape for shard in state.optimizer[0].mu["w"].addressable_shards} == {(3, 2)}
 
 
+def test_parameters_that_are_given_are_begun_with() -> None:
+    step = compiled()
+    w = np.arange(24.0, dtype=np.float32).reshape(6, 4)
+    state = step.init(0, {"w": jnp.asarray(w)})
+    np.testing.assert_array_equal(state.parameters["w"], w)
+    assert not np.asarray(state.optimizer[0].mu["w"]).any()
+    step(state, BATCH)  # they lie as the plan says
+    given = {"w": jnp.zeros((6, 4), jnp.bfloat16), "v": jnp.zeros(3)}
+    with pytest.raises(DeclarationError) as error:
+        step.init(0, given)
+    assert "w: the plan stores float32[6, 4], and given is bfloat16[6, 4]; give what was" in str(error.value)
+    assert "v: the plan stores no such array, and given is float32[3]" in str(error.value)
+
+
 def test_the_same_twice() -> None:
     step = compiled()
     first, second = (step(step.init(1), batch) for batch in (BATCH, jax.device_put(BATCH, step.batch_shardings)))
