@@ -57,6 +57,7 @@ def plan_of(family: Family, *, rows: int = 2, data: int = 1, stage: int = 1, ten
     )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_transformers(name: str) -> None:
     family = FAMILIES[name]

@@ -28,13 +28,17 @@ CONFIG = DecoderConfig(
 
 
 def test_a_token_is_what_its_experts_make_of_it() -> None:
-    layer = Experts(5, 2, 6, 7, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
-    made = np.asarray(layer(jnp.asarray(x)))
-    gate, up, down = (np.asarray(kernel[...]) for kernel in (layer.gate, layer.up, layer.down))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Experts(5, 2, 6, 7, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    x = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    made = np.asarray(jax.jit(lambda values, x: nnx.merge(graph, values)(x))(values, x))
+    gate, up, down, router = (
+        np.asarray(one[...]) for one in (values.gate, values.up, values.down, values.router.kernel)
+    )
     chosen = set()
     for place in np.ndindex(2, 3):
-        logits = x[place] @ np.asarray(layer.router.kernel[...])
+        logits = x[place] @ router
         best = np.argsort(logits)[-2:]
         chosen |= set(best.tolist())
         parts = np.exp(logits[best]) / np.exp(logits[best]).sum()

@@ -106,7 +106,8 @@ def test_parameters_that_are_given_are_begun_with(monkeypatch: pytest.MonkeyPatc
     step = compiled()
 
     def nothing(*args: Any, **named: Any) -> dict[str, Any]:
-        assert not (made := initial_values(*args, **named))  # a model that fits once need not fit twice
+        made = initial_values(*args, **named)
+        assert not made  # a model that fits once need not fit twice
         return made
 
     monkeypatch.setattr("shardlab.step.compile.initial_values", nothing)
