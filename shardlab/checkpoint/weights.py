@@ -3,7 +3,7 @@
     tensors in files  -- a table of names -->  parameters by path  -- a plan -->  arrays as the plan stores them
 
 Every process reads of every file what its own devices store, one device's part of one stored array at a time: stacks,
-padding and shards are made while it reads, and no host and no device holds the model. Back, one tensor at a time is
+padding and shards are made while it reads, and no host and no device holds the model. Back, one parameter at a time is
 gathered.
 """
 

@@ -149,7 +149,7 @@ class Config:
       unit: what the loss is counted in, for reports.
       compiler_options: of XLA, for the train step alone: NAME=VALUE,NAME=VALUE.
       weights: a folder of safetensors that the parameters are read from, in place of those that the seed gives.
-      names: what tensors the parameters are there: llama, qwen, mixtral, or in a config a shardlab.checkpoint.Names.
+      names: the names that parameters have there: llama, qwen, mixtral, or in a config a shardlab.checkpoint.Names.
       cast_weights: whether weights of another dtype are made what the parameters are; otherwise they are refused.
     """
 
