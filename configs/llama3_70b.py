@@ -28,6 +28,7 @@ def config() -> Config:
             head_dim=128,
             mlp_dim=28_672,
             rope_base=500_000.0,
+            norm_epsilon=1e-5,
             query_chunk=512,
             splash=True,
             heads_axis="tensor",

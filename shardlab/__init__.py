@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardlab import report
+    from shardlab.checkpoint.weights import load_safetensors, save_safetensors
     from shardlab.mesh.build import abstract_mesh, build_mesh
     from shardlab.mesh.emulate import emulate
     from shardlab.mesh.faults import DeclarationError
@@ -46,9 +47,11 @@ __all__ = [
     "compile_train_step",
     "cross_entropy",
     "emulate",
+    "load_safetensors",
     "make_plan",
     "make_schedule",
     "report",
+    "save_safetensors",
     "verify",
 ]
 
@@ -74,8 +77,10 @@ _MODULES = {
     "compile_train_step": "shardlab.step.compile",
     "cross_entropy": "shardlab.step.cross_entropy",
     "emulate": "shardlab.mesh.emulate",
+    "load_safetensors": "shardlab.checkpoint.weights",
     "make_plan": "shardlab.plan.make",
     "make_schedule": "shardlab.pipeline.schedules",
+    "save_safetensors": "shardlab.checkpoint.weights",
     "verify": "shardlab.step.verify",
 }
 

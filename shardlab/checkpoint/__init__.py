@@ -1,6 +1,7 @@
-"""State that outlives a run: its canonical tree, digests of its arrays, and the checkpoints of a run on disk."""
+"""State that outlives a run: its canonical tree, digests of its arrays, checkpoints on disk, and weights of others."""
 
 from shardlab.checkpoint.canonical import Canonical
+from shardlab.checkpoint.names import LLAMA, MIXTRAL, QWEN, Name, Names
 from shardlab.checkpoint.store import CheckpointError, Checkpoints
 
-__all__ = ["Canonical", "CheckpointError", "Checkpoints"]
+__all__ = ["LLAMA", "MIXTRAL", "QWEN", "Canonical", "CheckpointError", "Checkpoints", "Name", "Names"]

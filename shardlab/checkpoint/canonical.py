@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from shardlab.plan.plan import Plan
 from shardlab.plan.proof import place_of
 from shardlab.sharding.rules import axes_of, entry
 from shardlab.sharding.zero import add_axes
-from shardlab.step.state import TrainState, abstract_state_of, cut, stage_axis, state_spec_tree
+from shardlab.step.state import TrainState, abstract_state_of, cut, stage_axis, state_spec_tree, storage_specs
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,11 @@ class Canonical:
         self._stored, self._treedef = jax.tree.flatten(shapes)
         laid = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
         self._shardings = [NamedSharding(mesh, spec) for spec in laid]
-        stage = stage_axis(plan)
         leaves = {}
         for one, spec in zip(self._held, laid, strict=True):
             for name in one.filled:
-                shape = own[name].shape
-                entries = [*spec, *(None,) * (len(shape) + one.stacked - len(spec))][int(one.stacked) :]
-                fitting = _dividing(PartitionSpec(*entries), shape, plan)
-                if one.stacked and stage:
-                    fitting = add_axes(fitting, shape, (stage,), plan.mesh)[0]
-                leaves[name] = jax.ShapeDtypeStruct(shape, own[name].dtype, sharding=NamedSharding(mesh, fitting))
+                sharding = NamedSharding(mesh, _unstacked_spec(spec, own[name].shape, one.stacked, plan))
+                leaves[name] = jax.ShapeDtypeStruct(own[name].shape, own[name].dtype, sharding=sharding)
         self.leaves: dict[str, jax.ShapeDtypeStruct] = dict(sorted(leaves.items()))
 
     def arrays_of(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -110,15 +105,41 @@ class Canonical:
         return state
 
 
+def own_parameters(plan: Plan, parameters: Mapping[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:
+    """Parameters by the user's own paths and in their own shapes, in shards still; those of one stack at a time.
+
+    Args:
+      plan: whose parameters they are.
+      parameters: as a `TrainState` of the plan has them.
+    """
+    members = {stack.name: stack.members for stack in plan.stacks}
+    shapes = {parameter.path: parameter.shape for parameter in plan.parameters}
+    for name, spec in storage_specs(plan).items():
+        held = _Held(members.get(name, (name,)), stacked=name in members)
+        shape, leaf = shapes[held.filled[0]], parameters[name]
+        sharding = NamedSharding(leaf.sharding.mesh, _unstacked_spec(spec, shape, held.stacked, plan))  # type: ignore[attr-defined]
+        yield from zip(held.filled, _parts_of(held.slots, shape, sharding, digests=False)(leaf), strict=True)
+
+
+def _unstacked_spec(spec: PartitionSpec, shape: tuple[int, ...], stacked: bool, plan: Plan) -> PartitionSpec:
+    """How an array of the user's own shape lies that is stored by `spec`: a stack's stages have a part of each."""
+    stage = stage_axis(plan)
+    entries = [*spec, *(None,) * (len(shape) + stacked - len(spec))][int(stacked) :]
+    fitting = _dividing(PartitionSpec(*entries), shape, plan)
+    return add_axes(fitting, shape, (stage,), plan.mesh)[0] if stacked and stage else fitting
+
+
 @functools.cache
-def _parts_of(slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding) -> Any:
+def _parts_of(
+    slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding, *, digests: bool = True
+) -> Any:
     """A program that cuts a stack into the arrays of its slots; None: the array alone. Of each also the digest."""
 
     def parts(leaf: jax.Array) -> Any:
         found = [cut(leaf, shape)] if slots is None else [cut(leaf[slot], shape) for slot in slots]
-        return found, [digest(one) for one in found]
+        return (found, [digest(one) for one in found]) if digests else found
 
-    return jax.jit(parts, out_shardings=(sharding, None))
+    return jax.jit(parts, out_shardings=(sharding, None) if digests else sharding)
 
 
 @functools.cache

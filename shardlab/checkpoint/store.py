@@ -157,6 +157,18 @@ class Checkpoints:
         _check(arrays, seal, folder)
         return canonical.state_of(arrays)
 
+    def array(self, step: int, name: str) -> np.ndarray:
+        """An array of a step by its canonical name, on this host alone.
+
+        Raises:
+          CheckpointError: it is not there, or not what was saved.
+        """
+        folder, seal = self.folder / str(step), self.seal(step)
+        with _named(folder):
+            array = _alone(folder, seal, name)
+        _check({name: array}, seal, folder)
+        return np.asarray(array)
+
     def faults(self, step: int) -> list[str]:
         """What of a step's checkpoint is not as it was saved: its files by SHA-256, its arrays by digest."""
         folder = self.folder / str(step)
@@ -168,21 +180,26 @@ class Checkpoints:
 
 
 def _faults_of_arrays(folder: epath.Path, seal: Seal) -> Iterator[str]:
-    """Arrays, read one at a time onto one device, whose digest is another."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    leaves = {
-        name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=device)
-        for name, leaf in seal.tree.items()
-    }
-    for name, leaf in leaves.items():
+    """Arrays, read one at a time, whose digest is another."""
+    for name in seal.tree:
         try:
-            alone = {other: leaf if other == name else ocp.PLACEHOLDER for other in leaves}
-            array = ocp.load(folder, alone)[name]
+            array = _alone(folder, seal, name)
         except Exception as error:  # whatever Orbax and TensorStore make of what is damaged
             yield f"{name}: cannot be read ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
             continue
         if _hex(digest_of(array)) != seal.tree[name]["digest"]:
             yield f"{name}: its digest is another"
+
+
+def _alone(folder: epath.Path, seal: Seal, name: str) -> jax.Array:
+    """One array, read onto one device of the host."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    leaf = seal.tree[name]
+    wanted = jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=device)
+    array: jax.Array = ocp.load(folder, {other: wanted if other == name else ocp.PLACEHOLDER for other in seal.tree})[
+        name
+    ]
+    return array
 
 
 def _differences(seal: Seal, canonical: Canonical, folder: epath.Path) -> Iterator[Fault]:

@@ -23,6 +23,7 @@ from shardlab.cli.audits import diff
 from shardlab.cli.checkpoint import checkpoint
 from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
+from shardlab.cli.export import export
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
 from shardlab.cli.search import search, why
@@ -42,8 +43,10 @@ Declare a mesh and a PartitionSpec for every parameter of your own Flax model in
   shardlab verify CONFIG     prove it: the plan against the same step on one device, in float64
   shardlab train CONFIG      train; writes metrics.jsonl, report.json, plan.json, parameters.npz, loss.png
                              --checkpoint-every K saves; the same command with --resume goes on, on any plan
+                             --weights FOLDER --names llama: from safetensors; llama, qwen, mixtral
   shardlab checkpoint RUN    what a run has saved; --verify: every file and array against what was written
   shardlab eval CONFIG       held-out loss, of a run's parameters with --run DIR
+  shardlab export CONFIG     a run's parameters as safetensors that others read: --run DIR --out FOLDER --names llama
   shardlab report RUN        what a run compiled to and came to
   shardlab schedule NAME     a pipeline schedule drawn, its bubble, what is in flight
   shardlab diff A B          what changed between two audits that compile --save wrote
@@ -165,6 +168,7 @@ def plan(arguments: list[str], *, restart: bool) -> int:
     from shardlab.report.text import schedule_text
 
     made = call.config.plan()
+    call.config.open_weights(made)  # what does not fit is told here too; no number is read
     facts = plan_facts(made)
     text = [str(made), *(f"note: {remark}" for remark in call.remarks), "", schedule_text(facts)]
     facts["notes"] += call.remarks
@@ -258,6 +262,7 @@ VERBS: Mapping[str, Callable[..., int]] = {
     "verify": verify,
     "train": train,
     "eval": evaluate,
+    "export": export,
     "report": report,
     "schedule": schedule,
     "checkpoint": checkpoint,

@@ -1,6 +1,7 @@
 """A Llama-style decoder in Flax NNX, its loss, and the rules that make it tensor-parallel.
 
-RMSNorm before each part, rotary positions, grouped-query attention, a gated MLP (Llama 2, arXiv 2307.09288).
+RMSNorm before each part, rotary positions, grouped-query attention, a gated MLP (Llama 2, arXiv 2307.09288); by options
+what Qwen 2 and 3 (arXiv 2407.10671, 2505.09388) and Mixtral (arXiv 2401.04088) do otherwise.
 
 Shapes: B examples, S tokens, D model dim, H heads of dim K, G key-value heads, V vocabulary.
 No layer names a dtype: the dtype of the parameters decides what is computed in.
@@ -9,6 +10,7 @@ No layer names a dtype: the dtype of the parameters decides what is computed in.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from shardlab.models.experts import Experts, expert_rules
 from shardlab.models.splash import Attend, on_tpu
 from shardlab.sharding.rules import Rule, Rules
 
@@ -45,6 +48,13 @@ class DecoderConfig:
       heads_axis: mesh axis that attention's heads are split over, said to XLA where tokens are split between blocks
         (it would attend with parts of the tokens); None leaves it to XLA.
       rope_base: the longest rotary wavelength is about ``2 pi rope_base`` tokens.
+      rope_stretch: by how much wavelengths longer than `rope_trained` tokens are stretched, as in Llama 3.1.
+      rope_trained: see there; wavelengths shorter than a quarter of it stay, and those between go over.
+      norm_epsilon: what every RMSNorm adds to the mean square.
+      qkv_bias: biases of queries, keys and values, as in Qwen 2.
+      qk_norm: RMSNorm of each head's queries and keys, before they are turned, as in Qwen 3.
+      num_experts: in place of each gated MLP so many of them (`shardlab.models.experts`), as in Mixtral; 0: one alone.
+      experts_per_token: how many of them a token's are added up of.
 
     >>> DecoderConfig(num_layers=1, model_dim=32)(nnx.Rngs(0)).tokens.embedding.shape
     (256, 32)
@@ -60,10 +70,17 @@ class DecoderConfig:
     dropout: float = 0.0
     tied: bool = False
     rope_base: float = 10_000.0
+    rope_stretch: float = 1.0
+    rope_trained: int = 8192
     query_chunk: int = 0
     loss_chunk: int = 0
     splash: bool = False
     heads_axis: str | None = None
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 2
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -97,7 +114,7 @@ class Decoder(nnx.Module):
         self.tokens.dtype = None
         self.drop = dropout(config, rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
+        self.norm = norm(config, rngs)
         if not config.tied:
             self.unembed = nnx.Linear(config.model_dim, config.vocab_size, use_bias=False, kernel_init=small, rngs=rngs)
 
@@ -115,7 +132,8 @@ class Decoder(nnx.Module):
         """The rotary angles of positions 0 to S-1, which every block reads."""
         dtype = jnp.promote_types(self.tokens.embedding.dtype, jnp.float32)
         positions = jnp.arange(batch["tokens"].shape[1], dtype=dtype)[None]
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+        stretch = self.config.rope_stretch, self.config.rope_trained
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_base, stretch)
 
     def head(self, x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         """The logits, [B, S, V]; or, with `loss_chunk`, the cross-entropy of every target, [B, S]."""
@@ -139,10 +157,15 @@ class Block(nnx.Module):
     """``block(x, c) -> x``: attention, then the gated MLP, each added to what came in."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
+        self.attention_norm = norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
-        self.mlp = GatedMLP(config, rngs=rngs)
+        self.mlp_norm = norm(config, rngs)
+        self.mlp: GatedMLP | Experts
+        if config.num_experts:
+            sizes = config.num_experts, config.experts_per_token, config.model_dim, config.mlp_dim
+            self.mlp = Experts(*sizes, down_variance=1 / (2 * config.num_layers), rngs=rngs)
+        else:
+            self.mlp = GatedMLP(config, rngs=rngs)
         self.attention_drop = dropout(config, rngs)
         self.mlp_drop = dropout(config, rngs)
 
@@ -158,13 +181,19 @@ class Attention(nnx.Module):
         self.head_dim, self.query_chunk = config.head_dim, config.query_chunk
         self.heads_axis, self.splash = config.heads_axis, config.splash
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = nnx.Linear(config.model_dim, queries, use_bias=False, rngs=rngs)
-        self.k = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
-        self.v = nnx.Linear(config.model_dim, keys, use_bias=False, rngs=rngs)
+        self.q = nnx.Linear(config.model_dim, queries, use_bias=config.qkv_bias, rngs=rngs)
+        self.k = nnx.Linear(config.model_dim, keys, use_bias=config.qkv_bias, rngs=rngs)
+        self.v = nnx.Linear(config.model_dim, keys, use_bias=config.qkv_bias, rngs=rngs)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
+            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
         self.o = nnx.Linear(queries, config.model_dim, use_bias=False, kernel_init=residual_init(config), rngs=rngs)
 
     def __call__(self, x: jax.Array, c: Angles) -> jax.Array:
         q, k, v = (self.over_heads(heads(layer(x), self.head_dim)) for layer in (self.q, self.k, self.v))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         attend: Attend = functools.partial(causal_attention, query_chunk=self.query_chunk)
         attend = on_tpu(attend, heads_axis=self.heads_axis) if self.splash else attend
         out = attend(rotate(q, c), rotate(k, c), v)
@@ -190,6 +219,11 @@ class GatedMLP(nnx.Module):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
+def norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over the model dim."""
+    return nnx.RMSNorm(config.model_dim, epsilon=config.norm_epsilon, rngs=rngs)
+
+
 def dropout(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Dropout:
     """Dropout at the config's rate; at rate 0 it holds no random state."""
     return nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
@@ -205,17 +239,23 @@ def heads(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, base: float) -> Angles:
+def rotary_angles(positions: jax.Array, head_dim: int, base: float, stretch: tuple[float, int] = (1.0, 1)) -> Angles:
     """Cosines and sines of ``position * base ** (-2 i / K)``, each [1 or B, S, K/2] (RoPE, arXiv 2104.09864).
 
     Args:
       positions: [1 or B, S], floating point; computed in its dtype.
+      stretch: factor of the wavelengths longer than so many tokens (Llama 3, arXiv 2407.21783; 1 and 4 are its
+        `low_freq_factor` and `high_freq_factor`).
 
     >>> cos, sin = rotary_angles(jnp.arange(3.0)[None], head_dim=4, base=10_000.0)
     >>> cos.shape, float(cos[0, 0, 0]), float(sin[0, 0, 0])
     ((1, 3, 2), 1.0, 0.0)
     """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=positions.dtype) / head_dim)
+    factor, length = stretch
+    if factor != 1:
+        stays = jnp.clip((length * frequencies / (2 * math.pi) - 1) / (4 - 1), 0, 1)
+        frequencies = frequencies * ((1 - stays) / factor + stays)
     angles = positions[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -291,7 +331,14 @@ def cross_entropies(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def decoder_rules(axis: str | None = "tensor", *, tied: bool = False) -> Rules:
+def decoder_rules(
+    axis: str | None = "tensor",
+    *,
+    tied: bool = False,
+    qkv_bias: bool = False,
+    experts: bool = False,
+    experts_axis: str | None = None,
+) -> Rules:
     """Megatron's tensor parallelism (arXiv 1909.08053) over one mesh axis; None replicates all.
 
         q k v, gate up    kernel [D, out]    out over the axis: each device has its own heads and MLP columns
@@ -299,18 +346,29 @@ def decoder_rules(axis: str | None = "tensor", *, tied: bool = False) -> Rules:
         embedding         [V, D]             D over the axis: a lookup picks rows, each device has all rows
         output kernel     [D, V]             V over the axis: logits stay cut, the loss reduces over them
 
+    Args:
+      axis: the mesh axis.
+      tied, qkv_bias: as of the config.
+      experts: whether the config has several; each is cut like the MLP.
+      experts_axis: mesh axis that the experts are spread over.
+
     >>> decoder_rules("tensor").rules[0]
     Rule(pattern='tokens/embedding', spec=P(None, 'tensor'), pad=False)
     """
     columns, rows = P(None, axis), P(axis, None)
     output = () if tied else (Rule("unembed/kernel", columns),)
+    biases = tuple(Rule(f"blocks/*/attention/{name}/bias", P(axis)) for name in "qkv") if qkv_bias else ()
+    mlp = (
+        *(Rule(f"blocks/*/mlp/{name}/kernel", columns) for name in ("gate", "up")),
+        Rule("blocks/*/mlp/down/kernel", rows),
+    )
     return Rules(
         rules=(
             Rule("tokens/embedding", columns),
             *(Rule(f"blocks/*/attention/{name}/kernel", columns) for name in ("q", "k", "v")),
             Rule("blocks/*/attention/o/kernel", rows),
-            *(Rule(f"blocks/*/mlp/{name}/kernel", columns) for name in ("gate", "up")),
-            Rule("blocks/*/mlp/down/kernel", rows),
+            *biases,
+            *(expert_rules(axis, experts_axis) if experts else mlp),
             Rule("**/*norm/scale", P()),
             *output,
         )

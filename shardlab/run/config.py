@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import optax
     from jax.sharding import PartitionSpec
 
+    from shardlab.checkpoint.names import Names
+    from shardlab.checkpoint.weights import Weights
     from shardlab.module.pipeline import Pipeline
     from shardlab.plan.plan import Plan
     from shardlab.sharding.rules import Rules
@@ -146,6 +148,9 @@ class Config:
       eval_batches: held-out batches of an evaluation.
       unit: what the loss is counted in, for reports.
       compiler_options: of XLA, for the train step alone: NAME=VALUE,NAME=VALUE.
+      weights: a folder of safetensors that the parameters are read from, in place of those that the seed gives.
+      names: the names that parameters have there: llama, qwen, mixtral, or in a config a shardlab.checkpoint.Names.
+      cast_weights: whether weights of another dtype are made what the parameters are; otherwise they are refused.
     """
 
     model: Any
@@ -179,6 +184,9 @@ class Config:
     eval_batches: int = 4
     unit: str = "nats"
     compiler_options: str = ""
+    weights: str = ""
+    names: str | Names = ""
+    cast_weights: bool = False
 
     def __post_init__(self) -> None:
         from jax.sharding import PartitionSpec
@@ -238,7 +246,7 @@ class Config:
             "scatter",
             "batch_axes",
         )
-        kinds |= dict.fromkeys((*names, "unit", "compiler_options"), (str, "a text"))
+        kinds |= dict.fromkeys((*names, "unit", "compiler_options", "weights"), (str, "a text"))
         faults = [
             Fault(name, f"is {_shown(getattr(self, name))}", f"give {way_out}")
             for name, (kind, way_out) in kinds.items()
@@ -315,6 +323,18 @@ class Config:
             activation=self.activation,
             saved_activation=self.saved_activation,
         )
+
+    def open_weights(self, plan: Plan) -> Weights | None:
+        """`weights`, found to be those of the plan's parameters; None where there are none. No number is read yet.
+
+        Raises:
+          DeclarationError: with everything in the folder that is not as the plan needs it.
+        """
+        if not self.weights:
+            return None
+        from shardlab.checkpoint.weights import open_weights
+
+        return open_weights(self.weights, plan, self.names, cast=self.cast_weights)
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
 
     Args:
       config: with the run's model.
-      run: the directory of a run; None takes the parameters that the config's seed gives.
+      run: the directory of a run; None takes the config's weights, or the parameters that its seed gives.
       view: what is told of what happens.
 
     Returns:
-      ``eval_loss``, ``unit``, ``tokens``, ``batches``, ``batch_size``, and ``parameters``: the run, or "initial".
+      ``eval_loss``, ``unit``, ``tokens``, ``batches``, ``batch_size``, and ``parameters``: the run, the weights, or
+      "initial".
 
     Raises:
       DeclarationError: a faulty declaration, or the run of another model.
@@ -65,16 +66,19 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
     with view.phase("planning"):
         plan = config.plan()
     if arrays is not None:
-        _same_arrays(plan, arrays, str(run))
+        same_arrays(plan, arrays, str(run))
+    weights = config.open_weights(plan) if arrays is None else None
     with view.phase("reading the data"):
         batches = config.data.held_out(config.batch_size, config.eval_batches)
     with view.phase(f"compiling the evaluation for {plan.mesh}"):
         evaluation = Evaluation(config, plan, batches)
     if arrays is None:
-        view.say(f"no run is named: these are the parameters that seed {config.seed} gives, before any step")
+        given = weights.onto(evaluation.mesh) if weights is not None else {}
+        which = f"the weights in {config.weights}" if given else f"the parameters that seed {config.seed} gives"
+        view.say(f"no run is named: these are {which}, before any step")
         model = read_model(config.model, config.abstract_batch(), plan.pipeline)
         with jax.set_mesh(evaluation.mesh):
-            values = initial_values(model, plan, evaluation.mesh, config.seed)
+            values = given | initial_values(model, plan, evaluation.mesh, config.seed, without=given)
     else:
         values = _placed(plan, evaluation.mesh, arrays)
     names = storage_specs(plan)
@@ -90,12 +94,16 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
         "tokens": tokens,
         "batches": config.eval_batches,
         "batch_size": config.batch_size,
-        "parameters": "initial" if run is None else str(run),
+        "parameters": str(run or config.weights or "initial"),
     }
 
 
-def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None:
-    """The run's arrays are those of the plan's model."""
+def same_arrays(plan: Plan, arrays: Mapping[str, Any], run: str) -> None:
+    """That a run's arrays are those of the plan's model, by path and shape.
+
+    Raises:
+      DeclarationError: with every one that is not.
+    """
     shapes: dict[str, Any] = {parameter.path: parameter.shape for parameter in plan.parameters}
     shapes |= {buffer.path: buffer.shape for buffer in plan.buffers}
     way_out = "give the config, with the overrides, that the run was made with"

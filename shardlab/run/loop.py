@@ -118,6 +118,7 @@ def train(
         build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
     for note in plan.notes:
         view.say(f"note: {note}")
+    weights = None if resume and store.steps() else config.open_weights(plan)  # refused before it compiles
     with view.phase("reading the data"):
         source = config.data.train(config.batch_size, seed=config.seed)
         batches = _batches(iter(source), plan, config.steps)
@@ -154,7 +155,7 @@ def train(
     state = start.state
     if state is None:
         with view.phase("creating the state, every array in its own sharding"):
-            state = step.init(config.seed)
+            state = step.init(config.seed, None if weights is None else weights.onto(step.mesh))
             jax.block_until_ready(state)
     if canonical is not None and saving.every:
         # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.

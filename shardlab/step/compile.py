@@ -33,6 +33,7 @@ from shardlab.step.stage_arrays import diverges, leaves_out
 from shardlab.step.state import (
     TrainState,
     abstract_state_of,
+    abstract_stored,
     initial_values,
     shardings,
     state_spec_tree,
@@ -103,15 +104,22 @@ class CompiledStep:
         """How gradients are scattered over each batch axis of these devices, and why so."""
         return make_region(self.plan, self.mesh).scatters
 
-    def init(self, seed: int) -> TrainState:
+    def init(self, seed: int, parameters: Arrays | None = None) -> TrainState:
         """The state before the first step, every array created in its own sharding.
 
-        Parameters are those Flax's own initialisation, under `jax.jit`, gives for ``seed``.
+        Parameters are those Flax's own initialisation, under `jax.jit`, gives for ``seed``; or those given, placed as
+        the plan stores them, as `shardlab.load_safetensors` reads them. The first step takes their memory.
+
+        Raises:
+          DeclarationError: those given are not the plan's, by name, shape and dtype.
         """
+        if parameters is not None:
+            _same_parameters(parameters, abstract_stored(self.model, self.plan)[0])
+            parameters = jax.device_put(parameters, self.state_shardings.parameters)
         with jax.set_mesh(self.mesh):
-            values = initial_values(self.model, self.plan, self.mesh, seed)
             names = storage_specs(self.plan)
-            parameters = {name: values[name] for name in names}
+            values = initial_values(self.model, self.plan, self.mesh, seed, without=parameters or ())
+            parameters = parameters or {name: values[name] for name in names}
             return TrainState(
                 step=jax.device_put(jnp.int32(0), self.state_shardings.step),
                 key=jax.device_put(jax.random.key_data(jax.random.key(seed)), self.state_shardings.key),
@@ -288,6 +296,20 @@ def make_gradients(
     return gradients
 
 
+def _same_parameters(given: Arrays, stored: Arrays) -> None:
+    """Parameters that are given are those of the plan, as it stores them."""
+    found, planned = ({name: (leaf.shape, str(leaf.dtype)) for name, leaf in each.items()} for each in (given, stored))
+    raise_faults(
+        Fault(
+            name,
+            f"the plan stores {_shown(planned.get(name))}, and given is {_shown(found.get(name))}",
+            "give what was read for this plan",
+        )
+        for name in {**planned, **found}
+        if planned.get(name) != found.get(name)
+    )
+
+
 def _kind(leaf: Any) -> Any:
     return getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
 
@@ -303,22 +325,22 @@ def check_batch(batch: Any, planned: Sequence[tuple[str, tuple[int, ...], str]],
     Raises:
       DeclarationError: with every array that differs, and the way out.
     """
-
-    def shown(leaf: tuple[tuple[int, ...], str] | None) -> str:
-        return "no such array" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
-
     leaves = jax.tree_util.tree_flatten_with_path(abstract(batch))[0]
     found = {path_of(keys): (leaf.shape, str(leaf.dtype)) for keys, leaf in leaves}
     expected = {path: (shape, dtype) for path, shape, dtype in planned}
     raise_faults(
         Fault(
             f"batch {path}".rstrip(),
-            f"the plan has {shown(expected.get(path))}, the batch {shown(found.get(path))}",
+            f"the plan has {_shown(expected.get(path))}, the batch {_shown(found.get(path))}",
             way_out,
         )
         for path in {**expected, **found}
         if expected.get(path) != found.get(path)
     )
+
+
+def _shown(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "no such array" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
 def _same_as_planned(model: Model, plan: Plan, batch: Any) -> None:

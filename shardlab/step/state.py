@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,14 +140,16 @@ def cut(value: Any, shape: tuple[int, ...]) -> Any:
     return value if value.shape == shape else value[tuple(slice(size) for size in shape)]
 
 
-def initial_values(model: Model, plan: Plan, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
-    """Every stored array, parameters and buffers, made in its own sharding from a seed.
+def initial_values(
+    model: Model, plan: Plan, mesh: Mesh, seed: int, *, without: Container[str] = ()
+) -> dict[str, jax.Array]:
+    """Every stored array but those named, parameters and buffers, made in its own sharding from a seed.
 
     Arrays whose programs differ only in integers share one compiled program, so that a model of many separate
     layers compiles as many programs as it has kinds of arrays; the others are compiled together.
     """
     made = recipes(model.initialise)
-    specs = {**storage_specs(plan), **buffer_specs(plan)}
+    specs = {name: spec for name, spec in {**storage_specs(plan), **buffer_specs(plan)}.items() if name not in without}
     dtypes = {p.path: jnp.dtype(p.dtype) for p in plan.parameters}
     stored = {p.path: p.stored_shape for p in plan.parameters}
     stacks = {stack.name: stack.members for stack in plan.stacks}

@@ -57,6 +57,7 @@ def test_the_scalars_are_the_configs_own_and_those_of_its_dataclasses() -> None:
             "batch_axes",
         ),
         *("steps", "seed", "eval_every", "eval_batches", "unit", "compiler_options"),
+        *("weights", "names", "cast_weights"),
     }
     model = ("num_features", "num_layers", "model_dim", "hidden_dim", "num_classes", "dropout")
     inner = {"optimizer.learning_rate", "data.scale", *(f"model.{name}" for name in model)}

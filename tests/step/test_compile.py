@@ -22,6 +22,7 @@ from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import Rule, Rules
 from shardlab.step.compile import CompiledStep, _same_as_declared, compile_train_step
+from shardlab.step.state import initial_values
 
 WIDTH = 6
 ADAM = optax.adam(0.1)
@@ -99,6 +100,27 @@ def test_steps_are_counted_and_leave_everything_in_its_place() -> None:
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     assert {shard.data.shape for shard in state.parameters["w"].addressable_shards} == {(6, 2)}
     assert {shard.data.shape for shard in state.optimizer[0].mu["w"].addressable_shards} == {(3, 2)}
+
+
+def test_parameters_that_are_given_are_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = compiled()
+
+    def nothing(*args: Any, **named: Any) -> dict[str, Any]:
+        made = initial_values(*args, **named)
+        assert not made  # a model that fits once need not fit twice
+        return made
+
+    monkeypatch.setattr("shardlab.step.compile.initial_values", nothing)
+    w = np.arange(24.0, dtype=np.float32).reshape(6, 4)
+    state = step.init(0, {"w": jnp.asarray(w)})
+    np.testing.assert_array_equal(state.parameters["w"], w)
+    assert not np.asarray(state.optimizer[0].mu["w"]).any()
+    step(state, BATCH)  # they lie as the plan says
+    given = {"w": jnp.zeros((6, 4), jnp.bfloat16), "v": jnp.zeros(3)}
+    with pytest.raises(DeclarationError) as error:
+        step.init(0, given)
+    assert "w: the plan stores float32[6, 4], and given is bfloat16[6, 4]; give what was" in str(error.value)
+    assert "v: the plan stores no such array, and given is float32[3]" in str(error.value)
 
 
 def test_the_same_twice() -> None:
