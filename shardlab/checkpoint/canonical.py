@@ -118,7 +118,8 @@ def _parts_of(slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: N
         found = [cut(leaf, shape)] if slots is None else [cut(leaf[slot], shape) for slot in slots]
         return found, [digest(one) for one in found]
 
-    return jax.jit(parts, out_shardings=(sharding, None))
+    # Every process reads the digests.
+    return jax.jit(parts, out_shardings=(sharding, NamedSharding(sharding.mesh, PartitionSpec())))
 
 
 @functools.cache
