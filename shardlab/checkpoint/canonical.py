@@ -66,10 +66,12 @@ class Canonical:
       mesh: the devices.
 
     Attributes:
+      mesh: the devices.
       leaves: shape, dtype and sharding of every canonical array, by name.
     """
 
     def __init__(self, model: Model, plan: Plan, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
+        self.mesh = mesh
         specs = state_spec_tree(model, plan, optimizer)
         shapes = abstract_state_of(model, plan, optimizer)
         own = _own_shapes(model, plan, optimizer)

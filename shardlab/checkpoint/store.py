@@ -178,7 +178,7 @@ class Checkpoints:
         def read() -> None:
             with _named(folder):
                 arrays.update(ocp.load(folder, dict(canonical.leaves)))
-            _check(arrays, seal, folder)
+            _check(arrays, seal, folder, canonical.mesh)
 
         of_all(read, error=CheckpointError)
         return canonical.state_of(arrays)
@@ -229,12 +229,8 @@ def _differences(seal: Seal, canonical: Canonical, folder: epath.Path) -> Iterat
                     yield Fault(name, f"has {what} {b} here and {a} in the checkpoint {folder}", way_out)
 
 
-def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path) -> None:
-    wrong = [
-        name
-        for name, array in arrays.items()
-        if _hex(_digest_on(array.sharding.mesh)(array)) != seal.tree[name]["digest"]
-    ]
+def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path, mesh: Mesh) -> None:
+    wrong = [name for name, array in arrays.items() if _hex(_digest_on(mesh)(array)) != seal.tree[name]["digest"]]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(

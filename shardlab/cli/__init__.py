@@ -246,20 +246,21 @@ def train(arguments: list[str], *, restart: bool) -> int:
     from shardlab.run.resume import Saving
 
     view = call.view()
-    for remark in call.remarks:
+    for remark in call.remarks if processes.index() == 0 else ():
         view.say(f"note: {remark}")
-    record = run(
-        call.config,
-        call.options.out or Path("runs") / Path(call.path).stem,
-        view=view,
-        profile=call.options.profile,
-        tensorboard=call.options.tensorboard,
-        saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
-        resume=call.options.resume,
-        max_skipped=call.options.max_skipped,
-        stuck_after=call.options.stuck_after if call.options.distributed else 0,
-        about={"config": call.path, "overrides": call.given},
-    )
+    with processes.losses_named():
+        record = run(
+            call.config,
+            call.options.out or Path("runs") / Path(call.path).stem,
+            view=view,
+            profile=call.options.profile,
+            tensorboard=call.options.tensorboard,
+            saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
+            resume=call.options.resume,
+            max_skipped=call.options.max_skipped,
+            stuck_after=call.options.stuck_after if call.options.distributed else 0,
+            about={"config": call.path, "overrides": call.given},
+        )
     # The report's text has been shown by the run, and one process speaks for all.
     return show(call.options, record.report, None) if processes.index() == 0 else 0
 

@@ -10,12 +10,14 @@ In a single process nothing is sent, and everything here is what it would be wit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import sys
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,9 +31,14 @@ if TYPE_CHECKING:
 
 # Set by `shardlab launch`: which of how many, and where the first listens.
 PLACE = "SHARDLAB_PROCESS"
+# What XLA, its coordination service and Gloo say where another process is gone.
+_LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|Socket closed|Connection (reset|closed|refused)")
 # Set where a program is started several times at once, each being one of so many.
 _ONE_OF = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-_Error = TypeVar("_Error", bound=DeclarationError)
+
+
+class Lost(DeclarationError):
+    """Another process has ended before its time."""
 
 
 def place(index: int, count: int, address: str) -> str:
@@ -112,6 +119,27 @@ def check_not_alone() -> None:
                 f"processes: this is one of {os.environ[name]} ({name}), and each would run alone and write over the "
                 f"others; give --distributed to run them together, or unset {name} for runs of their own"
             )
+
+
+@contextlib.contextmanager
+def losses_named() -> Iterator[None]:
+    """Errors of JAX that come from the loss of another process told as that.
+
+    Raises:
+      Lost: there was one.
+    """
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).strip().partition("\n")[0]
+        if count() == 1 or not _LOST.search(first):
+            raise
+        raise Lost(
+            f"another process is gone, or the link to it ({first}); its own output, or its host's, says why; start all "
+            "of them again with --resume"
+        ) from error
 
 
 def by_first(work: Callable[[], Any], *, error: type[DeclarationError] = DeclarationError) -> Any:

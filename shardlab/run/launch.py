@@ -59,6 +59,8 @@ def launch(what: Launch) -> int:
             for index in range(what.count):
                 running[index] = _started(what, index, address)
                 _follow(running[index], index, shown, ended)
+            names = ", ".join(f"{index} is {process.pid}" for index, process in running.items())
+            shown.say(f"{what.count} processes of {what.devices} devices: process {names}")
             return _watch(what, running, ended, asked, shown)
         finally:
             for process in running.values():
@@ -138,15 +140,21 @@ def _follow(process: subprocess.Popen[str], index: int, shown: _Shown, ended: qu
 
 
 class _Shown:
-    """What is shown on standard error. A line that several processes say is shown once."""
+    """What is shown on standard error. A message of shardlab that several processes have is shown once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._said: dict[str, int] = {}
+        self._repeating: set[int] = set()
 
     def line(self, index: int, text: str) -> None:
         with self._lock:
-            if text and not text.startswith("[Gloo] Rank") and self._said.setdefault(text, index) == index:
+            said = self._said.setdefault(text, index) != index
+            if said and text.startswith("shardlab: "):
+                self._repeating.add(index)
+            elif not said:
+                self._repeating.discard(index)
+            if text and index not in self._repeating and not text.startswith("[Gloo] Rank"):
                 write(f"process {index}: {text}", sys.stderr)
 
     def say(self, text: str) -> None:

@@ -6,6 +6,7 @@ from it, and made anew.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
                 damaged.append(error)
             else:
                 view.say(f"going on from the checkpoint of step {step}")
-                return Start(step, state, by_first(lambda step=step: dict(store.seal(step).about)))
+                about = by_first(functools.partial(_about, store, step))
+                return Start(step, state, about)
         view.say(f"passing over: {fault}")
     if finished:
         raise DeclarationError(
@@ -87,6 +89,10 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
         )
     view.say("nothing is saved yet: starting at step 0")
     return Start()
+
+
+def _about(store: Checkpoints, step: int) -> dict[str, Any]:
+    return dict(store.seal(step).about)
 
 
 def check_rows(out: Path, step: int) -> list[Row]:

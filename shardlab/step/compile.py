@@ -114,9 +114,10 @@ class CompiledStep:
             values = initial_values(self.model, self.plan, self.mesh, seed)
             names = storage_specs(self.plan)
             parameters = {name: values[name] for name in names}
+            one = NamedSharding(self.mesh, PartitionSpec())
             return TrainState(
-                step=placed(np.int32(0), self.state_shardings.step),
-                key=placed(jax.random.key_data(jax.random.key(seed)), self.state_shardings.key),
+                step=placed(np.int32(0), one),
+                key=placed(jax.random.key_data(jax.random.key(seed)), one),
                 parameters=parameters,
                 buffers={name: value for name, value in values.items() if name not in names},
                 optimizer=self._init_optimizer(parameters),

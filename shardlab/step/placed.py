@@ -33,7 +33,7 @@ def placed_rows(value: Any, sharding: NamedSharding, shape: tuple[int, ...], fir
     """The global array of `shape` of which a process has rows from `first` on, all that its devices hold."""
     array = np.asarray(value)
 
-    def part(place: tuple[slice, ...]) -> np.ndarray:
+    def part(place: Any) -> np.ndarray:
         start, stop, _ = place[0].indices(shape[0])
         return array[(slice(start - first, stop - first), *place[1:])]
 
@@ -46,7 +46,8 @@ def rows_here(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, int
     The count is the same in every process; it is 1 where the rows of some process are no such share.
     """
     held: dict[int, list[tuple[int, int]]] = {}
-    for device, place in sharding.devices_indices_map(shape).items():
+    places: Any = sharding.devices_indices_map(shape)
+    for device, place in places.items():
         held.setdefault(device.process_index, []).append(place[0].indices(shape[0])[:2])
     spans = {process: (min(a for a, _ in rows), max(b for _, b in rows)) for process, rows in held.items()}
     sizes = {stop - start for start, stop in spans.values()}
