@@ -236,10 +236,11 @@ def verify(arguments: list[str], *, restart: bool) -> int:
 def train(arguments: list[str], *, restart: bool) -> int:
     """The verb `train`."""
     about = "Trains, and reports what was compiled and what came of it."
-    call = configured(_Train, _with_number(arguments, "--profile", "3"), "train", about)
-    if call.options.distributed:
+    # Before the config is read, which may count devices.
+    if "--distributed" in arguments and not {"-h", "--help"} & {*arguments}:
         processes.join()
-    else:
+    call = configured(_Train, _with_number(arguments, "--profile", "3"), "train", about)
+    if not call.options.distributed:
         processes.check_not_alone()
     start(call.config, restart=restart)
     from shardlab.run.loop import train as run

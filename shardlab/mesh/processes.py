@@ -70,8 +70,7 @@ def join() -> None:
     except (RuntimeError, ValueError) as error:
         raise DeclarationError(
             f"--distributed: {str(error).strip().partition(chr(10))[0]}; start every process by srun, mpirun, a "
-            "Kubernetes JobSet or on a TPU pod (configs/launch has templates), or emulate several by shardlab launch; "
-            "a config must not start JAX's devices when it is loaded"
+            "Kubernetes JobSet or on a TPU pod (configs/launch has templates), or emulate several by shardlab launch"
         ) from error
 
 

@@ -23,9 +23,6 @@ from shardlab.mesh import processes
 from shardlab.mesh.emulate import environment
 from shardlab.run.output import write
 
-# Seconds that the others have to say what they have to say, once one has ended with an error.
-LAST_WORDS = 10.0
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -36,12 +33,14 @@ class Launch:
       count: processes.
       devices: emulated devices of each.
       grace: seconds that they have to end by themselves once they are asked to, before they are killed.
+      last_words: seconds that the others have to find out and say so, once one has ended with an error.
     """
 
     command: Sequence[str]
     count: int
     devices: int
     grace: float = 120.0
+    last_words: float = 10.0
 
 
 def launch(what: Launch) -> int:
@@ -102,7 +101,7 @@ def _watch(
             others = f"; ending the other {len(running)}" if running else ""
             shown.say(f"process {index} {how}{others}")
         if code or not limit < float("inf"):
-            limit = min(limit, time.monotonic() + (LAST_WORDS if code else what.grace))
+            limit = min(limit, time.monotonic() + (what.last_words if code else what.grace))
     return status
 
 
