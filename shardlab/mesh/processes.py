@@ -15,6 +15,8 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,7 @@ def join() -> None:
     jax.config.update("jax_enable_preemption_service", False)
     given: dict[str, Any] = {}
     if PLACE in os.environ:
+        threading.Thread(target=_ends_with, args=(os.getppid(),), daemon=True).start()
         which, _, address = os.environ[PLACE].partition("@")
         index, count = (int(part) for part in which.split("/"))
         given = {"coordinator_address": address, "num_processes": count, "process_id": index}
@@ -72,6 +75,13 @@ def join() -> None:
             f"--distributed: {str(error).strip().partition(chr(10))[0]}; start every process by srun, mpirun, a "
             "Kubernetes JobSet or on a TPU pod (configs/launch has templates), or emulate several by shardlab launch"
         ) from error
+
+
+def _ends_with(parent: int) -> None:
+    """Ends this process when `shardlab launch` is gone, which could not end it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _own_output() -> None:
@@ -113,7 +123,7 @@ def check_not_alone() -> None:
       DeclarationError: the environment says that it is one of several.
     """
     for name in _ONE_OF:
-        if int(os.environ.get(name, "1")) > 1:
+        if os.environ.get(name, "1") not in ("0", "1"):
             raise DeclarationError(
                 f"processes: this is one of {os.environ[name]} ({name}), and each would run alone and write over the "
                 f"others; give --distributed to run them together, or unset {name} for runs of their own"
