@@ -100,8 +100,10 @@ def _watch(
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             others = f"; ending the other {len(running)}" if running else ""
             shown.say(f"process {index} {how}{others}")
-        if code or not limit < float("inf"):
-            limit = min(limit, time.monotonic() + (what.last_words if code else what.grace))
+        if code:
+            limit = min(limit, time.monotonic() + what.last_words)
+        elif limit == float("inf"):  # all end together
+            limit = time.monotonic() + what.grace
     return status
 
 
@@ -153,7 +155,7 @@ class _Shown:
                 self._repeating.add(index)
             elif not said:
                 self._repeating.discard(index)
-            if text and index not in self._repeating and not text.startswith("[Gloo] Rank"):
+            if text and index not in self._repeating and "connected peer ranks" not in text:
                 write(f"process {index}: {text}", sys.stderr)
 
     def say(self, text: str) -> None:

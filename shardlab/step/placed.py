@@ -15,8 +15,8 @@ def placed(value: Any, sharding: NamedSharding) -> jax.Array:
     >>> from jax.sharding import PartitionSpec
     >>> from shardlab.mesh.build import build_mesh
     >>> from shardlab.mesh.spec import MeshSpec
-    >>> rows = NamedSharding(build_mesh(MeshSpec({"data": 4})), PartitionSpec("data"))
-    >>> placed(np.arange(8), rows).addressable_shards[1].data
+    >>> rows = NamedSharding(build_mesh(MeshSpec({"data": 8})), PartitionSpec("data"))
+    >>> placed(np.arange(16), rows).addressable_shards[1].data
     Array([2, 3], dtype=int32)
     """
     # For an array that lies there already `jax.device_put` takes longer than the rest of a call of a step.

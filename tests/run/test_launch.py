@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,12 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+def running(pid: int) -> bool:
+    """Whether it goes on; one that nobody reaps has ended."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
 # Two processes of one device each: a sum of two numbers is the same in whatever order.
 TWO = ("--processes", "2", "--target", "cpu:2", "--mesh", "data=2")
 
@@ -96,38 +103,43 @@ TWO = ("--processes", "2", "--target", "cpu:2", "--mesh", "data=2")
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two") / "run"
-    launched(out, *TWO, "--steps", "4", "--eval-every", "2", "--checkpoint-every", "2")
+    options = ("--steps", "6", "--eval-every", "2", "--checkpoint-every", "2")
+    launched(out, *TWO, *options, config="tests/run/shared.py")
     return out
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, which reads whole batches."""
+    return train(tiny("data=2", steps=6, eval_every=2), tmp_path_factory.mktemp("alone")).directory
+
+
 @pytest.mark.versions
-def test_two_processes_compute_what_one_does_bit_for_bit(two: Path, tmp_path: Path) -> None:
-    alone = tmp_path / "alone"
-    train(tiny("data=2", steps=4, eval_every=2), alone)
+def test_two_processes_compute_what_one_does_bit_for_bit(two: Path, alone: Path) -> None:
     assert numbers(two) == numbers(alone)
     assert (two / "parameters.npz").read_bytes() == (alone / "parameters.npz").read_bytes()
 
 
 def test_the_first_process_speaks_and_writes_for_all(two: Path) -> None:
     told = two.with_suffix(".out").read_text()
-    assert told.count("step 4/4") == told.count("parameters on mesh") == told.count("waits\n") == 1
+    assert told.count("step 6/6") == told.count("parameters on mesh") == told.count("waits\n") == 1
     assert "Gloo" not in told
     assert len(said(two).splitlines()) == 1  # which process is which
     report = read_run(two).report
     assert [row["process"] for row in report["seconds_by_process"]] == [0, 1]
-    assert report["checkpoints"] == [2, 4]
+    assert report["checkpoints"] == [4, 6]
     assert not report["interrupted"]
 
 
-def test_what_two_processes_saved_is_whole_and_goes_on_in_one(two: Path, tmp_path: Path) -> None:
-    store = Checkpoints(two)
+def test_what_two_processes_saved_is_whole_and_goes_on_in_one(two: Path, alone: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(two, tmp_path / "run"))
+    store = Checkpoints(run)
     assert [store.faults(step) for step in store.steps()] == [[], []]
-    whole = train(tiny("data=2", steps=6, eval_every=2), tmp_path)
-    (two / "report.json").unlink()
-    record = train(tiny("data=2", steps=6, eval_every=2), two, saving=Saving(every=2), resume=True)
+    shutil.rmtree(run / "checkpoints" / "6")
+    record = train(tiny("data=2", steps=6, eval_every=2), run, saving=Saving(every=2), resume=True)
     assert record.report["resumed_from"] == 4
-    assert numbers(two) == numbers(tmp_path)
-    assert record.rows[-1] == {**whole.rows[-1], "seconds": record.rows[-1]["seconds"]}
+    assert numbers(run) == numbers(alone)
+    assert (run / "parameters.npz").read_bytes() == (alone / "parameters.npz").read_bytes()
 
 
 # The launcher, with programs that are there at once in place of training.
@@ -348,7 +360,7 @@ def test_text_is_read_in_shares_and_nothing_is_lost_or_repeated(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_ends_all_after_the_same_step_and_saves_it(two: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_saves_it(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = started(out, *TWO, "--steps", "100000", "--checkpoint-every", "100000")
     wait_for_rows(out, process, 5)
@@ -425,3 +437,55 @@ def test_a_straggler_is_named(tmp_path: Path) -> None:
     assert second["reading"] == pytest.approx(0.3, abs=0.1)
     assert first["reading"] < 0.1 < second["reading"] < first["waiting"] + 0.1
     assert re.search(r"  1  .*the others wait 0\.[23]\d* s a step for it", out.with_suffix(".out").read_text())
+
+
+@pytest.mark.slow
+def test_none_outlives_its_launcher(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = started(out, *TWO, "--steps", "100000")
+    wait_for_rows(out, process, 2)
+    found = pids(out)
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 20
+    while any(running(pid) for pid in found) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not any(running(pid) for pid in found)
+
+
+@pytest.mark.slow
+def test_slurm_tells_each_process_its_place(tmp_path: Path) -> None:
+    """With the variables that srun sets, on this host."""
+    out = tmp_path / "run"
+    variables = {
+        "SLURM_JOB_ID": str(os.getpid() % 4096),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    tasks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "shardlab",
+                "train",
+                "tests/run/tiny.py",
+                *TWO[2:],
+                "--out",
+                str(out),
+                "--distributed",
+            ],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **variables, "SLURM_PROCID": task, "SLURM_LOCALID": task},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for task in ("0", "1")
+    ]
+    said = [task.communicate(timeout=LONG)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert "step 4/4" in said[0]
+    assert "step" not in said[1]
+    assert len(read_run(out).report["seconds_by_process"]) == 2
