@@ -45,14 +45,9 @@ def launch(arguments: list[str], *, train: type[Configured]) -> int:
     from shardlab.run.launch import Launch
     from shardlab.run.launch import launch as run
 
-    return run(
-        Launch(
-            (sys.executable, "-m", "shardlab", "train", *rest, "--distributed"),
-            options.processes,
-            _devices(options, target),
-            options.grace,
-        )
-    )
+    together = [] if "--distributed" in rest else ["--distributed"]
+    command = (sys.executable, "-m", "shardlab", "train", *rest, *together)
+    return run(Launch(command, options.processes, _devices(options, target), options.grace))
 
 
 def _devices(options: Any, target: Any) -> int:

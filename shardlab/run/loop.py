@@ -97,11 +97,10 @@ def train(
       CheckpointError: a checkpoint cannot be written.
       NotFinite: `max_skipped` steps in a row had no finite loss and gradients.
     """
-    first = index() == 0
-    view, out, saving = view if view is not None and first else Silent(), Path(out), saving or Saving()
+    view, out, saving = view if view is not None and index() == 0 else Silent(), Path(out), saving or Saving()
     begun = time.perf_counter()
-    profiler = Profiler(out / "profile", steps=profile if first else 0, of=config.steps)
-    board = Board(out / "tensorboard") if tensorboard and first else None
+    profiler = Profiler(out / "profile", steps=profile, of=config.steps)
+    board = Board(out / "tensorboard") if tensorboard else None
     if max_skipped < 0:
         raise DeclarationError(f"max_skipped: is {max_skipped}; give a number of steps, or 0 to skip none")
     store = saving.store(out)
@@ -123,7 +122,7 @@ def train(
         view.say(f"{out} holds an earlier run, which this one replaces at its first step")
 
     step, evaluation = _compiled(config, plan, held_out, view, skip_nonfinite=max_skipped > 0)
-    canonical = Canonical(step.model, plan, step.optimizer, step.mesh) if saving.every or resume else None
+    canonical = Canonical(step.model, plan, step.optimizer, mesh) if saving.every or resume else None
     start, before = Start(), list[Row]()
     if resume and canonical is not None:
         with view.phase("reading the last checkpoint"):
@@ -163,28 +162,16 @@ def train(
         with view.phase("writing the report"):
             _write_weights(out, plan, mesh, state)
             by_process = seconds_by_process(beside.times)
-
-            def written() -> Any:
-                report = {
-                    **(about or {}),
-                    **step_facts(step),
-                    **_results(config, rows.all, steps.initial_eval_loss),
-                    "seed": config.seed,
-                    "interrupted": beside.stop.to_stop(config.steps),
-                    "resumed_from": start.step if start.state is not None else None,
-                    "checkpoints": store.steps(),
-                    "seconds_held_up_by_saving": sum(saves.seconds) if saves is not None else 0.0,
-                    "seconds_before_the_first_step": seconds_before,
-                    "seconds_by_process": by_process,
-                    "jax": jax.__version__,
-                    "device": jax.devices()[0].device_kind,
-                    "data": source.position(),
-                }
-                write_report(out, plain(report))
-                _draw(out, config, plan, rows.all, steps.initial_eval_loss)
-                return plain(report)
-
-            report = by_first(written)
+            told = {
+                **(about or {}),
+                "interrupted": beside.stop.to_stop(config.steps),
+                "resumed_from": start.step if start.state is not None else None,
+                "seconds_held_up_by_saving": sum(saves.seconds) if saves is not None else 0.0,
+                "seconds_before_the_first_step": seconds_before,
+                "seconds_by_process": by_process,
+                "data": source.position(),
+            }
+            report = by_first(lambda: _report(out, config, step, store, rows.all, steps.initial_eval_loss, told))
     view.say(f"\n{report_text(report)}\n")
     if len(by_process) > 1:
         view.say(f"{straggler_text(by_process)}\n")
@@ -270,6 +257,32 @@ def _make_room(out: Path, plan: Plan) -> None:
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     (out / PLAN).write_text(plan.to_json() + "\n")
+
+
+def _report(
+    out: Path,
+    config: Config,
+    step: CompiledStep,
+    store: Checkpoints,
+    rows: Sequence[Row],
+    initial_eval_loss: float | None,
+    told: Mapping[str, Any],
+) -> Any:
+    """Writes the report and the picture; gives the report."""
+    report = plain(
+        {
+            **told,
+            **step_facts(step),
+            **_results(config, rows, initial_eval_loss),
+            "seed": config.seed,
+            "checkpoints": store.steps(),
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+    )
+    write_report(out, report)
+    _draw(out, config, step.plan, rows, initial_eval_loss)
+    return report
 
 
 def _results(config: Config, rows: Sequence[Row], initial_eval_loss: float | None) -> dict[str, Any]:

@@ -460,6 +460,7 @@ def test_slurm_tells_each_process_its_place(tmp_path: Path) -> None:
     variables = {
         "SLURM_JOB_ID": str(os.getpid() % 4096),
         "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NUM_NODES": "1",
     }
@@ -489,3 +490,21 @@ def test_slurm_tells_each_process_its_place(tmp_path: Path) -> None:
     assert "step 4/4" in said[0]
     assert "step" not in said[1]
     assert len(read_run(out).report["seconds_by_process"]) == 2
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_upon_other_plans_in_other_numbers_of_processes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    plans: list[tuple[int, tuple[str, ...]]] = [
+        (2, ("--mesh", "data=8", "--zero", "3")),
+        (4, ("--mesh", "stage=2,data=4", "--zero", "1", "--microbatches", "2")),
+        (2, ("--mesh", "data=2,stage=2,tensor=2", "--microbatches", "2")),
+    ]
+    for number, (count, plan) in enumerate(plans, start=1):
+        steps = ("--steps", str(2 * number), "--checkpoint-every", "2", "--resume")
+        launched(out, *plan, *steps, "--processes", str(count))
+        assert read_run(out).report["resumed_from"] == (2 * number - 2 or None)
+    train(tiny("data=2,tensor=2", steps=8), out, saving=Saving(every=2), resume=True)
+    whole = train(tiny(steps=8), tmp_path / "whole")
+    for mine, theirs in zip(numbers(out), whole.rows, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
