@@ -24,6 +24,7 @@ from shardlab.cli.audits import diff
 from shardlab.cli.checkpoint import checkpoint
 from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
+from shardlab.cli.launch import ABOUT as LAUNCH
 from shardlab.cli.launch import launch as launch_train
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
@@ -97,6 +98,13 @@ class _Train(Configured):
     stuck_after: int = option(
         600, "with --distributed: print every stack and exit after so many seconds without a step"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Launch(_Train):
+    processes: int = option(2, "how many processes")
+    devices_per_process: int = option(0, "emulated devices of each, instead of equal shares of the target's")
+    grace: int = option(120, "seconds that they have to end by themselves when asked to, before they are killed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +276,8 @@ def train(arguments: list[str], *, restart: bool) -> int:
 
 def launch(arguments: list[str], *, restart: bool) -> int:
     """The verb `launch`."""
-    return launch_train(_with_number(arguments, "--profile", "3"), train=_Train)
+    arguments = _with_number(arguments, "--profile", "3")
+    return launch_train(configured(_Launch, arguments, "launch", LAUNCH), arguments)
 
 
 def evaluate(arguments: list[str], *, restart: bool) -> int:

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
-from shardlab.cli.configured import Configured, configured, is_config, share_of
-from shardlab.cli.options import option, read
+from shardlab.cli.configured import Call, share_of
 from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.targets import parse_target
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Launch:
-    config: str = field(metadata={"help": "a config file, as of train", "metavar": "CONFIG"})
-    processes: int = option(2, "how many processes")
-    devices_per_process: int = option(0, "emulated devices of each; 0: the target's, shared alike")
-    grace: int = option(120, "seconds that they have to end by themselves when asked to, before they are killed")
-
-
+ABOUT = (
+    "Emulates the hosts of a pod on this machine: shardlab train CONFIG --distributed in several processes, each with "
+    "some of the CPU devices, which find each other over the loopback. The first one's output is shown, and errors of any."
+)
 _OWN = ("--processes", "--devices-per-process", "--grace")
 
 
-def launch(arguments: list[str], *, train: type[Configured]) -> int:
-    """The verb `launch`; `train` are the options of that verb."""
-    own, rest = _split(arguments)
-    place = next((k for k, text in enumerate(rest) if is_config(k, text)), None)
-    about = (
-        "Emulates the hosts of a pod on this machine: shardlab train CONFIG --distributed in several processes, each "
-        "with some of the CPU devices, which find each other over the loopback. Options of train are passed on: see "
-        "shardlab train --help."
-    )
-    if place is None:
-        if not {"-h", "--help"} & {*rest}:
-            raise DeclarationError(
-                "launch: CONFIG is missing; give a config file: shardlab launch --processes 2 configs/quickstart.py"
-            )
-        own = [*own, "--help"]
-    options = read(
-        _Launch, [*own, *(rest[place : place + 1] if place is not None else [])], prog="shardlab launch", about=about
-    )
-    target = parse_target(configured(train, rest, "train", about).config.mesh.target)
+def launch(call: Call, arguments: list[str]) -> int:
+    """Runs `train` with the arguments but launch's own; the exit status."""
     from shardlab.run.launch import Launch
     from shardlab.run.launch import launch as run
 
-    together = [] if "--distributed" in rest else ["--distributed"]
-    command = (sys.executable, "-m", "shardlab", "train", *rest, *together)
+    options = call.options
+    together = [] if options.distributed else ["--distributed"]
+    command = (sys.executable, "-m", "shardlab", "train", *_without_own(arguments), *together)
+    target = parse_target(call.config.mesh.target)
     return run(Launch(command, options.processes, _devices(options, target), options.grace))
 
 
@@ -73,13 +51,17 @@ def _devices(options: Any, target: Any) -> int:
     return each
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Launch's own options with their values, and the rest."""
-    own, rest = [], []
-    words = iter(arguments)
+def _without_own(arguments: list[str]) -> list[str]:
+    """The arguments without launch's own options and their values.
+
+    >>> _without_own(["--processes", "2", "my.py", "--grace=5", "--steps", "3"])
+    ['my.py', '--steps', '3']
+    """
+    rest, words = [], iter(arguments)
     for word in words:
-        if word.partition("=")[0].replace("_", "-") in _OWN:
-            own += [word] if "=" in word else [word, *([value] if (value := next(words, None)) is not None else [])]
-        else:
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") not in _OWN:
             rest.append(word)
-    return own, rest
+        elif not equals:
+            next(words, None)
+    return rest

@@ -275,7 +275,7 @@ def test_those_that_do_not_end_in_time_are_killed() -> None:
             ["tests/run/tiny.py", "--target", "gpu:h100:1x8", "--mesh", "data=8"],
             "the target is gpu:h100:1x8; give --target cpu:8",
         ),
-        (["tests/run/tiny.py", "--stpes", "2"], "--stpes: is no option of shardlab train CONFIG"),
+        (["tests/run/tiny.py", "--stpes", "2"], "--stpes: is no option of shardlab launch CONFIG"),
     ],
 )
 def test_what_cannot_be_launched_is_told_before_anything_starts(
