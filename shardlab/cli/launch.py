@@ -11,7 +11,7 @@ from shardlab.mesh.targets import parse_target
 
 ABOUT = (
     "Emulates the hosts of a pod on this machine: shardlab train CONFIG --distributed in several processes, each with "
-    "some of the CPU devices, which find each other over the loopback. The output of the first is shown, and all errors."
+    "some of the CPU devices, which find each other over the loopback. The output of the first is shown, errors of all."
 )
 _OWN = ("--processes", "--devices-per-process", "--grace")
 
