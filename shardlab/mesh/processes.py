@@ -130,6 +130,21 @@ def check_not_alone() -> None:
             )
 
 
+def check_all_joined() -> None:
+    """That JAX, whose devices this starts, sees no more processes than have joined: on a TPU pod it sees all anyway.
+
+    Raises:
+      DeclarationError: it sees more.
+    """
+    import jax
+
+    if jax.process_count() != count():
+        raise DeclarationError(
+            f"processes: this is one of {jax.process_count()}, as JAX sees them, and each would write over the others; "
+            "give --distributed to run them together"
+        )
+
+
 @contextlib.contextmanager
 def losses_named() -> Iterator[None]:
     """Errors of JAX that come from the loss of another process told as that.

@@ -18,7 +18,7 @@ from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.store import Checkpoints
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
-from shardlab.mesh.processes import Agreement, by_first, index, whole
+from shardlab.mesh.processes import Agreement, by_first, check_all_joined, index, whole
 from shardlab.plan.plan import Plan
 from shardlab.report.curve import draw_curve
 from shardlab.report.summary import step_facts
@@ -110,6 +110,7 @@ def train(
     with view.phase("planning"):
         plan = config.plan()
         mesh = build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
+        check_all_joined()
     for note in plan.notes:
         view.say(f"note: {note}")
     with view.phase("reading the data"):

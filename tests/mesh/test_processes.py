@@ -11,7 +11,7 @@ import pytest
 from shardlab.mesh import processes
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
-from shardlab.mesh.processes import Agreement, by_first, check_not_alone, losses_named, of_all, whole
+from shardlab.mesh.processes import Agreement, by_first, check_all_joined, check_not_alone, losses_named, of_all, whole
 from shardlab.mesh.spec import MeshSpec
 from shardlab.step.placed import placed
 
@@ -57,6 +57,15 @@ def test_one_of_several_may_not_run_alone(monkeypatch: pytest.MonkeyPatch, name:
         DeclarationError, match=f"one of 2 .{name}., and each would run alone and write over the others"
     ):
         check_not_alone()
+
+
+def test_processes_that_jax_sees_must_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+
+    check_all_joined()
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(DeclarationError, match=r"one of 4, as JAX sees them, .* give --distributed"):
+        check_all_joined()
 
 
 def test_where_there_is_no_cluster_it_says_so_at_once() -> None:
