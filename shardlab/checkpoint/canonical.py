@@ -66,10 +66,12 @@ class Canonical:
       mesh: the devices.
 
     Attributes:
+      mesh: the devices.
       leaves: shape, dtype and sharding of every canonical array, by name.
     """
 
     def __init__(self, model: Model, plan: Plan, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
+        self.mesh = mesh
         specs = state_spec_tree(model, plan, optimizer)
         shapes = abstract_state_of(model, plan, optimizer)
         own = _own_shapes(model, plan, optimizer)
@@ -139,7 +141,9 @@ def _parts_of(
         found = [cut(leaf, shape)] if slots is None else [cut(leaf[slot], shape) for slot in slots]
         return (found, [digest(one) for one in found]) if digests else found
 
-    return jax.jit(parts, out_shardings=(sharding, None) if digests else sharding)
+    # Every process reads the digests.
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(parts, out_shardings=(sharding, everywhere) if digests else sharding)
 
 
 @functools.cache

@@ -3,13 +3,18 @@
     DIR/checkpoints/STEP/       Orbax writes the arrays, in parts, while the run goes on; then `seal` makes it count
 
 What is kept is removed only when a newer one is sealed, so that one is there whatever ends the process.
+
+Of several processes each writes and reads what its own devices hold, in a directory that all of them see. The first
+looks at what is there, hashes files, seals and removes, and what it finds is told to all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from shardlab.checkpoint.canonical import Canonical
-from shardlab.checkpoint.digest import digest_of
+from shardlab.checkpoint.digest import digest, digest_of
 from shardlab.checkpoint.seal import CheckpointError, Seal, Unfinished, faults_of_files, hashes, read_seal, write_seal
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
+from shardlab.mesh.processes import by_first, index, of_all
 from shardlab.step.state import TrainState
 
 FOLDER = "checkpoints"
@@ -47,7 +54,7 @@ class Checkpoints:
         self.folder = epath.Path(text if "://" in text else Path(text).absolute()) / FOLDER
         self._keep, self._keep_every = keep, keep_every
         self._sealing: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     # What is there.
 
@@ -89,12 +96,9 @@ class Checkpoints:
         arrays, digests = canonical.arrays_of(state)
         step = int(state.step)
         folder = self.folder / str(step)
-        with _named(folder):
-            if folder.exists():
-                folder.rmtree()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _orbax():
-                writing = ocp.save_async(folder, arrays, overwrite=True)
+        by_first(lambda: self._clear(folder), error=CheckpointError)
+        with _named(folder), _orbax():
+            writing = ocp.save_async(folder, arrays, overwrite=True)
         tree = {
             name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "digest": _hex(digests[name])}
             for name, leaf in canonical.leaves.items()
@@ -103,11 +107,11 @@ class Checkpoints:
         def seal() -> None:
             try:
                 with _named(folder):
-                    writing.result()
-                    if jax.process_index() == 0:
+                    writing.result()  # in every process, once all of them have written
+                    if index() == 0:
                         write_seal(folder, Seal(step, about, tree, hashes(folder)))
                         self._remove()
-            except BaseException as error:  # told by the run's own thread, at the next save or at the end
+            except Exception as error:  # told by the run's own thread, at the next save or at the end
                 self._error = error
 
         self._sealing = threading.Thread(target=seal, name=f"sealing the checkpoint of step {step}")
@@ -119,12 +123,24 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
-        if self._sealing is not None:
-            self._sealing.join()
-            self._sealing = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._sealing is None:
+            return
+        self._sealing.join()
+        self._sealing = None
+        error, self._error = self._error, None
+
+        def tell() -> None:
+            if error is not None:
+                raise error
+
+        of_all(tell, error=CheckpointError)
+
+    def _clear(self, folder: epath.Path) -> None:
+        """Makes room for a step."""
+        with _named(folder):
+            if folder.exists():
+                folder.rmtree()
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def _remove(self) -> None:
         """Removes what need not be kept, older ones first, and what saves that never finished left behind."""
@@ -147,14 +163,24 @@ class Checkpoints:
           CheckpointError: there is none, it is damaged, or an array is not what was saved.
           DeclarationError: the arrays of the plan are others: by path, before any is read.
         """
-        folder, seal = self.folder / str(step), self.seal(step)
-        raise_faults(_differences(seal, canonical, folder))
-        damaged = faults_of_files(folder, seal)
-        if damaged:
-            raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
-        with _named(folder):
-            arrays = ocp.load(folder, dict(canonical.leaves))
-        _check(arrays, seal, folder)
+        folder, arrays = self.folder / str(step), {}
+
+        def look() -> dict[str, Any]:
+            seal = self.seal(step)
+            raise_faults(_differences(seal, canonical, folder))
+            damaged = faults_of_files(folder, seal)
+            if damaged:
+                raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
+            return asdict(seal)
+
+        seal = Seal(**by_first(look, error=CheckpointError))
+
+        def read() -> None:
+            with _named(folder):
+                arrays.update(ocp.load(folder, dict(canonical.leaves)))
+            _check(arrays, seal, folder, _digest_on(canonical.mesh))
+
+        of_all(read, error=CheckpointError)
         return canonical.state_of(arrays)
 
     def array(self, step: int, name: str) -> np.ndarray:
@@ -166,7 +192,7 @@ class Checkpoints:
         folder, seal = self.folder / str(step), self.seal(step)
         with _named(folder):
             array = _alone(folder, seal, name)
-        _check({name: array}, seal, folder)
+        _check({name: array}, seal, folder, digest_of)
         return np.asarray(array)
 
     def faults(self, step: int) -> list[str]:
@@ -220,7 +246,7 @@ def _differences(seal: Seal, canonical: Canonical, folder: epath.Path) -> Iterat
                     yield Fault(name, f"has {what} {b} here and {a} in the checkpoint {folder}", way_out)
 
 
-def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path) -> None:
+def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path, digest_of: Callable[[Any], Any]) -> None:
     wrong = [name for name, array in arrays.items() if _hex(digest_of(array)) != seal.tree[name]["digest"]]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -231,10 +257,16 @@ def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path) -> N
 
 
 def _orbax() -> ocp.Context:
-    """How Orbax saves: one replica is written whole. Cut among replicas each piece is a program of its own to compile."""
+    """How Orbax saves: a replica is written whole; cut among them, each piece would be a program of its own."""
     context = ocp.Context()
     context.array.saving.use_replica_parallel = False
     return context
+
+
+@functools.cache
+def _digest_on(mesh: Mesh) -> Any:
+    # Every process reads it.
+    return jax.jit(digest, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _hex(value: jax.Array) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import sys
 import sysconfig
 import traceback
@@ -24,10 +25,13 @@ from shardlab.cli.checkpoint import checkpoint
 from shardlab.cli.compile import compile_
 from shardlab.cli.configured import Configured, configured, start
 from shardlab.cli.export import export
+from shardlab.cli.launch import ABOUT as LAUNCH
+from shardlab.cli.launch import launch as launch_train
 from shardlab.cli.options import Common, option, read, show
 from shardlab.cli.schedules import schedule
 from shardlab.cli.search import search, why
 from shardlab.cli.targets import targets
+from shardlab.mesh import processes
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults, suggestion
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.run.output import write
@@ -44,6 +48,7 @@ Declare a mesh and a PartitionSpec for every parameter of your own Flax model in
   shardlab train CONFIG      train; writes metrics.jsonl, report.json, plan.json, parameters.npz, loss.png
                              --checkpoint-every K saves; the same command with --resume goes on, on any plan
                              --weights FOLDER --names llama: from safetensors; llama, qwen, mixtral
+  shardlab launch CONFIG     train in several processes on this machine, as the hosts of a pod do: --processes 2
   shardlab checkpoint RUN    what a run has saved; --verify: every file and array against what was written
   shardlab eval CONFIG       held-out loss, of a run's parameters with --run DIR
   shardlab export CONFIG     a run's parameters as safetensors that others read: --run DIR --out FOLDER --names llama
@@ -67,7 +72,8 @@ options of every verb:
 Ctrl-C ends a training run after the steps under way, with everything written; a second one at once.
 
 Exit status: 0; 1 where verify fails, or diff finds other communication, memory or findings; 2 for a faulty
-declaration; 130 for what Ctrl-C left unfinished.
+declaration; 3 where no step ended for too long; 130 for what Ctrl-C left unfinished; launch has that of the first
+process that ended with an error, 128 and the number of the signal where one ended it.
 """
 
 
@@ -89,6 +95,19 @@ class _Train(Configured):
     keep_every: int = option(0, "keep also those of steps that divide by this")
     max_skipped: int = option(0, "skip updates that are not finite, and stop after so many in a row; 0 skips none")
     resume: bool = option(False, "go on from the last checkpoint in DIR, on this plan or another; from 0 without one")
+    distributed: bool = option(
+        False, "one of several processes, as started by srun, mpirun, Kubernetes or on a TPU pod"
+    )
+    stuck_after: int = option(
+        600, "with --distributed: print every stack and exit after so many seconds without a step"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Launch(_Train):
+    processes: int = option(2, "how many processes")
+    devices_per_process: int = option(0, "emulated devices of each, instead of equal shares of the target's")
+    grace: int = option(120, "seconds that they have to end by themselves when asked to, before they are killed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +122,22 @@ class _Report(Common):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    try:
+        status = _main(argv)
+    except Exception:
+        if argv is not None or not processes.joined():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and argv is None and processes.joined():
+        # JAX would wait here for the other processes to end as well, and they wait for this one to go on.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         write(HELP, sys.stdout, end="")
@@ -213,27 +248,40 @@ def verify(arguments: list[str], *, restart: bool) -> int:
 def train(arguments: list[str], *, restart: bool) -> int:
     """The verb `train`."""
     about = "Trains, and reports what was compiled and what came of it."
+    # Before the config is read, which may count devices.
+    if "--distributed" in arguments and not {"-h", "--help"} & {*arguments}:
+        processes.join()
     call = configured(_Train, _with_number(arguments, "--profile", "3"), "train", about)
+    if not call.options.distributed:
+        processes.check_not_alone()
     start(call.config, restart=restart)
     from shardlab.run.loop import train as run
     from shardlab.run.resume import Saving
 
     view = call.view()
-    for remark in call.remarks:
+    for remark in call.remarks if processes.index() == 0 else ():
         view.say(f"note: {remark}")
-    record = run(
-        call.config,
-        call.options.out or Path("runs") / Path(call.path).stem,
-        view=view,
-        profile=call.options.profile,
-        tensorboard=call.options.tensorboard,
-        saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
-        resume=call.options.resume,
-        max_skipped=call.options.max_skipped,
-        about={"config": call.path, "overrides": call.given},
-    )
-    # The report's text has been shown by the run.
-    return show(call.options, record.report, None)
+    with processes.losses_named():
+        record = run(
+            call.config,
+            call.options.out or Path("runs") / Path(call.path).stem,
+            view=view,
+            profile=call.options.profile,
+            tensorboard=call.options.tensorboard,
+            saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
+            resume=call.options.resume,
+            max_skipped=call.options.max_skipped,
+            stuck_after=call.options.stuck_after if call.options.distributed else 0,
+            about={"config": call.path, "overrides": call.given},
+        )
+    # The report's text has been shown by the run, and one process speaks for all.
+    return show(call.options, record.report, None) if processes.index() == 0 else 0
+
+
+def launch(arguments: list[str], *, restart: bool) -> int:
+    """The verb `launch`."""
+    arguments = _with_number(arguments, "--profile", "3")
+    return launch_train(configured(_Launch, arguments, "launch", LAUNCH), arguments)
 
 
 def evaluate(arguments: list[str], *, restart: bool) -> int:
@@ -261,6 +309,7 @@ VERBS: Mapping[str, Callable[..., int]] = {
     "compile": compile_,
     "verify": verify,
     "train": train,
+    "launch": launch,
     "eval": evaluate,
     "export": export,
     "report": report,

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shardlab.cli.options import Common, option, read
+from shardlab.mesh import processes
 from shardlab.mesh.emulate import emulate, environment
 from shardlab.mesh.faults import DeclarationError
-from shardlab.mesh.targets import parse_target
+from shardlab.mesh.targets import Target, parse_target
 
 if TYPE_CHECKING:
     from shardlab.run.config import Config
@@ -148,13 +149,16 @@ def _remarks(config: Config, arguments: list[str]) -> list[str]:
 
 
 def start(config: Config, *, restart: bool) -> None:
-    """Emulated devices for a CPU target.
+    """Emulated devices for a CPU target; of several processes each has its share.
 
     A config file that has started JAX with other settings is not asked to do otherwise: the process is started
     again, once, with the right settings in its environment.
     """
     machine = parse_target(config.mesh.target)
     if machine.platform != "cpu" or machine.text == "local":
+        return
+    if processes.count() > 1:
+        emulate(share_of(machine, processes.count()))
         return
     try:
         emulate(machine.num_devices)
@@ -164,6 +168,21 @@ def start(config: Config, *, restart: bool) -> None:
         variables = {**os.environ, **environment(machine.num_devices), _RESTARTED: "1"}
         sys.stdout.flush()
         os.execve(sys.executable, sys.orig_argv, variables)
+
+
+def share_of(machine: Target, count: int) -> int:
+    """How many of a CPU target's devices each of several processes has.
+
+    Raises:
+      DeclarationError: the devices do not divide.
+    """
+    each, rest = divmod(machine.num_devices, count)
+    if rest:
+        raise DeclarationError(
+            f"target {machine.text}: {machine.num_devices} devices do not divide by {count} processes; give another "
+            "--target, or another number of processes"
+        )
+    return each
 
 
 _RESTARTED = "SHARDLAB_RESTARTED"

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 
 class DataSet(Protocol):
-    """What a config's `data` must have; `shardlab.run.data.ByteText` has it."""
+    """What a config's `data` must have; `shardlab.run.data.ByteText` has it.
+
+    A `train` that takes ``process_index`` and ``process_count`` too is asked for a process's rows of every batch alone;
+    the position that its iterator gives is then the same in all of them, however many they are.
+    """
 
     def abstract_batch(self, batch_size: int) -> Any:
         """Shapes of a batch; nothing is read."""

@@ -19,6 +19,7 @@ from shardlab.run.view import Silent, View, loss_text
 from shardlab.sharding.resolve import merged
 from shardlab.step.compile import check_batch
 from shardlab.step.forward import compile_forward
+from shardlab.step.placed import placed
 from shardlab.step.state import buffer_specs, initial_values, shardings, storage_specs
 
 
@@ -80,7 +81,7 @@ def evaluate(config: Config, run: str | Path | None = None, *, view: View | None
         with jax.set_mesh(evaluation.mesh):
             values = given | initial_values(model, plan, evaluation.mesh, config.seed, without=given)
     else:
-        values = _placed(plan, evaluation.mesh, arrays)
+        values = _arranged(plan, evaluation.mesh, arrays)
     names = storage_specs(plan)
     with view.phase(f"evaluating {config.eval_batches} batches of {config.batch_size}"):
         loss, tokens = evaluation(
@@ -117,7 +118,7 @@ def same_arrays(plan: Plan, arrays: Mapping[str, Any], run: str) -> None:
     raise_faults(merged(faults))
 
 
-def _placed(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def _arranged(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Arrays by the user's paths as the plan stores them: blocks stacked, pad slots zero, each in its sharding."""
     members = {stack.name: stack.members for stack in plan.stacks}
     dtypes = {parameter.path: parameter.dtype for parameter in plan.parameters}
@@ -127,11 +128,11 @@ def _placed(plan: Plan, mesh: Any, arrays: Mapping[str, np.ndarray]) -> dict[str
         array = arrays[path]
         return np.pad(array, [(0, n - m) for m, n in zip(array.shape, stored.get(path, array.shape), strict=True)])
 
-    placed = {}
+    arranged = {}
     for name, sharding in shardings(mesh, {**storage_specs(plan), **buffer_specs(plan)}).items():
         paths = members.get(name, (name,))
         first = next(path for path in paths if path)
         slots = [padded(path) if path else np.zeros_like(padded(first)) for path in paths]
         value = np.stack(slots) if name in members else slots[0]
-        placed[name] = jax.device_put(value.astype(dtypes.get(first, value.dtype)), sharding)
-    return placed
+        arranged[name] = placed(value.astype(dtypes.get(first, value.dtype)), sharding)
+    return arranged

@@ -14,12 +14,15 @@ from typing import Any
 import jax
 
 from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.processes import index
 from shardlab.run.record import Row
 from shardlab.run.view import View
 
 
 class Profiler:
     """A JAX profile of `steps` steps of a run of `of`, the first two left out where there are enough.
+
+    Of several processes the first makes one, of its own devices.
 
     Raises:
       DeclarationError: more steps than the run has.
@@ -28,6 +31,7 @@ class Profiler:
     def __init__(self, directory: Path, *, steps: int, of: int) -> None:
         if not 0 <= steps <= of:
             raise DeclarationError(f"profile: {steps} steps of a run of {of}; give 1 to {of}, or 0 for none")
+        steps = steps if index() == 0 else 0
         self._directory = directory
         self._first = min(3, of - steps + 1) if steps else 0
         self._last = self._first + steps - 1

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import itertools
-import json
-import math
 import os
 import statistics
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.store import Checkpoints
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.processes import Agreement, by_first, check_all_joined, index, whole
 from shardlab.plan.plan import Plan
 from shardlab.report.curve import draw_curve
 from shardlab.report.summary import step_facts
 from shardlab.report.text import report_text
+from shardlab.run.batches import Source
 from shardlab.run.config import Config
 from shardlab.run.evaluate import Evaluation
 from shardlab.run.instruments import Board, Profiler, stop_after_the_step
@@ -34,7 +32,6 @@ from shardlab.run.record import (
     FILES,
     PLAN,
     REPORT,
-    MetricsFile,
     Row,
     RunRecord,
     plain,
@@ -45,21 +42,19 @@ from shardlab.run.record import (
 from shardlab.run.resume import (
     Saving,
     Start,
-    batches_after,
     check_resumes,
     check_rows,
     drop_rows_after,
     refuse_to_replace,
     start_from,
 )
+from shardlab.run.rows import open_rows
+from shardlab.run.steps import Beside, Saves, Steps
+from shardlab.run.stragglers import HostTimes, seconds_by_process, straggler_text
 from shardlab.run.view import Silent, View
-from shardlab.step.compile import CompiledStep, check_batch, compile_train_step
-from shardlab.step.finite import not_finite
+from shardlab.run.watchdog import Watchdog
+from shardlab.step.compile import CompiledStep, compile_train_step
 from shardlab.step.state import TrainState, users_own
-
-# Steps handed to the devices before the metrics of an earlier one are waited for. Enough to keep them busy; many
-# steps in flight can use up the threads of emulated devices, which ends the process.
-RUN_AHEAD = 2
 
 
 def train(
@@ -72,12 +67,14 @@ def train(
     saving: Saving | None = None,
     resume: bool = False,
     max_skipped: int = 0,
+    stuck_after: float = 0,
     about: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Trains, and leaves in `out` what `shardlab.run.record` lists.
 
     Ctrl-C or SIGTERM ends the run after the steps under way, with everything written and, where it saves, a checkpoint
-    of the last of them; a second one ends it at once.
+    of the last of them; a second one ends it at once. Of several processes all end after the same step, whichever was
+    asked; the first writes, shows and reports, the others only their parts of checkpoints.
 
     Args:
       config: the run.
@@ -90,6 +87,8 @@ def train(
       resume: go on from the last checkpoint in `out`, on whatever plan; from step 0 where there is none.
       max_skipped: make no update where the loss or a gradient is not finite, and stop after so many such steps in a
         row, with the parameters named; 0: every update is made.
+      stuck_after: where no step ends for so many seconds, print the stack of every thread and end the process; 0 waits
+        for ever.
       about: put into the report as it is: the config's path, what was overridden.
 
     Raises:
@@ -98,36 +97,111 @@ def train(
       CheckpointError: a checkpoint cannot be written.
       NotFinite: `max_skipped` steps in a row had no finite loss and gradients.
     """
-    view, out, saving = view or Silent(), Path(out), saving or Saving()
+    view, out, saving = view if view is not None and index() == 0 else Silent(), Path(out), saving or Saving()
     begun = time.perf_counter()
     profiler = Profiler(out / "profile", steps=profile, of=config.steps)
     board = Board(out / "tensorboard") if tensorboard else None
     if max_skipped < 0:
         raise DeclarationError(f"max_skipped: is {max_skipped}; give a number of steps, or 0 to skip none")
-    _check_place(out)
     store = saving.store(out)
-    if not resume:
-        refuse_to_replace(store, out)
-    elif (out / REPORT).is_file() and config.steps in store.steps():
+    if by_first(lambda: _has_ended(config, out, store, resume=resume)):
         view.say(f"the run in {out} has ended: all {config.steps} steps are done")
         return read_run(out)
-    else:
-        check_resumes(store, out, config.steps)
     with view.phase("planning"):
         plan = config.plan()
-        build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
+        mesh = build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
+        check_all_joined()
     for note in plan.notes:
         view.say(f"note: {note}")
     weights = None if resume and store.steps() else config.open_weights(plan)  # refused before it compiles
     with view.phase("reading the data"):
-        source = config.data.train(config.batch_size, seed=config.seed)
-        batches = _batches(iter(source), plan, config.steps)
+        source = Source(config, plan, mesh)
+        batches = source.batches(config.steps)
         held_out = config.data.held_out(config.batch_size, config.eval_batches) if config.eval_every else []
     if hasattr(config.data, "describe"):
         view.say(config.data.describe())
     if not resume and any((out / name).exists() for name in FILES):
         view.say(f"{out} holds an earlier run, which this one replaces at its first step")
 
+    step, evaluation = _compiled(config, plan, held_out, view, skip_nonfinite=max_skipped > 0)
+    canonical = Canonical(step.model, plan, step.optimizer, mesh) if saving.every or resume else None
+    start, before = Start(), list[Row]()
+    if resume and canonical is not None:
+        with view.phase("reading the last checkpoint"):
+            start = start_from(store, canonical, view)
+        if start.state is not None:
+            by_first(lambda: before.extend(_rows_up_to(out, start.step)))
+            source = Source(config, plan, mesh)
+            batches = source.batches(config.steps - start.step, start)
+    state = start.state
+    if state is None:
+        with view.phase("creating the state, every array in its own sharding"):
+            state = step.init(config.seed, None if weights is None else weights.onto(step.mesh))
+            jax.block_until_ready(state)
+    saves = None
+    if canonical is not None and saving.every:
+        saves = Saves(saving.every, store, canonical, source, plan)
+        # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.
+        with view.phase("compiling what saves"):
+            jax.block_until_ready(canonical.arrays_of(state))
+    if start.state is None:
+        by_first(lambda: _make_room(out, plan))
+    seconds_before = time.perf_counter() - begun
+
+    with Watchdog(stuck_after) as watchdog:
+        with (
+            open_rows(out, view, board, before) as rows,
+            stop_after_the_step(view) as asked,
+            profiler,
+            view.steps(config.steps, config.unit, config.batch_size),
+        ):
+            beside = Beside(profiler, Agreement(mesh, asked), watchdog, HostTimes())
+            steps = Steps(config, step, evaluation, rows, beside, saves, max_skipped, start)
+            state = steps.run(state, batches)
+        if saves is not None:
+            with view.phase("finishing the last checkpoint"):
+                store.wait()
+        with view.phase("writing the report"):
+            _write_weights(out, plan, mesh, state)
+            by_process = seconds_by_process(beside.times)
+            told = {
+                **(about or {}),
+                "interrupted": beside.stop.to_stop(config.steps),
+                "resumed_from": start.step if start.state is not None else None,
+                "seconds_held_up_by_saving": sum(saves.seconds) if saves is not None else 0.0,
+                "seconds_before_the_first_step": seconds_before,
+                "seconds_by_process": by_process,
+                "data": source.position(),
+            }
+            report = by_first(lambda: _report(out, config, step, store, rows.all, steps.initial_eval_loss, told))
+    view.say(f"\n{report_text(report)}\n")
+    if len(by_process) > 1:
+        view.say(f"{straggler_text(by_process)}\n")
+    extra = [name for name, there in (("profile/", profile), ("tensorboard/", board)) if there]
+    view.say(f"in {out}: {', '.join([*FILES, *extra])}")
+    return RunRecord(out, tuple(rows.all), report)
+
+
+def _has_ended(config: Config, out: Path, store: Checkpoints, *, resume: bool) -> bool:
+    """Whether the run in a directory has ended and is not to be run again.
+
+    Raises:
+      DeclarationError: the directory cannot be used for this run.
+    """
+    _check_place(out)
+    if not resume:
+        refuse_to_replace(store, out)
+        return False
+    if (out / REPORT).is_file() and config.steps in store.steps():
+        return True
+    check_resumes(store, out, config.steps)
+    return False
+
+
+def _compiled(
+    config: Config, plan: Plan, held_out: Sequence[Any], view: View, *, skip_nonfinite: bool
+) -> tuple[CompiledStep, Evaluation | None]:
+    """The train step, and the evaluation where there is something held out."""
     with view.phase(f"compiling the train step for {plan.mesh}"):
         step = compile_train_step(
             config.model,
@@ -136,224 +210,34 @@ def train(
             plan,
             config.abstract_batch(),
             compiler_options=config.options_of_xla(),
-            skip_nonfinite=max_skipped > 0,
+            skip_nonfinite=skip_nonfinite,
         )
-    evaluation = None
-    if held_out:
-        with view.phase("compiling the evaluation"):
-            evaluation = Evaluation(config, plan, held_out)
-    canonical = Canonical(step.model, plan, step.optimizer, step.mesh) if saving.every or resume else None
-    start, rows = Start(), []
-    if resume and canonical is not None:
-        with view.phase("reading the last checkpoint"):
-            start = start_from(store, canonical, view)
-        if start.state is not None:
-            rows = check_rows(out, start.step)
-            drop_rows_after(out, start.step)
-            source = config.data.train(config.batch_size, seed=config.seed)
-            batches = _batches(batches_after(source, start), plan, config.steps - start.step)
-    state = start.state
-    if state is None:
-        with view.phase("creating the state, every array in its own sharding"):
-            state = step.init(config.seed, None if weights is None else weights.onto(step.mesh))
-            jax.block_until_ready(state)
-    if canonical is not None and saving.every:
-        # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.
-        with view.phase("compiling what saves"):
-            jax.block_until_ready(canonical.arrays_of(state))
-    before = time.perf_counter() - begun
-
-    if start.state is None:
-        _make_room(out, plan)
-    with (
-        MetricsFile(out, append=start.state is not None) as file,
-        stop_after_the_step(view) as stopped,
-        profiler,
-        contextlib.closing(board) if board is not None else contextlib.nullcontext(),
-    ):
-        saves = _Saves(saving.every, store, canonical, source, plan) if canonical is not None and saving.every else None
-        loop = _Loop(
-            config, step, evaluation, view, file, board, profiler, stopped, start.step, rows, saves, max_skipped
-        )
-        if start.about is not None:
-            loop.initial_eval_loss = start.about["initial_eval_loss"]
-        with view.steps(config.steps, config.unit, config.batch_size):
-            state = loop.run(state, batches)
-    if saves is not None:
-        with view.phase("finishing the last checkpoint"):
-            store.wait()
-    with view.phase("writing the report"):
-        write_arrays(out, users_own(plan, {**state.parameters, **state.buffers}))
-        report = plain(
-            {
-                **(about or {}),
-                **step_facts(step),
-                **_results(config, loop.rows, loop.initial_eval_loss),
-                "seed": config.seed,
-                "interrupted": bool(stopped),
-                "resumed_from": start.step if start.state is not None else None,
-                "checkpoints": store.steps(),
-                "seconds_held_up_by_saving": sum(saves.seconds) if saves is not None else 0.0,
-                "seconds_before_the_first_step": before,
-                "jax": jax.__version__,
-                "device": jax.devices()[0].device_kind,
-                "data": source.get_state() if hasattr(source, "get_state") else None,
-            }
-        )
-        write_report(out, report)
-        _draw(out, config, plan, loop.rows, loop.initial_eval_loss)
-    view.say(f"\n{report_text(report)}\n")
-    extra = [name for name, there in (("profile/", profile), ("tensorboard/", board)) if there]
-    view.say(f"in {out}: {', '.join([*FILES, *extra])}")
-    return RunRecord(out, tuple(loop.rows), report)
+    if not held_out:
+        return step, None
+    with view.phase("compiling the evaluation"):
+        return step, Evaluation(config, plan, held_out)
 
 
-class NotFinite(DeclarationError):
-    """Steps in a row whose loss or gradients were not finite."""
+def _rows_up_to(out: Path, step: int) -> list[Row]:
+    """The rows before a checkpoint; those after it are dropped from the file."""
+    rows = check_rows(out, step)
+    drop_rows_after(out, step)
+    return rows
 
 
-@dataclass
-class _Loop:
-    config: Config
-    step: CompiledStep
-    evaluation: Evaluation | None
-    view: View
-    file: MetricsFile
-    board: Board | None
-    profiler: Profiler
-    stopped: Sequence[Any]
-    done: int
-    rows: list[Row]
-    saves: _Saves | None
-    max_skipped: int
-    initial_eval_loss: float | None = None
-    skipped: int = 0
+def _write_weights(out: Path, plan: Plan, mesh: Mesh, state: TrainState) -> None:
+    """Writes parameters and buffers; of several processes the first, from one whole array at a time."""
 
-    def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
-        """The state after the last step, or after the one in which the run was stopped."""
-        every, last = self.config.eval_every, self.config.steps
-        if self.evaluation is not None and not self.done:
-            self.initial_eval_loss = self._evaluate(state)
-            self.view.evaluation(0, self.initial_eval_loss)
-        waiting: deque[tuple[int, Mapping[str, Any]]] = deque()
-        self._clock = time.perf_counter()
-        for number in range(self.done + 1, last + 1):
-            self.profiler.before(number)
-            state, metrics = self.step(state, next(batches))
-            waiting.append((number, metrics))
-            while len(waiting) > RUN_AHEAD:
-                self._write(self._row(*waiting.popleft()))
-            # Asked after the wait, in which Ctrl-C is most likely pressed.
-            ends = number == last or bool(self.stopped)
-            due = self.evaluation is not None and (ends or number % every == 0)
-            saved = self.saves is not None and (ends or number % self.saves.every == 0)
-            while waiting and (ends or due or saved or self.profiler.ends_with(number)):
-                row = self._row(*waiting.popleft())
-                if due and not waiting:
-                    row["eval_loss"] = self._evaluate(state)
-                    self._clock = time.perf_counter()
-                self._write(row)
-            if self.saves is not None and saved:
-                self.saves.save(state, self.initial_eval_loss)
-                self._clock = time.perf_counter()
-            self.profiler.after(number)
-            if ends or (due and self.stopped):
-                break
-        return state
+    def arrays() -> Iterator[tuple[str, np.ndarray | None]]:
+        for name, value in {**state.parameters, **state.buffers}.items():
+            for path, array in users_own(plan, {name: value}).items():
+                yield path, whole(array, mesh)
 
-    def _row(self, number: int, metrics: Mapping[str, Any]) -> Row:
-        """The row of a step, once it has ended: its seconds are those since the step before it ended."""
-        loss, norm, weight = (float(metrics[name]) for name in ("loss", "grad_norm", "weight"))
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        row = Row(step=number, loss=loss, grad_norm=norm, seconds=seconds, tokens=round(weight))
-        if self.max_skipped:
-            self._skips(row, not_finite(metrics["finite"], self.step.plan))
-        return row
-
-    def _skips(self, row: Row, paths: Sequence[str]) -> None:
-        """Counts the steps in a row that made no update; one too many ends the run, with its row written."""
-        loss = [] if math.isfinite(row["loss"] or 0.0) else ["the loss"]
-        if not (paths or loss):
-            self.skipped = 0
-            return
-        self.skipped += 1
-        row["skipped"] = True
-        some = ", ".join([*loss, *paths[:3]]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        self.view.say(f"step {row['step']}: no update: not finite: {some} ({self.skipped} in a row)")
-        if self.skipped >= self.max_skipped:
-            self._write(row)
-            saved: list[int] = []
-            if self.saves is not None:
-                self.saves.store.wait()
-                saved = self.saves.store.steps()
-            way = f"go on from the checkpoint of step {saved[-1]} with --resume" if saved else "start anew"
-            raise NotFinite(
-                f"steps {row['step'] - self.skipped + 1} to {row['step']}: not finite: {some}; parameters are as they "
-                f"were before; look at the data and the learning rate of these steps, and {way}"
-            )
-
-    def _evaluate(self, state: TrainState) -> float:
-        assert self.evaluation is not None
-        return self.evaluation(state.parameters, state.buffers)[0]
-
-    def _write(self, row: Row) -> None:
-        row = plain(row)
-        if row["loss"] is None and all(earlier["loss"] is not None for earlier in self.rows):
-            self.view.say(f"step {row['step']}: the loss is not finite; a lower learning rate may help")
-        self.rows.append(row)
-        self.file.write(row)
-        if self.board is not None:
-            self.board.write(row)
-        self.view.step(row)
-        if "eval_loss" in row:
-            self.view.evaluation(row["step"], row["eval_loss"])
-
-
-@dataclass(frozen=True)
-class _Saves:
-    """What a run saves, and every how many steps; `seconds` are those for which each save held the steps up."""
-
-    every: int
-    store: Checkpoints
-    canonical: Canonical
-    source: Any
-    plan: Plan
-    seconds: list[float] = field(default_factory=list)
-
-    def save(self, state: TrainState, initial_eval_loss: float | None) -> None:
-        start = time.perf_counter()
-        about = {
-            "plan": json.loads(self.plan.to_json()),
-            "data": self.source.get_state() if hasattr(self.source, "get_state") else None,
-            "initial_eval_loss": initial_eval_loss,
-            "jax": jax.__version__,
-        }
-        self.store.save(self.canonical, state, plain(about))
-        self.seconds.append(time.perf_counter() - start)
-
-
-def _batches(given: Iterable[Any], plan: Plan, steps: int) -> Iterator[Any]:
-    """What `data.train` gives, the first batch looked at before anything is compiled.
-
-    Raises:
-      DeclarationError: the first batch is not as planned; later, there are no more batches.
-    """
-    iterator = iter(given)
-    first = list(itertools.islice(iterator, 1))
-    for batch in first:
-        check_batch(batch, plan.batch, "make data.abstract_batch say what data.train gives")
-
-    def counted() -> Iterator[Any]:
-        number = 0
-        for batch in itertools.chain(first, iterator):
-            yield batch
-            number += 1
-        raise DeclarationError(
-            f"data: train gives {number} batches, and the run has {steps} steps; make it endless, or give fewer steps"
-        )
-
-    return counted()
+    if index() == 0:
+        write_arrays(out, arrays())
+    else:
+        for _ in arrays():
+            pass
 
 
 def _check_place(out: Path) -> None:
@@ -375,6 +259,32 @@ def _make_room(out: Path, plan: Plan) -> None:
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     (out / PLAN).write_text(plan.to_json() + "\n")
+
+
+def _report(
+    out: Path,
+    config: Config,
+    step: CompiledStep,
+    store: Checkpoints,
+    rows: Sequence[Row],
+    initial_eval_loss: float | None,
+    told: Mapping[str, Any],
+) -> Any:
+    """Writes the report and the picture; gives the report."""
+    report = plain(
+        {
+            **told,
+            **step_facts(step),
+            **_results(config, rows, initial_eval_loss),
+            "seed": config.seed,
+            "checkpoints": store.steps(),
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+    )
+    write_report(out, report)
+    _draw(out, config, step.plan, rows, initial_eval_loss)
+    return report
 
 
 def _results(config: Config, rows: Sequence[Row], initial_eval_loss: float | None) -> dict[str, Any]:

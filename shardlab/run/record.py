@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -116,14 +116,14 @@ def read_rows(directory: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def write_arrays(directory: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes `DIR/parameters.npz`: whole arrays by path, so that any mesh can take them.
+def write_arrays(directory: Path, arrays: Iterable[tuple[str, Any]]) -> None:
+    """Writes `DIR/parameters.npz`: whole arrays, each with its path, one at a time, so that any mesh can take them.
 
     An array of a dtype that is not NumPy's own, such as bfloat16, is written as float32, which holds its every number.
     """
     # Not np.savez, for which a path such as `file` is an argument of its own.
     with zipfile.ZipFile(directory / PARAMETERS, "w") as archive:
-        for path, value in arrays.items():
+        for path, value in arrays:
             array = np.asarray(value)
             if array.dtype.kind == "V":
                 array = array.astype(np.float32)  # a file would call it raw bytes

@@ -6,9 +6,9 @@ from it, and made anew.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.seal import CheckpointError
 from shardlab.checkpoint.store import Checkpoints
 from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.processes import by_first
 from shardlab.run.record import METRICS, Row
 from shardlab.run.view import View
 from shardlab.step.state import TrainState
@@ -66,7 +67,7 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
     Raises:
       DeclarationError: the newest is of another model or optimizer, or none that was finished can be read.
     """
-    found = list(store.found())
+    found = by_first(lambda: [(step, None if fault is None else str(fault)) for step, fault in store.found()])
     finished = [step for step, fault in found if fault is None]
     damaged: list[CheckpointError] = []
     for step, unread in reversed(found):
@@ -75,11 +76,12 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
             try:
                 state = store.load(canonical, step)
             except CheckpointError as error:
-                fault = error
+                fault = str(error)
                 damaged.append(error)
             else:
                 view.say(f"going on from the checkpoint of step {step}")
-                return Start(step, state, store.seal(step).about)
+                about = by_first(functools.partial(_about, store, step))
+                return Start(step, state, about)
         view.say(f"passing over: {fault}")
     if finished:
         raise DeclarationError(
@@ -87,6 +89,10 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
         )
     view.say("nothing is saved yet: starting at step 0")
     return Start()
+
+
+def _about(store: Checkpoints, step: int) -> dict[str, Any]:
+    return dict(store.seal(step).about)
 
 
 def check_rows(out: Path, step: int) -> list[Row]:
@@ -123,21 +129,6 @@ def _lines(file: Path, most: int) -> list[str]:
 
 
 _OTHERWISE = "put the file back as it was, or start anew in another directory"
-
-
-def batches_after(source: Iterable[Any], start: Start) -> Iterator[Any]:
-    """The batches that follow those of the steps done.
-
-    Raises:
-      DeclarationError: the position that was saved is one in other data.
-    """
-    if start.about is None:
-        return iter(source)
-    position = start.about.get("data")
-    if position is not None and hasattr(source, "set_state"):
-        source.set_state(position)
-        return iter(source)
-    return itertools.islice(iter(source), start.step, None)
 
 
 def check_resumes(store: Checkpoints, out: Path, steps: int) -> None:

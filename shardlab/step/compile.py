@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,6 +26,7 @@ from shardlab.plan.plan import Plan
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.finite import finite_layers, unless_finite
 from shardlab.step.pipelined import pipelined_gradients
+from shardlab.step.placed import placed
 from shardlab.step.refusals import refusals
 from shardlab.step.region import Region, make_region
 from shardlab.step.scatter import Scatter
@@ -79,7 +81,7 @@ class CompiledStep:
         planned, structure, shardings = self._planned
         if treedef != structure or [_kind(leaf) for leaf in leaves] != planned:
             check_batch(batch, self.plan.batch, "give every batch the shapes that were planned, or make the plan anew")
-        return self.compiled(state, jax.tree.unflatten(treedef, map(_placed, leaves, shardings)))
+        return self.compiled(state, jax.tree.unflatten(treedef, map(placed, leaves, shardings)))
 
     @cached_property
     def text(self) -> str:
@@ -120,9 +122,10 @@ class CompiledStep:
             names = storage_specs(self.plan)
             values = initial_values(self.model, self.plan, self.mesh, seed, without=parameters or ())
             parameters = parameters or {name: values[name] for name in names}
+            one = NamedSharding(self.mesh, PartitionSpec())
             return TrainState(
-                step=jax.device_put(jnp.int32(0), self.state_shardings.step),
-                key=jax.device_put(jax.random.key_data(jax.random.key(seed)), self.state_shardings.key),
+                step=placed(np.int32(0), one),
+                key=placed(jax.random.key_data(jax.random.key(seed)), one),
                 parameters=parameters,
                 buffers={name: value for name, value in values.items() if name not in names},
                 optimizer=self._init_optimizer(parameters),
@@ -312,11 +315,6 @@ def _same_parameters(given: Arrays, stored: Arrays) -> None:
 
 def _kind(leaf: Any) -> Any:
     return getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-
-
-def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    # For an array that lies there already `jax.device_put` takes longer than the rest of a call.
-    return leaf if isinstance(leaf, jax.Array) and leaf.sharding == sharding else jax.device_put(leaf, sharding)
 
 
 def check_batch(batch: Any, planned: Sequence[tuple[str, tuple[int, ...], str]], way_out: str) -> None:

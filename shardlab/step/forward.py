@@ -20,6 +20,7 @@ from shardlab.sharding.zero import without
 from shardlab.step.calls import Calls, Loss
 from shardlab.step.compile import cannot_hang, options_for, working_copy
 from shardlab.step.pipelined import pipelined_forward
+from shardlab.step.placed import placed
 from shardlab.step.region import Region, check_rows, make_region
 from shardlab.step.stage_arrays import leaves_out
 from shardlab.step.state import abstract_stored, buffer_specs, shardings, storage_specs
@@ -39,7 +40,7 @@ class CompiledForward:
     compiled: Any
 
     def __call__(self, parameters: dict[str, jax.Array], buffers: dict[str, jax.Array], batch: Any) -> Any:
-        return self.compiled(parameters, buffers, jax.device_put(batch, self.batch_shardings))
+        return self.compiled(parameters, buffers, jax.tree.map(placed, batch, self.batch_shardings))
 
 
 def compile_forward(model: Any, plan: Plan, batch: Any, loss: Loss | None = None) -> CompiledForward:

@@ -141,7 +141,7 @@ def test_a_run_of_another_model_is_refused_with_every_difference(run: RunRecord)
 
 def test_an_array_that_a_run_lacks(run: RunRecord, tmp_path: Path) -> None:
     arrays = read_arrays(run.directory)
-    write_arrays(tmp_path, {path: array for path, array in arrays.items() if path != "inputs/bias"})
+    write_arrays(tmp_path, [(path, array) for path, array in arrays.items() if path != "inputs/bias"])
     with pytest.raises(DeclarationError, match=rf"^inputs/bias: run '{tmp_path}' has none; give the config, "):
         evaluate(declared("data=1"), tmp_path)
 

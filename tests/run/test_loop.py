@@ -26,8 +26,9 @@ from shardlab.models import mlp
 from shardlab.models.mlp import label_loss
 from shardlab.plan.plan import Plan
 from shardlab.run.evaluate import evaluate
-from shardlab.run.loop import RUN_AHEAD, train
+from shardlab.run.loop import train
 from shardlab.run.record import FILES, Row, RunRecord, read_arrays, read_run
+from shardlab.run.steps import RUN_AHEAD
 from shardlab.run.view import Silent
 from tests.run.tiny import Points, tiny
 

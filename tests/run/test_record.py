@@ -83,7 +83,7 @@ def test_arrays_are_read_back_bit_for_bit_by_the_users_paths(tmp_path: Path) -> 
         "wide": jnp.linspace(0, 1, 5),
         "empty": np.zeros((0, 4), np.float16),
     }
-    write_arrays(tmp_path, arrays)
+    write_arrays(tmp_path, arrays.items())
     found = read_arrays(str(tmp_path))
     assert set(found) == set(arrays)
     for path, array in arrays.items():
@@ -93,7 +93,7 @@ def test_arrays_are_read_back_bit_for_bit_by_the_users_paths(tmp_path: Path) -> 
 
 def test_a_path_may_be_any_name_and_a_dtype_that_numpy_lacks_is_widened(tmp_path: Path) -> None:
     narrow = jnp.array([1.0, -2.5, 3e38], jnp.bfloat16)
-    write_arrays(tmp_path, {"file": np.arange(3), "allow_pickle": np.ones(2), "narrow": narrow})
+    write_arrays(tmp_path, [("file", np.arange(3)), ("allow_pickle", np.ones(2)), ("narrow", narrow)])
     found = read_arrays(tmp_path)
     assert set(found) == {"file", "allow_pickle", "narrow"}
     assert found["narrow"].dtype == np.float32

@@ -15,9 +15,10 @@ from benchmarks.kills import ended, newest, started, told_by
 from shardlab.checkpoint import Checkpoints
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.data import ByteText
-from shardlab.run.loop import NotFinite, train
+from shardlab.run.loop import train
 from shardlab.run.record import METRICS, RunRecord, read_rows
 from shardlab.run.resume import Saving
+from shardlab.run.steps import NotFinite
 from tests.run.test_loop import Heard, numbers
 from tests.run.tiny import Points, tiny
 

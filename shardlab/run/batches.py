@@ -1,0 +1,96 @@
+"""The batches of a run: read whole or this process's share of each, checked, and placed as the step takes them.
+
+The batch of a step is the same however many processes there are. Data whose `train` takes `process_index` and
+`process_count` makes the rows that this process's devices hold and no others; of other data every process makes the
+whole batch, and hands over those rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.processes import count
+from shardlab.plan.plan import Plan
+from shardlab.run.config import Config
+from shardlab.run.resume import Start
+from shardlab.step.compile import check_batch
+from shardlab.step.placed import placed_rows, rows_here
+
+
+class Source:
+    """What `config.data.train` gives for a plan.
+
+    Attributes:
+      data: an iterator over batches, or over this process's shares.
+      share: which of how many shares those are, (0, 1) for whole batches.
+    """
+
+    def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
+        self._plan, self._sharding = plan, NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
+        self.share = (0, 1)
+        given = {}
+        if count() > 1 and _gives_shares(config.data):
+            self.share = rows_here(self._sharding, (config.batch_size,))
+            given = dict(zip(("process_index", "process_count"), self.share, strict=True))
+        self.data = config.data.train(config.batch_size, seed=config.seed, **given)
+
+    def position(self) -> Any:
+        """Where it stands, where the data can say that."""
+        return self.data.get_state() if hasattr(self.data, "get_state") else None
+
+    def batches(self, steps: int, start: Start | None = None) -> Iterator[Any]:
+        """As many batches, from the beginning or from those after `start`; the first is looked at now.
+
+        Raises:
+          DeclarationError: the first batch is not as planned, or the position is one in other data; later, there are
+            no more batches.
+        """
+        iterator = self._after(start)
+        first = list(itertools.islice(iterator, 1))
+        shares = self.share[1]
+        planned = [(path, (shape[0] // shares, *shape[1:]), dtype) for path, shape, dtype in self._plan.batch]
+        for batch in first:
+            check_batch(batch, planned, "make data.abstract_batch say what data.train gives")
+
+        def counted() -> Iterator[Any]:
+            number = 0
+            for batch in itertools.chain(first, iterator):
+                yield self._placed(batch)
+                number += 1
+            raise DeclarationError(
+                f"data: train gives {number} batches, and the run has {steps} steps; make it endless, or give fewer "
+                "steps"
+            )
+
+        return counted()
+
+    def _after(self, start: Start | None) -> Iterator[Any]:
+        if start is None or start.about is None:
+            return iter(self.data)
+        position = start.about.get("data")
+        if position is not None and hasattr(self.data, "set_state"):
+            self.data.set_state(position)
+            return iter(self.data)
+        return itertools.islice(iter(self.data), start.step, None)
+
+    def _placed(self, batch: Any) -> Any:
+        if count() == 1:
+            return batch  # the step places it
+        share, shares = self.share
+
+        def placed(leaf: Any) -> jax.Array:
+            rows, *rest = leaf.shape
+            return placed_rows(leaf, self._sharding, (rows * shares, *rest), share * rows)
+
+        return jax.tree.map(placed, batch)
+
+
+def _gives_shares(data: Any) -> bool:
+    return {"process_index", "process_count"} <= set(inspect.signature(data.train).parameters)

@@ -1,0 +1,177 @@
+"""The steps of a run: one after another, with what stands beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from shardlab.checkpoint.canonical import Canonical
+from shardlab.checkpoint.store import Checkpoints
+from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.processes import Agreement
+from shardlab.plan.plan import Plan
+from shardlab.run.batches import Source
+from shardlab.run.config import Config
+from shardlab.run.evaluate import Evaluation
+from shardlab.run.instruments import Profiler
+from shardlab.run.record import Row, plain
+from shardlab.run.resume import Start
+from shardlab.run.rows import Rows
+from shardlab.run.stragglers import HostTimes
+from shardlab.run.watchdog import Watchdog
+from shardlab.step.compile import CompiledStep
+from shardlab.step.finite import not_finite
+from shardlab.step.state import TrainState
+
+# Steps handed to the devices before the metrics of an earlier one are waited for. Enough to keep them busy; many
+# steps in flight can use up the threads of emulated devices, which ends the process.
+RUN_AHEAD = 2
+
+
+class NotFinite(DeclarationError):
+    """Steps in a row whose loss or gradients were not finite."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the steps: a profile of some, whether to stop, a watchdog, and the host's time."""
+
+    profiler: Profiler
+    stop: Agreement
+    watchdog: Watchdog
+    times: HostTimes
+
+
+@dataclass(frozen=True)
+class Saves:
+    """What a run saves, and every how many steps; `seconds` are those for which each save held the steps up."""
+
+    every: int
+    store: Checkpoints
+    canonical: Canonical
+    source: Source
+    plan: Plan
+    seconds: list[float] = field(default_factory=list)
+
+    def save(self, state: TrainState, initial_eval_loss: float | None) -> None:
+        """Saves a state."""
+        start = time.perf_counter()
+        about = {
+            "plan": json.loads(self.plan.to_json()),
+            "data": self.source.position(),
+            "initial_eval_loss": initial_eval_loss,
+            "jax": jax.__version__,
+        }
+        self.store.save(self.canonical, state, plain(about))
+        self.seconds.append(time.perf_counter() - start)
+
+
+class Steps:
+    """The steps of a run after `start`.
+
+    Attributes:
+      initial_eval_loss: held-out loss before the first step, where there is an evaluation.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        step: CompiledStep,
+        evaluation: Evaluation | None,
+        rows: Rows,
+        beside: Beside,
+        saves: Saves | None,
+        max_skipped: int,
+        start: Start,
+    ) -> None:
+        self._config, self._step, self._evaluation = config, step, evaluation
+        self._rows, self._beside, self._saves, self._max_skipped = rows, beside, saves, max_skipped
+        self._done, self._skipped = start.step, 0
+        self.initial_eval_loss: float | None = start.about["initial_eval_loss"] if start.about is not None else None
+
+    def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
+        """The state after the last step, or after the one in which the run was stopped."""
+        config, beside, last = self._config, self._beside, self._config.steps
+        stop, taken, times = beside.stop, beside.times.taken, beside.times
+        if self._evaluation is not None and not self._done:
+            self.initial_eval_loss = self._evaluate(state)
+            self._rows.view.evaluation(0, self.initial_eval_loss)
+        waiting: deque[tuple[int, Mapping[str, Any]]] = deque()
+        self._clock = time.perf_counter()
+        for number in range(self._done + 1, last + 1):
+            beside.profiler.before(number)
+            with taken(times.reading):
+                batch = next(batches)
+            with taken(times.handing):
+                state, metrics = self._step(state, batch)
+                stop.hand_over(number)
+            waiting.append((number, metrics))
+            while len(waiting) > RUN_AHEAD:
+                self._rows.add(self._row(*waiting.popleft()))
+            # Asked after the wait, in which Ctrl-C is most likely pressed.
+            ends = number == last or stop.to_stop(number - RUN_AHEAD)
+            due = self._evaluation is not None and (ends or number % config.eval_every == 0)
+            saved = self._saves is not None and (ends or number % self._saves.every == 0)
+            while waiting and (ends or due or saved or beside.profiler.ends_with(number)):
+                row = self._row(*waiting.popleft())
+                if due and not waiting:
+                    row["eval_loss"] = self._evaluate(state)
+                    self._clock = time.perf_counter()
+                self._rows.add(row)
+            # And after an evaluation, which may take long.
+            ends = ends or (due and stop.to_stop(number))
+            if self._saves is not None and (saved or ends):
+                self._saves.save(state, self.initial_eval_loss)
+                beside.watchdog.beat(f"step {number} is saved")
+                self._clock = time.perf_counter()
+            beside.profiler.after(number)
+            if ends:
+                break
+        return state
+
+    def _row(self, number: int, metrics: Mapping[str, Any]) -> Row:
+        """The row of a step, once it has ended: its seconds are those since the step before it ended."""
+        with self._beside.times.taken(self._beside.times.waiting):
+            loss, norm, weight = (float(metrics[name]) for name in ("loss", "grad_norm", "weight"))
+        self._beside.watchdog.beat(f"step {number} has ended")
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        row = Row(step=number, loss=loss, grad_norm=norm, seconds=seconds, tokens=round(weight))
+        if self._max_skipped:
+            self._skips(row, not_finite(metrics["finite"], self._step.plan))
+        return row
+
+    def _skips(self, row: Row, paths: Sequence[str]) -> None:
+        """Counts the steps in a row that made no update; one too many ends the run, with its row written."""
+        loss = [] if math.isfinite(row["loss"] or 0.0) else ["the loss"]
+        if not (paths or loss):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        row["skipped"] = True
+        some = ", ".join([*loss, *paths[:3]]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        self._rows.view.say(f"step {row['step']}: no update: not finite: {some} ({self._skipped} in a row)")
+        if self._skipped >= self._max_skipped:
+            self._rows.add(row)
+            saved: list[int] = []
+            if self._saves is not None:
+                self._saves.store.wait()
+                saved = self._saves.store.steps()
+            way = f"go on from the checkpoint of step {saved[-1]} with --resume" if saved else "start anew"
+            raise NotFinite(
+                f"steps {row['step'] - self._skipped + 1} to {row['step']}: not finite: {some}; parameters are as they "
+                f"were before; look at the data and the learning rate of these steps, and {way}"
+            )
+
+    def _evaluate(self, state: TrainState) -> float:
+        assert self._evaluation is not None
+        loss = self._evaluation(state.parameters, state.buffers)[0]
+        self._beside.watchdog.beat("an evaluation has ended")
+        return loss
