@@ -98,6 +98,7 @@ def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None
     """The run's arrays are those of the plan's model."""
     shapes: dict[str, Any] = {parameter.path: parameter.shape for parameter in plan.parameters}
     shapes |= {buffer.path: buffer.shape for buffer in plan.buffers}
+    dtypes = {held.path: held.dtype for held in (*plan.parameters, *plan.buffers)}
     way_out = "give the config, with the overrides, that the run was made with"
     faults = [Fault(path, f"run {run!r} has none", way_out) for path in shapes if path not in arrays]
     for path, array in arrays.items():
@@ -105,6 +106,9 @@ def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None
             faults.append(Fault(path, f"is in run {run!r} and not in the model", way_out))
         elif shapes[path] != array.shape:
             problem = f"is {list(array.shape)} in run {run!r} and {list(shapes[path])} in the model"
+            faults.append(Fault(path, problem, way_out))
+        elif np.iscomplexobj(array) and not jax.numpy.issubdtype(dtypes[path], jax.numpy.complexfloating):
+            problem = f"is {array.dtype} in run {run!r} and {dtypes[path]} in the model"
             faults.append(Fault(path, problem, way_out))
     raise_faults(merged(faults))
 

@@ -164,6 +164,8 @@ def train(
 
     if start.state is None:
         _make_room(out, plan)
+    else:
+        _cut_links(out)
     with (
         MetricsFile(out, append=start.state is not None) as file,
         stop_after_the_step(view) as stopped,
@@ -175,7 +177,7 @@ def train(
             config, step, evaluation, view, file, board, profiler, stopped, start.step, rows, saves, max_skipped
         )
         if start.about is not None:
-            loop.initial_eval_loss = start.about["initial_eval_loss"]
+            loop.initial_eval_loss = start.about.get("initial_eval_loss")
         with view.steps(config.steps, config.unit, config.batch_size):
             state = loop.run(state, batches)
     if saves is not None:
@@ -363,6 +365,9 @@ def _check_place(out: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         code = errno.EACCES if there.is_dir() else errno.ENOTDIR
         raise DeclarationError(f"out {str(out)!r}: {os.strerror(code)}; give a directory that can be made")
+    for name in FILES:
+        if (out / name).is_dir():
+            raise DeclarationError(f"out {str(out)!r}: {name} in it is a directory; give another place")
 
 
 def _make_room(out: Path, plan: Plan) -> None:
@@ -374,6 +379,13 @@ def _make_room(out: Path, plan: Plan) -> None:
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     (out / PLAN).write_text(plan.to_json() + "\n")
+
+
+def _cut_links(out: Path) -> None:
+    """Of a run that goes on, no file is a link: what is written to one lands elsewhere."""
+    for name in FILES:
+        if (out / name).is_symlink():
+            (out / name).unlink()
 
 
 def _results(config: Config, rows: Sequence[Row], initial_eval_loss: float | None) -> dict[str, Any]:

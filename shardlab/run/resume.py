@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardlab.checkpoint.canonical import Canonical
-from shardlab.checkpoint.seal import CheckpointError
+from shardlab.checkpoint.seal import CheckpointError, Unfinished
 from shardlab.checkpoint.store import Checkpoints
 from shardlab.mesh.faults import DeclarationError
 from shardlab.run.record import METRICS, Row
@@ -66,24 +66,23 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
     Raises:
       DeclarationError: the newest is of another model or optimizer, or none that was finished can be read.
     """
-    found = list(store.found())
-    finished = [step for step, fault in found if fault is None]
     damaged: list[CheckpointError] = []
-    for step, unread in reversed(found):
+    for step, unread in reversed(list(store.found())):
         fault = unread
         if fault is None:
             try:
                 state = store.load(canonical, step)
             except CheckpointError as error:
                 fault = error
-                damaged.append(error)
             else:
                 view.say(f"going on from the checkpoint of step {step}")
                 return Start(step, state, store.seal(step).about)
         view.say(f"passing over: {fault}")
-    if finished:
+        if not isinstance(fault, Unfinished):
+            damaged.append(fault)
+    if damaged:
         raise DeclarationError(
-            f"resume: none of the {len(finished)} checkpoints in {store.folder} can be read; the newest: {damaged[0]}"
+            f"resume: none of the {len(damaged)} checkpoints in {store.folder} can be read; the newest: {damaged[0]}"
         )
     view.say("nothing is saved yet: starting at step 0")
     return Start()
@@ -100,7 +99,7 @@ def check_rows(out: Path, step: int) -> list[Row]:
         try:
             row = json.loads(line)
             right = row["step"] == number
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             right = False
         if not right:
             raise DeclarationError(f"resume: {file} line {number} is not the row of step {number}: {_OTHERWISE}")
@@ -114,6 +113,7 @@ def drop_rows_after(out: Path, step: int) -> None:
     """Leaves the file of a run with its rows up to a step."""
     file = out / METRICS
     new = file.with_suffix(".new")
+    new.unlink(missing_ok=True)  # what is written to a link lands elsewhere
     new.write_text("".join(_lines(file, step)))
     new.replace(file)
 
@@ -129,13 +129,21 @@ def batches_after(source: Iterable[Any], start: Start) -> Iterator[Any]:
     """The batches that follow those of the steps done.
 
     Raises:
-      DeclarationError: the position that was saved is one in other data.
+      DeclarationError: the position that was saved is one in other data, or none.
     """
     if start.about is None:
         return iter(source)
     position = start.about.get("data")
     if position is not None and hasattr(source, "set_state"):
-        source.set_state(position)
+        try:
+            source.set_state(position)
+        except DeclarationError:
+            raise
+        except Exception as error:
+            raise DeclarationError(
+                f"resume: the data cannot go on from the position in the checkpoint ({type(error).__name__}: {error}); "
+                "give the data that saved it, or start anew without --resume"
+            ) from error
         return iter(source)
     return itertools.islice(iter(source), start.step, None)
 

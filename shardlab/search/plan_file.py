@@ -79,7 +79,7 @@ def read_plan(path: str | Path) -> PlanFile:
         data = json.loads(file.read_text())
         plan = Plan.from_json(json.dumps(data["plan"]))
         return PlanFile(data["config"], data["given"], data["overrides"], plan)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise DeclarationError(
             f"plan {str(path)!r}: is no plan file ({type(error).__name__}: {error}); {way_out}"
         ) from None
