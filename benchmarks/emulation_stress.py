@@ -56,7 +56,9 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             said = f"not done after {given.seconds:.0f} s"
         failed += said != "passed"
-        print(f"{count} devices, {given.programs} x {given.steps} steps, {given.ahead} ahead: {said}, {time.perf_counter() - begun:.0f} s")
+        print(
+            f"{count} devices, {given.programs} x {given.steps} steps, {given.ahead} ahead: {said}, {time.perf_counter() - begun:.0f} s"
+        )
     if failed:
         raise SystemExit(1)
 

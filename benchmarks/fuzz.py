@@ -1,6 +1,6 @@
 """Declarations at random: each trains with the reference's numbers or is refused with a message.
 
-    python benchmarks/fuzz.py [--tries 2000] [--seed 0] [--workers 2] [--seconds 120] [--log FILE]
+    python benchmarks/fuzz.py [--tries 2000] [--seed 0] [--workers 2] [--seconds 300] [--log FILE]
     python benchmarks/fuzz.py --again 'DECLARATION'
 
 Draws declarations (`tests/equivalence/declarations.py`: meshes, rules, schedules, ZeRO levels, heads, remat, models,
@@ -20,6 +20,7 @@ import random
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=2000, help="how many declarations to try")
     parser.add_argument("--seed", type=int, default=0, help="of the declarations")
     parser.add_argument("--workers", type=int, default=2, help="processes that try them")
-    parser.add_argument("--seconds", type=float, default=120, help="that one try may take")
+    parser.add_argument("--seconds", type=float, default=300, help="that one try may take")
     parser.add_argument("--log", type=Path, help="a file for every declaration and what became of it, a line each")
     parser.add_argument("--again", help="a declaration to try here, as it was printed")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -115,11 +116,15 @@ class Worker:
     """A process that tries declarations, begun anew when it ends, hangs, or has tried enough."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._process, self._tries = seconds, None, 0
+        self._seconds, self._tries = seconds, 0
+        self._process: subprocess.Popen[str] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="shardlab-fuzz-")
+        self._errors = Path(self._folder.name, "errors")
 
     def attempt(self, this: dict[str, Any]) -> str:
         process = self._process or self._begin()
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write(json.dumps(this) + "\n")
         process.stdin.flush()
         # One line is asked for and one comes, so that nothing is left in the reader's buffer.
@@ -129,7 +134,7 @@ class Worker:
         if not ready:
             said = f"failed: nothing within {self._seconds:.0f} s"
         elif not line:
-            said = f"failed: the process ended with {process.wait()}: {Path(self._errors.name).read_text()[-600:]}"
+            said = f"failed: the process ended with {process.wait()}: {self._errors.read_text()[-600:]}"
         else:
             said = json.loads(line)
         if not line or self._tries >= LASTS:
@@ -143,13 +148,11 @@ class Worker:
             self._process = None
 
     def _begin(self) -> subprocess.Popen[str]:
-        import tempfile
-
-        self._errors = tempfile.NamedTemporaryFile(prefix="shardlab-fuzz-", suffix=".err")
         command = [sys.executable, __file__, "--worker"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         self._tries = 0
         return self._process
 

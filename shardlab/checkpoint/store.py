@@ -21,7 +21,16 @@ from orbax.checkpoint import v1 as ocp
 
 from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.digest import digest_of
-from shardlab.checkpoint.seal import CheckpointError, Seal, Unfinished, faults_of_files, hashes, is_link, read_seal, write_seal
+from shardlab.checkpoint.seal import (
+    CheckpointError,
+    Seal,
+    Unfinished,
+    faults_of_files,
+    hashes,
+    is_link,
+    read_seal,
+    write_seal,
+)
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.step.state import TrainState
 

@@ -78,15 +78,32 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }
 # A rule of a declaration's own may name these, whatever the model.
 PATTERNS = (
-    *("**", "**/kernel", "**/bias", "*/kernel", "blocks/**", "blocks_*/**", "blocks/*/up/kernel", "blocks/*/down/kernel"),
+    *(
+        "**",
+        "**/kernel",
+        "**/bias",
+        "*/kernel",
+        "blocks/**",
+        "blocks_*/**",
+        "blocks/*/up/kernel",
+        "blocks/*/down/kernel",
+    ),
     *("blocks/0/up/kernel", "blocks/*/up/bias", "blocks/*/attention/*/kernel", "blocks/*/mlp/*/kernel", "blocks_*/q/*"),
-    *("**/scale", "tokens/embedding", "unembed/kernel", "inputs/kernel", "outputs/*", "blocks/*/nothing/kernel", "**/upp/*"),
+    *(
+        "**/scale",
+        "tokens/embedding",
+        "unembed/kernel",
+        "inputs/kernel",
+        "outputs/*",
+        "blocks/*/nothing/kernel",
+        "**/upp/*",
+    ),
 )
 LAYERS = {"mlp-1-layer": 1, "batch-norm": 2, "linen-odd": 3, "mlp-odd": 3, "encoder-decoder": 5, "linen-two-widths": 5}
 
 
 @st.composite
-def declarations(draw: Callable[..., Any]) -> Declaration:
+def declarations(draw: Callable[..., Any], subjects: tuple[str, ...] = tuple(SUBJECTS)) -> Declaration:
     """Mostly what a plan can be made of; some are wrong in a place or two."""
 
     def one(*choices: Any) -> Any:
@@ -95,7 +112,7 @@ def declarations(draw: Callable[..., Any]) -> Declaration:
     def now_and_then(times: int = 16) -> bool:
         return bool(draw(st.integers(1, times)) == times)
 
-    subject = one(*SUBJECTS)
+    subject = one(*subjects)
     whole = "whole" in subject
     names = [*one((), ("data",), ("data",), ("replica", "data")), *(() if whole and not now_and_then() else ("stage",))]
     batch, stage = [name for name in names if name != "stage"], "stage" if "stage" in names else None
