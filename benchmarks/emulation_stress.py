@@ -56,9 +56,8 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             said = f"not done after {given.seconds:.0f} s"
         failed += said != "passed"
-        print(
-            f"{count} devices, {given.programs} x {given.steps} steps, {given.ahead} ahead: {said}, {time.perf_counter() - begun:.0f} s"
-        )
+        load = f"{given.programs} x {given.steps} steps, {given.ahead} ahead"
+        print(f"{count} devices, {load}: {said}, {time.perf_counter() - begun:.0f} s")
     if failed:
         raise SystemExit(1)
 

@@ -98,7 +98,8 @@ def _same_arrays(plan: Plan, arrays: Mapping[str, np.ndarray], run: str) -> None
     """The run's arrays are those of the plan's model."""
     shapes: dict[str, Any] = {parameter.path: parameter.shape for parameter in plan.parameters}
     shapes |= {buffer.path: buffer.shape for buffer in plan.buffers}
-    dtypes = {held.path: held.dtype for held in (*plan.parameters, *plan.buffers)}
+    dtypes = {parameter.path: parameter.dtype for parameter in plan.parameters}
+    dtypes |= {buffer.path: buffer.dtype for buffer in plan.buffers}
     way_out = "give the config, with the overrides, that the run was made with"
     faults = [Fault(path, f"run {run!r} has none", way_out) for path in shapes if path not in arrays]
     for path, array in arrays.items():

@@ -153,7 +153,9 @@ def test_a_file_that_is_no_plan(tmp_path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("given", value) for value in (None, [], ["x", 3])),
+        ("given", None),
+        ("given", []),
+        ("given", ["x", 3]),
         *(
             ("overrides", value)
             for value in (None, [], {"mesh": None}, {"mesh": [[1]]}, {"dcn": -1}, {"links": {"a": 1}})
