@@ -10,6 +10,11 @@ another, sends along the stages, gathers, and sums over all devices. The last re
 
 `--pool N` sets ``PJRT_NPROC`` to N in place of what `shardlab.emulate` gives, to see what it is for; ``--warn`` and
 ``--kill`` shorten XLA's timeouts of a rendezvous. Ends with an error where a process did, or took too long.
+
+On two cores that other work had too, the first command passed on jax 0.10.2 (12 s, 28 s, 115 s) and on 0.12.0.1 (12 s,
+16 s, 66 s). On 0.10.2 8 devices with ``--pool 8`` ended the process at 16, 24 and 32 steps ahead, 3 of 3, and not at 8;
+with the pool of 16 that `emulate` gives them they passed at 32, 64 and 200. On 0.12.0.1 they passed with 8. 16 devices
+with 16 and 24 threads, and 64 with 64, 72 and 96, passed 200 to 300 steps, at one try each.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def declarations(draw: Callable[..., Any], subjects: tuple[str, ...] = tuple(SUB
     virtual = one(None, None, 1, 2, 3)
     if not now_and_then():
         fitting = [name for name, made in SCHEDULES.items() if made.virtual * stages <= layers]
-        schedule = one(*fitting)
+        schedule = one(*fitting or SCHEDULES)
         most = layers // stages if SCHEDULES[schedule].any_virtual else 0
         virtual = one(None, *(number for number in (1, 2, 3) if number <= most))
     # Few sizes, so that references are shared.

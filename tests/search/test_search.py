@@ -150,19 +150,14 @@ def test_a_file_that_is_no_plan(tmp_path: Path, data: bytes) -> None:
         read_plan(tmp_path / "bad.json")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("given", None),
-        ("given", []),
-        ("given", ["x", 3]),
-        *(
-            ("overrides", value)
-            for value in (None, [], {"mesh": None}, {"mesh": [[1]]}, {"dcn": -1}, {"links": {"a": 1}})
-        ),
-        *(("overrides", {"activation": 3}), ("overrides", {"whole": "x"}), ("overrides", {"zero": "x"})),
-    ],
-)
+CHANGES: list[tuple[str, Any]] = [
+    *(("given", value) for value in (None, [], ["x", 3])),
+    *(("overrides", value) for value in (None, [], {"mesh": None}, {"mesh": [[1]]}, {"dcn": -1}, {"links": {"a": 1}})),
+    *(("overrides", {"activation": 3}), ("overrides", {"whole": "x"}), ("overrides", {"zero": "x"})),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES)
 def test_a_plan_file_whose_changes_are_of_another_kind(name: str, value: Any) -> None:
     data: dict[str, Any] = {"given": {}, "overrides": {}, "plan": None, name: value}
     with pytest.raises(DeclarationError):
