@@ -12,7 +12,7 @@ from tests.equivalence.declarations import Declaration, attempt, declarations
 
 
 @settings(
-    max_examples=8,
+    max_examples=6,
     derandomize=True,
     database=None,
     deadline=None,

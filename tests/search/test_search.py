@@ -150,14 +150,16 @@ def test_a_file_that_is_no_plan(tmp_path: Path, data: bytes) -> None:
         read_plan(tmp_path / "bad.json")
 
 
-CHANGES: list[tuple[str, Any]] = [
-    *(("given", value) for value in (None, [], ["x", 3])),
-    *(("overrides", value) for value in (None, [], {"mesh": None}, {"mesh": [[1]]}, {"dcn": -1}, {"links": {"a": 1}})),
-    *(("overrides", {"activation": 3}), ("overrides", {"whole": "x"}), ("overrides", {"zero": "x"})),
-]
+KINDS: dict[str, list[Any]] = {
+    "given": [None, [], ["x", 3]],
+    "overrides": [
+        *(None, [], {"mesh": None}, {"mesh": [[1]]}, {"dcn": -1}, {"links": {"a": 1}}),
+        *({"activation": 3}, {"whole": "x"}, {"zero": "x"}),
+    ],
+}
 
 
-@pytest.mark.parametrize(("name", "value"), CHANGES)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in KINDS.items() for value in values])
 def test_a_plan_file_whose_changes_are_of_another_kind(name: str, value: Any) -> None:
     data: dict[str, Any] = {"given": {}, "overrides": {}, "plan": None, name: value}
     with pytest.raises(DeclarationError):
