@@ -512,6 +512,24 @@ def test_a_run_is_reported(trained: tuple[str, str], out: Path, call: Call) -> N
     assert "\n  4 of 4 steps, " in text
 
 
+def test_a_report_of_something_else_is_refused_in_a_line(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "report.json").write_text('{"mesh": 3}')
+    status, text, err = call("report", tmp_path)
+    assert (status, text) == (2, "")
+    assert err.startswith(f"shardlab: run '{tmp_path}': report.json is not one that this version reads (")
+    assert err.count("\n") == 1
+
+
+def test_what_a_config_prints_is_no_part_of_the_json(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "prints.py"
+    file.write_text(
+        "from tests.run.tiny import config as made\nprint('read')\n"
+        "def config():\n    print('made')\n    return made()\n"
+    )
+    assert facts(call, "plan", file)["zero"] == 0
+
+
 def test_the_directory_is_named_after_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 

@@ -63,6 +63,18 @@ def test_the_package_says_that_it_is_typed_and_its_licence_is_whole() -> None:
     assert licence.rstrip().endswith("limitations under the License.")
 
 
+def test_nothing_is_read_that_can_run_code() -> None:
+    """No pickle and no `eval`; NumPy is told so wherever it reads. A config file alone is Python."""
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in sorted((ROOT / "shardlab").rglob("*.py"))
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if re.search(r"\b(c?[pP]ickle|dill|marshal|shelve|joblib)\b|(?<![\w.])(eval|exec)\(|allow_pickle=True", line)
+        or (re.search(r"np\.load\(|read_array\(", line) and "allow_pickle=False" not in line)
+    ]
+    assert found == []
+
+
 def test_the_example_of_the_readme_trains() -> None:
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert example is not None

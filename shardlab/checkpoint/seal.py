@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from etils import epath
 
 from shardlab.mesh.faults import DeclarationError
@@ -62,7 +64,7 @@ def read_seal(folder: epath.Path) -> Seal:
 
     Raises:
       Unfinished: there is none.
-      CheckpointError: it is not as it was written.
+      CheckpointError: it is not as it was written, or says what no seal says.
     """
     file = folder / SEAL
     try:
@@ -71,11 +73,38 @@ def read_seal(folder: epath.Path) -> Seal:
         seal = Seal(**held)
         if told != _hash(_canonical(asdict(seal))):
             raise ValueError("its own SHA-256 is another")
+        if problem := _problem(seal, folder.name):
+            raise ValueError(problem)
     except FileNotFoundError:
         raise Unfinished(f"checkpoint {folder}: has no {SEAL}: it was never finished; use another") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {folder}: {SEAL} is damaged ({error}); use another") from error
     return seal
+
+
+def _problem(seal: Seal, name: str) -> str:
+    """What no seal of a step says, although its SHA-256 is right; nothing where all is well."""
+    if type(seal.step) is not int or str(seal.step) != name:
+        return f"it is that of step {seal.step!r}"
+    for what in ("about", "tree", "files"):
+        if not isinstance(getattr(seal, what), Mapping):
+            return f"{what} is no object"
+    if not all(isinstance(one, str) for one in seal.files.values()):
+        return "the SHA-256 of a file is no text"
+    for array, leaf in seal.tree.items():
+        shape = leaf.get("shape") if isinstance(leaf, Mapping) else None
+        sizes = shape if isinstance(shape, list) else [None]
+        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+            return f"{array} has no shape"
+        if not all(isinstance(leaf.get(what), str) for what in ("dtype", "digest")):
+            return f"{array} has no dtype or no digest"
+        try:
+            kind = jnp.dtype(leaf["dtype"])
+        except TypeError:
+            return f"{array} has dtype {leaf['dtype'][:40]!r}"
+        if kind.hasobject:
+            return f"{array} has dtype {leaf['dtype'][:40]!r}"
+    return ""
 
 
 def hashes(folder: epath.Path) -> dict[str, str]:
@@ -93,9 +122,16 @@ def faults_of_files(folder: epath.Path, seal: Seal) -> list[str]:
     ]
 
 
+def is_link(path: epath.Path) -> bool:
+    """Whether it is a link, as only a local directory has them."""
+    return os.path.islink(os.fspath(path))
+
+
 def _files(folder: epath.Path) -> list[epath.Path]:
     found = []
     for path in sorted(folder.iterdir()):
+        if is_link(path):
+            raise CheckpointError(f"checkpoint {folder}: {path.name} is a link, and none was written; use another")
         if path.is_dir():
             found += _files(path)
         elif path.name not in (SEAL, f"{SEAL}.new"):

@@ -27,7 +27,16 @@ from orbax.checkpoint import v1 as ocp
 
 from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.digest import digest, digest_of
-from shardlab.checkpoint.seal import CheckpointError, Seal, Unfinished, faults_of_files, hashes, read_seal, write_seal
+from shardlab.checkpoint.seal import (
+    CheckpointError,
+    Seal,
+    Unfinished,
+    faults_of_files,
+    hashes,
+    is_link,
+    read_seal,
+    write_seal,
+)
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 from shardlab.mesh.processes import by_first, index, of_all
 from shardlab.step.state import TrainState
@@ -138,8 +147,13 @@ class Checkpoints:
     def _clear(self, folder: epath.Path) -> None:
         """Makes room for a step."""
         with _named(folder):
-            if folder.exists():
-                folder.rmtree()
+            if is_link(self.folder):
+                raise CheckpointError(
+                    f"checkpoints {self.folder}: is a link, and steps are removed from what it leads to; give the "
+                    "directory itself"
+                )
+            if is_link(folder) or folder.exists():
+                _remove(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def _remove(self) -> None:
@@ -148,11 +162,11 @@ class Checkpoints:
         whole = [step for step, fault in found.items() if fault is None]
         for step in whole[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
-                (self.folder / str(step)).rmtree()
+                _remove(self.folder / str(step))
         for path in self.folder.iterdir():
             unfinished = path.name.isdecimal() and isinstance(found.get(int(path.name)), Unfinished)
             if unfinished or ".orbax-checkpoint-tmp" in path.name:
-                path.rmtree()
+                _remove(path)
 
     # Reading.
 
@@ -200,9 +214,17 @@ class Checkpoints:
         folder = self.folder / str(step)
         try:
             seal = read_seal(folder)
+            return [*faults_of_files(folder, seal), *_faults_of_arrays(folder, seal)]
         except CheckpointError as error:
             return [str(error)]
-        return [*faults_of_files(folder, seal), *_faults_of_arrays(folder, seal)]
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a step; of a link to one, the link alone."""
+    if is_link(path):
+        path.unlink()
+    else:
+        path.rmtree()
 
 
 def _faults_of_arrays(folder: epath.Path, seal: Seal) -> Iterator[str]:

@@ -301,7 +301,12 @@ def report(arguments: list[str], *, restart: bool) -> int:
     from shardlab.run.record import read_run
 
     record = read_run(options.run)
-    return show(options, record.report, report_text(record.report))
+    try:
+        text = report_text(record.report)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        problem = f"report.json is not one that this version reads ({type(error).__name__}: {error})"
+        raise DeclarationError(f"run {options.run!r}: {problem}; run shardlab train again") from error
+    return show(options, record.report, text)
 
 
 VERBS: Mapping[str, Callable[..., int]] = {

@@ -67,7 +67,8 @@ def configured(kind: type, arguments: list[str], verb: str, about: str, **defaul
             f"{verb}: CONFIG is missing; give a config file first: shardlab {verb} configs/quickstart.py"
         )
     path, rest = arguments[place], arguments[:place] + arguments[place + 1 :]
-    with _interrupted_afterwards():
+    # What a config prints is no part of the JSON that standard output may be for.
+    with _interrupted_afterwards(), contextlib.redirect_stdout(sys.stderr):
         config = load_config(path)
     config = dataclasses.replace(config, **defaults)
     held = _plan_file(rest)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 
-from shardlab.mesh.faults import DeclarationError
+from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
 
 _COUNT = "--xla_force_host_platform_device_count"
 # Known to XLA's flag parser under jax 0.10 and 0.12 alike; a flag it does not know ends the process.
@@ -23,6 +24,7 @@ _TIMEOUTS = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
     "--xla_cpu_collective_timeout_seconds": 600,
 }
+_MOST_THREADS = 2**14  # all of them are made when JAX starts
 
 
 def environment(n: int) -> dict[str, str]:
@@ -34,14 +36,16 @@ def environment(n: int) -> dict[str, str]:
       n: how many devices.
 
     Raises:
-      DeclarationError: n is not a positive whole number.
+      DeclarationError: n is not a positive whole number, or this process's environment asks for what cannot be.
 
     >>> environment(8)["JAX_PLATFORMS"]
     'cpu'
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise DeclarationError(f"emulate: {n!r} devices cannot be made; give a whole number, 1 or more")
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not _is(flag, _COUNT)]
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    raise_faults(_environment_faults(flags))
+    flags = [flag for flag in flags if not _is(flag, _COUNT)]
     flags += [f"{name}={value}" for name, value in _TIMEOUTS.items() if not any(_is(flag, name) for flag in flags)]
     flags.append(f"{_COUNT}={n}")
     variables = {
@@ -52,6 +56,18 @@ def environment(n: int) -> dict[str, str]:
     if "JAX_NUM_CPU_DEVICES" in os.environ:  # It would win over the count in XLA_FLAGS.
         variables["JAX_NUM_CPU_DEVICES"] = str(n)
     return variables
+
+
+def _environment_faults(flags: list[str]) -> Iterator[Fault]:
+    """What is wrong with the caller's own variables, of which XLA makes an end of the process or a hang."""
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if not flag.startswith("--"):
+            yield Fault("XLA_FLAGS", f"{flag!r} is no flag", "write --xla_name=value, with spaces between flags alone")
+        elif name in _TIMEOUTS and not (value.isascii() and value.isdecimal()):
+            yield Fault("XLA_FLAGS", f"{flag!r} is no number of seconds", f"write {name}={_TIMEOUTS[name]}")
+    if _pool() > _MOST_THREADS:
+        yield Fault("PJRT_NPROC", f"asks for more than {_MOST_THREADS} threads", "give fewer, or leave it unset")
 
 
 def emulate(n: int) -> None:
@@ -98,7 +114,7 @@ def _is(flag: str, name: str) -> bool:
 def _pool() -> int:
     """Threads that the environment already asks for; 0 when it asks for none."""
     text = os.environ.get("PJRT_NPROC", "")
-    return int(text) if text.isdecimal() else 0
+    return int(text[:20]) if text.isascii() and text.isdecimal() else 0
 
 
 def _started() -> bool:

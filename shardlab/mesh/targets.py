@@ -24,6 +24,8 @@ DEVICES_PER_CHIP = {"v7x": 2}
 # 16 x 16, and libtpu 0.0.42.1 ends the process on a longer dim of v5e.
 _POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "v7x": 9216}
 _LONGEST = {"v5e": 16, "v6e": 16}
+# More than any machine that was built: every device of a target is laid out, one by one.
+_MOST_DEVICES, _LONGEST_TEXT = 2**20, 100
 GPU_KINDS = ("a100", "h100", "h200", "b200", "gb200", "a6000")  # Those of which `shardlab.mesh.chips` has a record.
 
 
@@ -76,7 +78,9 @@ def read_target(text: str) -> tuple[Target | None, list[Fault]]:
     forms = "write cpu:8, tpu:v5p:4x8x8, gpu:h200:8x8 or local"
     if not isinstance(text, str):
         return None, [Fault(where, "is not text", forms)]
-    many = re.fullmatch(r"([1-9]\d*)\*(tpu:.*)", text)
+    if len(text) > _LONGEST_TEXT:
+        return None, [Fault(f"target of {len(text)} letters", "is longer than any machine's name", forms)]
+    many = re.fullmatch(r"([1-9]\d*)\*(tpu:.*)", text, re.ASCII)
     slices = int(many[1]) if many else 1
     platform, *rest = (many[2] if many else text).split(":")
     if text == "local":
@@ -98,13 +102,15 @@ def read_target(text: str) -> tuple[Target | None, list[Fault]]:
         return None, [_unknown(where, kind, GPU_KINDS)]
     dims = {"cpu": 1, "tpu": TPU_KINDS.get(kind, 0), "gpu": 2}[platform]
     example = {"cpu": "8", "tpu": "4x8x8" if dims == 3 else "4x4", "gpu": "8x8"}[platform]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest[-1]) or rest[-1].count("x") != dims - 1:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest[-1], re.ASCII) or rest[-1].count("x") != dims - 1:
         sizes = "1 size" if dims == 1 else f"{dims} sizes"
         return None, [Fault(where, f"{rest[-1]!r} is not {sizes} of 1 or more", f"write it like {example}")]
     shape = tuple(int(size) for size in rest[-1].split("x"))
     if platform == "tpu" and (fault := _beyond_a_pod(where, kind, shape)):
         return None, [fault]
     devices = slices * math.prod(shape) * DEVICES_PER_CHIP.get(kind, 1)
+    if devices > _MOST_DEVICES:
+        return None, [Fault(where, f"has {devices} devices, more than {_MOST_DEVICES}", "declare a smaller machine")]
     return Target(platform, kind, devices, text, shape, slices), []
 
 

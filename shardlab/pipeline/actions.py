@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 Kind = Literal["F", "B", "I", "W"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_TEXT = re.compile(r"(\d+)([FBIW])(\d+)")
+_TEXT = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 
 
 class ScheduleError(ValueError):
@@ -51,7 +51,7 @@ def parse_action(text: str) -> Action:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise ScheduleError(
-            f"action {text!r}: not a stage, a kind ({', '.join(KINDS)}) and a microbatch; write it as '2F0'"
+            f"action {text[:40]!r}: not a stage, a kind ({', '.join(KINDS)}) and a microbatch; write it as '2F0'"
         )
     stage, kind, microbatch = match.groups()
     return Action(int(stage), next(k for k in KINDS if k == kind), int(microbatch))

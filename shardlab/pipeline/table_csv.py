@@ -87,9 +87,16 @@ def from_csv(text: str, name: str = "table", *, in_order: bool = False, delayed:
             f"schedule '{name}': {virtual * devices + short} stages on {devices} devices; every device holds the same "
             f"number of stages, so use {virtual * devices or devices} or {(virtual + 1) * devices}"
         )
+    microbatches = 1 + max(action.microbatch for action in actions)
+    if virtual * devices * microbatches > max(1000, 10 * len(actions)):
+        # The checker names every action that is missing.
+        raise ScheduleError(
+            f"schedule '{name}': has {len(actions)} actions, and they speak of {virtual * devices} stages and "
+            f"{microbatches} microbatches; every stage has an F and a B of every microbatch: write them all, counting "
+            "from 0"
+        )
     length = max(map(len, cells))
     ticks: tuple[Tick, ...] = tuple(zip(*([*row, *[None] * (length - len(row))] for row in cells), strict=True))
-    microbatches = 1 + max(action.microbatch for action in actions)
     schedule = Schedule(name, devices, virtual, microbatches, ticks, _placement(ticks, devices, name), delayed)
     if in_order:
         schedule = _in_order(schedule) or schedule
@@ -135,7 +142,12 @@ def read_csv(path: str | Path, *, in_order: bool = False, delayed: bool = False)
     file = Path(path)
     if not file.is_file():
         raise ScheduleError(f"schedule {str(path)!r}: there is no such file; give a CSV with a row for each device")
-    return from_csv(file.read_text(), file.stem, in_order=in_order, delayed=delayed)
+    try:
+        return from_csv(file.read_text(encoding="utf-8"), file.stem, in_order=in_order, delayed=delayed)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ScheduleError(
+            f"schedule {str(path)!r}: cannot be read ({error}); give a CSV with a row for each device"
+        ) from None
 
 
 def _placement(ticks: tuple[Tick, ...], devices: int, name: str) -> Placement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def choice_faults(**given: Any) -> list[Fault]:
 
 def remat_faults(remat: str | tuple[str, ...]) -> list[Fault]:
     """What is wrong with the remat policies, one for all stages or one for each."""
-    policies, each = (*REMAT, "stage", *POLICIES), (remat,) if isinstance(remat, str) else remat
+    policies, each = (*REMAT, "stage", *POLICIES), remat if isinstance(remat, tuple) else (remat,)
     within = tuple(f"stage/{policy}" for policy in (*REMAT, *POLICIES))
     faults = [
         Fault(
@@ -183,7 +184,7 @@ def stage_faults(
             check(made)
             faults += _table_faults(made, mesh, stages, microbatches)
         count = made.num_stages if stages > 1 else 1
-        if not isinstance(remat, str) and len(remat) != count:
+        if isinstance(remat, tuple) and len(remat) != count:
             problem = f"names policies of {len(remat)} stages, and there {'are' if count > 1 else 'is'} {count}"
             faults.append(Fault(f"remat={' | '.join(remat)!r}", problem, "name one for each, or one for all"))
         if model.parts is not None:
@@ -337,9 +338,21 @@ def random_faults() -> list[Fault]:
 
 @contextlib.contextmanager
 def traced_in(dtype: str) -> Iterator[None]:
-    """Names the cause where a loop of the model does not keep its dtypes once parameters are in `dtype`."""
+    """Names the cause of what JAX refuses in a model.
+
+    A loop that does not keep its dtypes once parameters are in `dtype`; a constraint on an axis that the mesh lacks.
+    """
     try:
         yield
+    except ValueError as error:
+        missing = re.search(r"Resource axis: (\w+) of (.*?) is not found in mesh: \((.*?),?\)", str(error))
+        if missing is None:
+            raise
+        axis, spec, there = missing.groups()
+        raise DeclarationError(
+            f"mesh axis {axis!r}: a constraint in the model's own code, {spec}, names it, and the mesh has "
+            f"{there}; declare it, of size 1 if need be, or change the constraint"
+        ) from error
     except TypeError as error:
         if "carry" not in str(error):
             raise

@@ -190,6 +190,10 @@ def make_plan(
         sends=sends,
     )
     choices += [*remat_faults(remat), *scatter_faults(scatter, mesh)]
+    if not isinstance(schedule, str | Schedule):
+        problem = "is neither a name nor a table"
+        choices.append(Fault(f"schedule={schedule!r}", problem, "write a name as '1f1b', or give a Schedule"))
+        schedule = "1f1b"
     faults = [*resolution.faults, *untrained, *_padded_buffers(spoken_of, resolution.placements), *choices]
     notes: list[str] = []
     written = _written(model, shapes, mesh) if batch_axes == "manual" else ()
@@ -422,7 +426,10 @@ def _policies(remat: str | Sequence[str]) -> str | tuple[str, ...]:
     >>> _policies("full | none | none"), _policies(["full", "full"])
     (('full', 'none', 'none'), 'full')
     """
-    each = tuple(one.strip() for one in remat.split("|")) if isinstance(remat, str) else tuple(remat)
+    if isinstance(remat, str):
+        each = tuple(one.strip() for one in remat.split("|"))
+    else:
+        each = tuple(remat) if isinstance(remat, Sequence) else (remat,)  # what is no policy is told with the faults
     return each[0] if len(set(each)) == 1 else each
 
 

@@ -43,6 +43,8 @@ def read_audit(path: str | Path) -> dict[str, Any]:
         raise DeclarationError(
             f"audit {str(path)!r}: is not JSON ({error.msg} in line {error.lineno}, column {error.colno}); {_WAY_OUT}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists within lists without end
+        raise DeclarationError(f"audit {str(path)!r}: cannot be read ({error}); {_WAY_OUT}") from None
     problem = _problem(facts)
     if problem:
         raise DeclarationError(f"audit {str(path)!r}: {problem}; {_WAY_OUT}")

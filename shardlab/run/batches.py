@@ -52,7 +52,7 @@ class Source:
           DeclarationError: the first batch is not as planned, or the position is one in other data; later, there are
             no more batches.
         """
-        iterator = self._after(start)
+        iterator = iter(self.data) if start is None else batches_after(self.data, start)
         first = list(itertools.islice(iterator, 1))
         shares = self.share[1]
         planned = [(path, (shape[0] // shares, *shape[1:]), dtype) for path, shape, dtype in self._plan.batch]
@@ -71,15 +71,6 @@ class Source:
 
         return counted()
 
-    def _after(self, start: Start | None) -> Iterator[Any]:
-        if start is None or start.about is None:
-            return iter(self.data)
-        position = start.about.get("data")
-        if position is not None and hasattr(self.data, "set_state"):
-            self.data.set_state(position)
-            return iter(self.data)
-        return itertools.islice(iter(self.data), start.step, None)
-
     def _placed(self, batch: Any) -> Any:
         if count() == 1:
             return batch  # the step places it
@@ -90,6 +81,29 @@ class Source:
             return placed_rows(leaf, self._sharding, (rows * shares, *rest), share * rows)
 
         return jax.tree.map(placed, batch)
+
+
+def batches_after(data: Any, start: Start) -> Iterator[Any]:
+    """The batches that follow those of the steps done.
+
+    Raises:
+      DeclarationError: the position that was saved is one in other data, or none.
+    """
+    if start.about is None:
+        return iter(data)
+    position = start.about.get("data")
+    if position is not None and hasattr(data, "set_state"):
+        try:
+            data.set_state(position)
+        except DeclarationError:
+            raise
+        except Exception as error:
+            raise DeclarationError(
+                f"resume: the data cannot go on from the position in the checkpoint ({type(error).__name__}: {error}); "
+                "give the data that saved it, or start anew without --resume"
+            ) from error
+        return iter(data)
+    return itertools.islice(iter(data), start.step, None)
 
 
 def _gives_shares(data: Any) -> bool:

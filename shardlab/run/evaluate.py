@@ -107,6 +107,8 @@ def same_arrays(plan: Plan, arrays: Mapping[str, Any], run: str) -> None:
     """
     shapes: dict[str, Any] = {parameter.path: parameter.shape for parameter in plan.parameters}
     shapes |= {buffer.path: buffer.shape for buffer in plan.buffers}
+    dtypes = {parameter.path: parameter.dtype for parameter in plan.parameters}
+    dtypes |= {buffer.path: buffer.dtype for buffer in plan.buffers}
     way_out = "give the config, with the overrides, that the run was made with"
     faults = [Fault(path, f"run {run!r} has none", way_out) for path in shapes if path not in arrays]
     for path, array in arrays.items():
@@ -114,6 +116,9 @@ def same_arrays(plan: Plan, arrays: Mapping[str, Any], run: str) -> None:
             faults.append(Fault(path, f"is in run {run!r} and not in the model", way_out))
         elif shapes[path] != array.shape:
             problem = f"is {list(array.shape)} in run {run!r} and {list(shapes[path])} in the model"
+            faults.append(Fault(path, problem, way_out))
+        elif np.iscomplexobj(array) and not jax.numpy.issubdtype(dtypes[path], jax.numpy.complexfloating):
+            problem = f"is {array.dtype} in run {run!r} and {dtypes[path]} in the model"
             faults.append(Fault(path, problem, way_out))
     raise_faults(merged(faults))
 

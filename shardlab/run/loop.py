@@ -144,8 +144,7 @@ def train(
         # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.
         with view.phase("compiling what saves"):
             jax.block_until_ready(canonical.arrays_of(state))
-    if start.state is None:
-        by_first(lambda: _make_room(out, plan))
+    by_first(lambda: _make_room(out, plan) if start.state is None else _cut_links(out))
     seconds_before = time.perf_counter() - begun
 
     with Watchdog(stuck_after) as watchdog:
@@ -248,6 +247,9 @@ def _check_place(out: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         code = errno.EACCES if there.is_dir() else errno.ENOTDIR
         raise DeclarationError(f"out {str(out)!r}: {os.strerror(code)}; give a directory that can be made")
+    for name in FILES:
+        if (out / name).is_dir():
+            raise DeclarationError(f"out {str(out)!r}: {name} in it is a directory; give another place")
 
 
 def _make_room(out: Path, plan: Plan) -> None:
@@ -285,6 +287,13 @@ def _report(
     write_report(out, report)
     _draw(out, config, step.plan, rows, initial_eval_loss)
     return report
+
+
+def _cut_links(out: Path) -> None:
+    """Of a run that goes on, no file is a link: what is written to one lands elsewhere."""
+    for name in FILES:
+        if (out / name).is_symlink():
+            (out / name).unlink()
 
 
 def _results(config: Config, rows: Sequence[Row], initial_eval_loss: float | None) -> dict[str, Any]:

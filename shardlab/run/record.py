@@ -104,16 +104,40 @@ def read_run(directory: str | Path) -> RunRecord:
         else:
             near = sorted(str(path.parent) for path in directory.parent.glob(f"*/{REPORT}"))
             why, hint = "is no directory", suggestion(str(directory), near)
-        raise DeclarationError(f"run {str(directory)!r}: {why}; {hint}give the --out directory of a run that has ended")
-    report = json.loads((directory / REPORT).read_text())
+        raise DeclarationError(f"run {str(directory)!r}: {why}; {hint}{_WAY_OUT}")
+    report = _object(directory / REPORT, (directory / REPORT).read_bytes())
     return RunRecord(directory, tuple(read_rows(directory)), report)
 
 
 def read_rows(directory: Path) -> Iterator[Row]:
-    """The rows of `DIR/metrics.jsonl`."""
-    with (directory / METRICS).open() as file:
-        for line in file:
-            yield json.loads(line)
+    """The rows of `DIR/metrics.jsonl`.
+
+    Raises:
+      DeclarationError: there is no such file, or a line of it is no row.
+    """
+    file = directory / METRICS
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise DeclarationError(f"run {str(directory)!r}: {METRICS}: {error.strerror}; {_WAY_OUT}") from None
+    for number, line in enumerate(lines, start=1):
+        row: Any = _object(file, line, f" line {number}")
+        yield row
+
+
+_WAY_OUT = "give the --out directory of a run that has ended"
+
+
+def _object(file: Path, text: bytes, where: str = "") -> dict[str, Any]:
+    """The JSON object that a file, or a line of it, is to hold."""
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        problem = f"{file.name}{where} is damaged ({error})"
+        raise DeclarationError(f"run {str(file.parent)!r}: {problem}; {_WAY_OUT}") from None
+    return found
 
 
 def write_arrays(directory: Path, arrays: Iterable[tuple[str, Any]]) -> None:
@@ -135,15 +159,30 @@ def read_arrays(directory: str | Path) -> dict[str, np.ndarray]:
     """The arrays of `DIR/parameters.npz`.
 
     Raises:
-      DeclarationError: the directory holds none.
+      DeclarationError: the directory holds none, or what is no arrays.
     """
     file = Path(directory) / PARAMETERS
     if not file.is_file():
-        raise DeclarationError(
-            f"run {str(directory)!r}: holds no {PARAMETERS}; give the --out directory of a run that has ended"
-        )
-    with np.load(file) as held:
-        return {path: held[path] for path in held.files}
+        raise DeclarationError(f"run {str(directory)!r}: holds no {PARAMETERS}; {_WAY_OUT}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if len(set(names)) < len(names):
+                raise ValueError("an array is in it twice")
+            return {name.removesuffix(".npy"): _array(archive, name) for name in names}
+    except Exception as error:  # whatever zipfile and NumPy make of what is damaged
+        first = str(error).partition("\n")[0]
+        problem = f"{PARAMETERS} is damaged ({type(error).__name__}: {first})"
+        raise DeclarationError(f"run {str(directory)!r}: {problem}; {_WAY_OUT}") from None
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of numbers; NumPy's reader runs nothing that a file holds."""
+    with archive.open(name) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"{name} has dtype {array.dtype}")
+    return array
 
 
 def plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardlab.checkpoint.canonical import Canonical
-from shardlab.checkpoint.seal import CheckpointError
+from shardlab.checkpoint.seal import CheckpointError, Unfinished
 from shardlab.checkpoint.store import Checkpoints
 from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.processes import by_first
@@ -67,28 +67,31 @@ def start_from(store: Checkpoints, canonical: Canonical, view: View) -> Start:
     Raises:
       DeclarationError: the newest is of another model or optimizer, or none that was finished can be read.
     """
-    found = by_first(lambda: [(step, None if fault is None else str(fault)) for step, fault in store.found()])
-    finished = [step for step, fault in found if fault is None]
-    damaged: list[CheckpointError] = []
-    for step, unread in reversed(found):
-        fault = unread
+    found = by_first(lambda: [_told(step, fault) for step, fault in store.found()])
+    damaged: list[str] = []
+    for step, fault, unfinished in reversed(found):
         if fault is None:
             try:
                 state = store.load(canonical, step)
             except CheckpointError as error:
                 fault = str(error)
-                damaged.append(error)
             else:
                 view.say(f"going on from the checkpoint of step {step}")
                 about = by_first(functools.partial(_about, store, step))
                 return Start(step, state, about)
         view.say(f"passing over: {fault}")
-    if finished:
+        if not unfinished:
+            damaged.append(fault)
+    if damaged:
         raise DeclarationError(
-            f"resume: none of the {len(finished)} checkpoints in {store.folder} can be read; the newest: {damaged[0]}"
+            f"resume: none of the {len(damaged)} checkpoints in {store.folder} can be read; the newest: {damaged[0]}"
         )
     view.say("nothing is saved yet: starting at step 0")
     return Start()
+
+
+def _told(step: int, fault: CheckpointError | None) -> tuple[int, str | None, bool]:
+    return step, None if fault is None else str(fault), isinstance(fault, Unfinished)
 
 
 def _about(store: Checkpoints, step: int) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def check_rows(out: Path, step: int) -> list[Row]:
         try:
             row = json.loads(line)
             right = row["step"] == number
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             right = False
         if not right:
             raise DeclarationError(f"resume: {file} line {number} is not the row of step {number}: {_OTHERWISE}")
@@ -120,6 +123,7 @@ def drop_rows_after(out: Path, step: int) -> None:
     """Leaves the file of a run with its rows up to a step."""
     file = out / METRICS
     new = file.with_suffix(".new")
+    new.unlink(missing_ok=True)  # what is written to a link lands elsewhere
     new.write_text("".join(_lines(file, step)))
     new.replace(file)
 

@@ -94,7 +94,7 @@ class Steps:
         self._config, self._step, self._evaluation = config, step, evaluation
         self._rows, self._beside, self._saves, self._max_skipped = rows, beside, saves, max_skipped
         self._done, self._skipped = start.step, 0
-        self.initial_eval_loss: float | None = start.about["initial_eval_loss"] if start.about is not None else None
+        self.initial_eval_loss: float | None = start.about.get("initial_eval_loss") if start.about is not None else None
 
     def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
         """The state after the last step, or after the one in which the run was stopped."""

@@ -6,8 +6,9 @@ another model, a further option) they say what differs.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from shardlab.mesh.faults import DeclarationError
 from shardlab.plan.plan import Plan
 from shardlab.run.config import Config, override
 from shardlab.search.choice import changed
+
+_WAY_OUT = "give a file that shardlab plan --search CONFIG --target T --out FILE wrote"
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,13 @@ class PlanFile:
     plan: Plan
 
     def apply(self, config: Config) -> Config:
-        """The config with what the file changes of it."""
-        return changed(override(config, self.given), self.overrides)
+        """The config with what the file changes of it.
+
+        Raises:
+          DeclarationError: it changes what is no part of the config, or to what that refuses.
+        """
+        with _read("plan file"):
+            return changed(override(config, self.given), self.overrides)
 
     def check(self, plan: Plan, where: str) -> None:
         """That a plan is the one in the file.
@@ -45,7 +53,9 @@ class PlanFile:
           DeclarationError: with what differs.
         """
         # What was chosen stands before what it made of every parameter.
-        lines = sorted(self.plan.diff(plan), key=lambda line: line.startswith(("parameters ", "optimizer_state ")))
+        with _read(f"plan {where!r}"):
+            differences = self.plan.diff(plan)
+        lines = sorted(differences, key=lambda line: line.startswith(("parameters ", "optimizer_state ")))
         if lines:
             shown = ", ".join(lines[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
             raise DeclarationError(
@@ -72,14 +82,20 @@ def read_plan(path: str | Path) -> PlanFile:
       DeclarationError: no such file, or one that is none.
     """
     file = Path(path)
-    way_out = "give a file that shardlab plan --search CONFIG --target T --out FILE wrote"
     if not file.is_file():
-        raise DeclarationError(f"plan {str(path)!r}: there is no such file; {way_out}")
-    try:
+        raise DeclarationError(f"plan {str(path)!r}: there is no such file; {_WAY_OUT}")
+    with _read(f"plan {str(path)!r}"):
         data = json.loads(file.read_text())
         plan = Plan.from_json(json.dumps(data["plan"]))
         return PlanFile(data["config"], data["given"], data["overrides"], plan)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DeclarationError(
-            f"plan {str(path)!r}: is no plan file ({type(error).__name__}: {error}); {way_out}"
-        ) from None
+
+
+@contextlib.contextmanager
+def _read(where: str) -> Iterator[None]:
+    """Around what reads a file's data: what of it is of another kind than was written is told as of the file."""
+    try:
+        yield
+    except DeclarationError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, AssertionError) as error:
+        raise DeclarationError(f"{where}: is no plan file ({type(error).__name__}: {error}); {_WAY_OUT}") from error

@@ -66,6 +66,15 @@ class Region:
         """The entries of `spec` that name automatic axes."""
         return without(spec, self.manual)
 
+    @property
+    def inner(self) -> set[str]:
+        """The automatic axes of more than one device: what a region inside this one is manual over."""
+        return {name for name in self.mesh.axis_names if name not in self.manual and self.mesh.shape[name] > 1}
+
+    def inner_part(self, spec: PartitionSpec) -> PartitionSpec:
+        """The entries of `spec` that name axes of `inner`."""
+        return without(spec, tuple(name for name in self.mesh.axis_names if name not in self.inner))
+
     def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` as a manual region; itself where no axis is manual."""
         if not self.manual:
@@ -90,8 +99,7 @@ class Region:
           axes: the manual axes to sum each over.
           compute, state: specs by name.
         """
-        entered = {name: self.automatic_part(compute[name]) for name in values}
-        automatic = {name for name in self.mesh.axis_names if name not in self.manual and self.mesh.shape[name] > 1}
+        entered = {name: self.inner_part(compute[name]) for name in values}
         parts = {one.axis: one.parts for one in self.scatters}
 
         def sums(values: Arrays) -> Arrays:
@@ -102,19 +110,18 @@ class Region:
                 for name, value in values.items()
             }
 
-        if not automatic or not self.manual:
+        if not self.inner or not self.manual:
             return sums(values)
         # Manual over the other axes too: XLA would gather a value over its automatic axes to reduce-scatter it.
         mesh = jax.sharding.get_abstract_mesh()
         return jax.shard_map(
-            sums, mesh=mesh, in_specs=(entered,), out_specs=entered, axis_names=automatic, check_vma=False
+            sums, mesh=mesh, in_specs=(entered,), out_specs=entered, axis_names=self.inner, check_vma=False
         )(values)
 
     def gathered(self, values: Arrays, storage: Specs) -> Arrays:
         """Whole over the batch axes, from shards laid out as `storage`; called in the region."""
-        names = set(self.batch)
-        automatic = {name for name in self.mesh.axis_names if name not in self.manual and self.mesh.shape[name] > 1}
-        laid = {name: self.automatic_part(storage[name]) for name in values}
+        names, automatic = set(self.batch), self.inner
+        laid = {name: self.inner_part(storage[name]) for name in values}
 
         def one(value: jax.Array, spec: PartitionSpec) -> jax.Array:
             for dim, entry in enumerate(spec):

@@ -161,3 +161,33 @@ def test_a_full_disk_is_told_and_what_was_there_stays(
     with pytest.raises(CheckpointError, match=r"checkpoints/5: No space left on device"):
         store.wait()
     assert store.steps() == [0]
+
+
+def test_what_a_link_leads_to_is_not_removed(step: CompiledStep, canonical: Canonical, tmp_path: Path) -> None:
+    """A sealed step, one that was never finished and the one to be saved are links to elsewhere."""
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    store, state = Checkpoints(elsewhere), step.init(0)
+    store.save(canonical, dataclasses.replace(state, step=jnp.int32(1)), {})
+    store.wait()
+    (elsewhere / "mine").mkdir()
+    before = sorted(elsewhere.rglob("*"))
+    (run / "1").symlink_to(elsewhere / "checkpoints" / "1")
+    (run / "2").symlink_to(elsewhere / "mine")
+    (run / "3").symlink_to(elsewhere)
+    store = Checkpoints(run.parent, keep=1)
+    store.save(canonical, dataclasses.replace(state, step=jnp.int32(3)), {})
+    store.wait()
+    assert store.steps() == [3]
+    assert [(path.name, path.is_symlink()) for path in run.iterdir()] == [("3", False)]
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_checkpoints_that_are_a_link_are_not_written_to(
+    step: CompiledStep, canonical: Canonical, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere" / "7").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="checkpoints: is a link, and steps are removed from what it leads to"):
+        Checkpoints(tmp_path).save(canonical, step.init(0), {})
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["7"]

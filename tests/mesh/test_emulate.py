@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import shardlab.mesh
 from shardlab.mesh.emulate import emulate, environment
 from shardlab.mesh.faults import DeclarationError
 
+ROOT = Path(__file__).parents[2]
 COUNT = "--xla_force_host_platform_device_count"
 
 
@@ -147,3 +149,53 @@ def test_a_count_that_is_none(count: int) -> None:
     with pytest.raises(DeclarationError) as error:
         emulate(count)
     assert str(error.value) == f"emulate: {count!r} devices cannot be made; give a whole number, 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("XLA_FLAGS", "flags.txt", "XLA_FLAGS: 'flags.txt' is no flag; write --xla_name=value, with spaces between"),
+        ("XLA_FLAGS", f"{COUNT} 4", "XLA_FLAGS: '4' is no flag; write"),
+        (
+            "XLA_FLAGS",
+            "--xla_cpu_collective_timeout_seconds=abc",
+            "XLA_FLAGS: '--xla_cpu_collective_timeout_seconds=abc' is no number of seconds; write",
+        ),
+        ("PJRT_NPROC", "1000000", "PJRT_NPROC: asks for more than 16384 threads; give fewer, or leave it unset"),
+        ("PJRT_NPROC", "9" * 5000, "PJRT_NPROC: asks for more than 16384 threads; give fewer, or leave it unset"),
+    ],
+)
+@pytest.mark.usefixtures("unset")
+def test_variables_that_would_end_the_process(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DeclarationError) as error:
+        environment(8)
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("text", ["abc", "", "-5", "1\u0662", "1e9"])
+@pytest.mark.usefixtures("unset")
+def test_a_pool_that_is_no_number_is_replaced(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("PJRT_NPROC", text)
+    assert environment(64)["PJRT_NPROC"] == "128"
+
+
+STRESS = [sys.executable, str(ROOT / "benchmarks/emulation_stress.py"), "--devices=8", "--steps=300"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not jax.__version__.startswith("0.10."), reason="jax 0.12 was not seen to deadlock on this loop")
+def test_without_its_pool_collectives_deadlock_and_with_it_they_do_not() -> None:
+    """Of 8 devices a pool of 8 threads; XLA's timeouts are shortened, so that it gives up after 8 s."""
+    without = subprocess.run(
+        [*STRESS, "--pool=8", "--warn=2", "--kill=8"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert without.returncode == 1
+    assert "ended with -6" in without.stdout
+    assert "This thread has been waiting for `" in without.stderr
+    done = subprocess.run(
+        [*STRESS, "--warn=60", "--kill=200"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -55,6 +55,12 @@ BAD = {
     "are written 2*tpu:v5e:16x16",
     "gpu:mi300x:1x8": "target 'gpu:mi300x:1x8': 'mi300x' is not one of a100, h100, h200, b200, gb200, a6000; write one "
     "of them",
+    "gpu:h200:131073x8": "target 'gpu:h200:131073x8': has 1048584 devices, more than 1048576; declare a smaller "
+    "machine",
+    "9999999999*tpu:v5e:16x16": "target '9999999999*tpu:v5e:16x16': has 2559999999744 devices, more than 1048576; "
+    "declare a smaller machine",
+    "cpu:" + "9" * 5000: f"target of 5004 letters: is longer than any machine's name; {FORMS}",
+    "cpu:1\u0662": "target 'cpu:1\u0662': '1\u0662' is not 1 size of 1 or more; write it like 8",  # 2 in Arabic
     "gpu:h200:64": "target 'gpu:h200:64': '64' is not 2 sizes of 1 or more; write it like 8x8",
 }
 

@@ -1,10 +1,12 @@
 """Schedules through CSV and back, and the messages of a CSV that is no schedule."""
 
+from pathlib import Path
+
 import pytest
 
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.schedules import SCHEDULES, make_schedule
-from shardlab.pipeline.table_csv import from_csv, to_csv
+from shardlab.pipeline.table_csv import from_csv, read_csv, to_csv
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -60,6 +62,16 @@ REFUSED = {
         "schedule 'mine': row 1, column 3: '(1F0;1B0)OVERLAP_F_B' is two actions in one tick; read the rows with "
         "in_order=True (--in-order)",
     ),
+    "numbers that nothing has": (
+        "0F0,0B0,0F900000000\n",
+        "schedule 'mine': has 3 actions, and they speak of 1 stages and 900000001 microbatches; every stage has an F "
+        "and a B of every microbatch: write them all, counting from 0",
+    ),
+    "numbers of thousands of digits": (
+        "0F" + "9" * 5000,
+        f"schedule 'mine': row 1, column 1: action '0F{'9' * 38}': not a stage, a kind (F, B, I, W) and a microbatch; "
+        "write it as '2F0'",
+    ),
 }
 
 
@@ -93,3 +105,13 @@ def test_rows_that_wait_for_ever_are_printed_as_they_stand() -> None:
         "   0  0F0      [1B0]     <-- 1B0 needs 1F0, which runs in tick 1; device 1 waits here for ever\n"
         "   1  0B0      1F0"
     )
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe0F0", b"x" * 200_000], ids=["not UTF-8", "a cell without end"])
+def test_a_file_that_is_no_table(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_bytes(data)
+    with pytest.raises(ScheduleError) as error:
+        read_csv(file)
+    assert str(error.value).startswith(f"schedule {str(file)!r}: cannot be read (")
+    assert str(error.value).endswith("); give a CSV with a row for each device")

@@ -539,3 +539,29 @@ def test_random_numbers_that_depend_on_the_mesh_are_refused(option: str, value: 
     finally:
         jax.config.update(option, before)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("remat", 7, "remat=7: is not one of none, full, stage, "),
+        ("schedule", -1, "schedule=-1: is neither a name nor a table; write a name as '1f1b', or give a Schedule"),
+    ],
+)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_choice_of_another_type(option: str, value: Any, message: str, stages: int) -> None:
+    with pytest.raises(DeclarationError) as error:
+        declare(mesh={"stage": stages}, **{option: value})
+    assert str(error.value).startswith(message)
+
+
+def test_an_axis_of_the_models_own_code_that_the_mesh_lacks() -> None:
+    def block(layer: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(mlp.block(layer, x), P(None, "expert"))
+
+    with pytest.raises(DeclarationError) as error:
+        declare(dataclasses.replace(MODEL, block=block))
+    assert str(error.value) == (
+        "mesh axis 'expert': a constraint in the model's own code, P(None, 'expert'), names it, and the mesh has "
+        "'data', 'stage', 'tensor'; declare it, of size 1 if need be, or change the constraint"
+    )

@@ -72,3 +72,8 @@ def test_an_audit_that_lacks_something(refused: Any) -> None:
     facts = audits.fsdp()
     del facts["collectives"][3]["cause"], facts["collectives"][3]["async"]
     assert refused(json.dumps(facts)) == "lacks async, cause in collectives[3]"
+
+
+def test_json_without_end(refused: Any) -> None:
+    assert refused("[" * 100_000).startswith("cannot be read (maximum recursion depth exceeded")
+    assert refused("1" * 5000).startswith("cannot be read (Exceeds the limit")

@@ -146,6 +146,15 @@ def test_an_array_that_a_run_lacks(run: RunRecord, tmp_path: Path) -> None:
         evaluate(declared("data=1"), tmp_path)
 
 
+def test_arrays_of_another_kind_are_refused(run: RunRecord, tmp_path: Path) -> None:
+    arrays = read_arrays(run.directory)
+    write_arrays(tmp_path, ({**arrays, "inputs/bias": arrays["inputs/bias"].astype(np.complex64)}).items())
+    with pytest.raises(
+        DeclarationError, match=rf"^inputs/bias: is complex64 in run '{tmp_path}' and float32 in the mod"
+    ):
+        evaluate(declared("data=1"), tmp_path)
+
+
 def test_a_directory_without_parameters_is_refused_before_a_plan_is_made(tmp_path: Path) -> None:
     config = dataclasses.replace(declared("data=1"), model=None)
     with pytest.raises(DeclarationError, match=rf"^run '{tmp_path}': holds no parameters\.npz; "):

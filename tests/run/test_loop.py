@@ -477,3 +477,9 @@ def test_a_place_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_
     message = re.escape(f"out {str(tmp_path / 'out')!r}: Permission denied; give a directory that can be made")
     with pytest.raises(DeclarationError, match=f"^{message}$"):
         train(tiny(), tmp_path / "out")
+
+
+def test_a_place_where_a_file_is_to_be_and_a_directory_is(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(DeclarationError, match=r"report\.json in it is a directory; give another place"):
+        train(tiny(), tmp_path)

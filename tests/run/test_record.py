@@ -1,8 +1,12 @@
 """What a run leaves on disk: rows that are there at once, plain JSON, whole arrays; and what is no run."""
 
+import io
 import json
+import pickle
 import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +124,84 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     message = f"run {typed!r}: is no directory; did you mean {str(run)!r}? give the --out directory of a run that"
     with pytest.raises(DeclarationError, match=f"^{re.escape(message)}"):
         read_run(typed)
+
+
+BROKEN = {
+    "nothing": b"",
+    "text": b"no json",
+    "no UTF-8": b"\xff\xfe",
+    "without end": b"[" * 100_000,
+    "a list": b"[]",
+    "a number of thousands of digits": b"1" * 5000,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_report_or_a_row_that_is_no_object(tmp_path: Path, name: str) -> None:
+    write_report(tmp_path, {})
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + (BROKEN[name] or b" ") + b"\n")
+    with pytest.raises(DeclarationError, match=rf"^run '{tmp_path}': metrics\.jsonl line 2 is damaged \(.*; give the"):
+        read_run(tmp_path)
+    (tmp_path / "report.json").write_bytes(BROKEN[name])
+    with pytest.raises(DeclarationError, match=rf"^run '{tmp_path}': report\.json is damaged \(.*\); give the"):
+        read_run(tmp_path)
+
+
+def test_metrics_that_are_a_directory(tmp_path: Path) -> None:
+    write_report(tmp_path, {})
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(DeclarationError, match=r"metrics\.jsonl: Is a directory; give the --out directory"):
+        read_run(tmp_path)
+
+
+def header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00v\x00" + text.encode().ljust(117) + b"\n"
+
+
+def hostile(**arrays: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in arrays.items():
+            archive.writestr(f"{name}.npy", data)
+    return file.getvalue()
+
+
+class Opened:
+    """What a pickle is that runs code when it is read."""
+
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('run')",)
+
+
+def objects() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([Opened()], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+HOSTILE = {
+    "no archive": b"text",
+    "a pickle": pickle.dumps(Opened()),
+    "objects": hostile(a=objects()),
+    "code in the header": hostile(
+        a=header("{'descr': __import__('os').abort(), 'fortran_order': False, 'shape': (1,)}")
+    ),
+    "no memory is as large": hostile(a=header("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}")),
+    "texts": hostile(a=header("{'descr': '<U1', 'fortran_order': False, 'shape': (1,)}") + b"a\0\0\0"),
+    "no array": hostile(a=b"text"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_parameters_that_are_no_numbers_are_refused_and_run_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "parameters.npz").write_bytes(HOSTILE[name])
+    with pytest.raises(DeclarationError, match=rf"^run '{tmp_path}': parameters\.npz is damaged \(\w+: .*\); give the"):
+        read_arrays(tmp_path)
+
+
+def test_an_array_that_is_there_twice(tmp_path: Path) -> None:
+    write_arrays(tmp_path, {"a": np.ones(2)}.items())
+    with zipfile.ZipFile(tmp_path / "parameters.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a.npy", archive.read("a.npy"))
+    with pytest.raises(DeclarationError, match="an array is in it twice"):
+        read_arrays(tmp_path)

@@ -14,10 +14,11 @@ import pytest
 from benchmarks.kills import ended, newest, started, told_by
 from shardlab.checkpoint import Checkpoints
 from shardlab.mesh.faults import DeclarationError
+from shardlab.run.batches import batches_after
 from shardlab.run.data import ByteText
 from shardlab.run.loop import train
-from shardlab.run.record import METRICS, RunRecord, read_rows
-from shardlab.run.resume import Saving
+from shardlab.run.record import METRICS, RunRecord, read_rows, read_run
+from shardlab.run.resume import Saving, Start
 from shardlab.run.steps import NotFinite
 from tests.run.test_loop import Heard, numbers
 from tests.run.tiny import Points, tiny
@@ -139,6 +140,38 @@ def test_where_all_are_damaged_nothing_is_started(run: Path) -> None:
         train(tiny(steps=7), run, saving=SAVING, resume=True)
 
 
+def test_where_all_seals_are_damaged_nothing_is_started(run: Path) -> None:
+    for step in (4, 5):
+        (run / "checkpoints" / str(step) / "seal.json").write_text("{}")
+    before = (run / METRICS).read_text()
+    with pytest.raises(DeclarationError, match=r"none of the 2 checkpoints in .* can be read; the newest: checkpoint"):
+        train(tiny(steps=7), run, saving=SAVING, resume=True)
+    assert (run / METRICS).read_text() == before
+
+
+def test_a_run_that_goes_on_writes_to_no_link(run: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name in ("metrics.new", "report.json", "parameters.npz", "loss.png"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(mine)
+    train(tiny(steps=7), run, saving=SAVING, resume=True)
+    assert mine.read_text() == "mine"
+    assert read_run(run).report["steps_done"] == 7
+
+
+def test_a_position_that_the_data_does_not_know_is_refused() -> None:
+    class Data:
+        def set_state(self, position: Any) -> None:
+            position["batches"] + 1
+
+    start = Start(3, None, {"data": {"batches": "three"}})
+    with pytest.raises(
+        DeclarationError, match=r"^resume: the data cannot go on from the position in the checkpoint \(Typ"
+    ):
+        batches_after(Data(), start)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -146,6 +179,7 @@ def test_where_all_are_damaged_nothing_is_started(run: Path) -> None:
         ('{"step": 2}\n', "line 1 is not the row of step 1"),
         ("no json\n", "line 1 is not the row of step 1"),
         ("[]\n", "line 1 is not the row of step 1"),
+        ("[" * 100_000, "line 1 is not the row of step 1"),
     ],
 )
 def test_metrics_that_are_another_runs_are_refused(run: Path, text: str, said: str) -> None:

@@ -143,6 +143,29 @@ def test_a_plan_file_gives_the_plan_back_and_says_what_differs(tmp_path: Path) -
         read_plan(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"[]", b'{"plan": {"mesh": 1}}'])
+def test_a_file_that_is_no_plan(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "bad.json").write_bytes(data)
+    with pytest.raises(DeclarationError, match=r"bad\.json': is no plan file \(.*; give a file that shardlab plan"):
+        read_plan(tmp_path / "bad.json")
+
+
+KINDS: dict[str, list[Any]] = {
+    "given": [None, [], ["x", 3]],
+    "overrides": [
+        *(None, [], {"mesh": None}, {"mesh": [[1]]}, {"dcn": -1}, {"links": {"a": 1}}),
+        *({"activation": 3}, {"whole": "x"}, {"zero": "x"}),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in KINDS.items() for value in values])
+def test_a_plan_file_whose_changes_are_of_another_kind(name: str, value: Any) -> None:
+    data: dict[str, Any] = {"given": {}, "overrides": {}, "plan": None, name: value}
+    with pytest.raises(DeclarationError):
+        PlanFile("c.py", **data).apply(decoder(AXES))
+
+
 CONFIG = Path(__file__).parents[2] / "configs/hybrid.py"
 
 

@@ -94,6 +94,12 @@ REDUCED: dict[str, tuple[dict[str, int], tuple[str, ...], P, P]] = {
         P(None, "tensor"),
         P("data", ("stage", "tensor")),
     ),
+    "beside an axis of one device": (
+        {"data": 2, "stage": 1, "tensor": 2, "expert": 1},
+        ("data",),
+        P(("expert", "tensor")),
+        P(("tensor", "expert"), "data"),
+    ),
     "one of two axes": ({"data": 2, "stage": 2, "tensor": 2}, ("data",), P("tensor"), P("tensor", "data")),
 }
 
@@ -126,6 +132,18 @@ def test_the_largest_axis_is_scattered_first(sizes: dict[str, int], state: P, or
     (body,) = (one.params["jaxpr"] for one in traced.eqns if one.primitive.name == "shard_map")
     axes = [one.params["axis_name"] for one in body.eqns if one.primitive.name == "reduce_scatter"]
     assert [name for (name,) in axes] == order
+
+
+def test_what_is_gathered_beside_an_axis_of_one_device() -> None:
+    at, spec = region({"data": 2, "stage": 1, "tensor": 2, "expert": 1}), P("data", ("expert", "tensor"))
+    values = jax.device_put(np.arange(16.0).reshape(4, 4), NamedSharding(at.mesh, spec))
+
+    def inside(value: Any) -> Any:
+        return at.gathered({"w": value}, {"w": spec})["w"]
+
+    with jax.set_mesh(at.mesh):
+        found = jax.jit(at.run(inside, P("data"), P()))(values)
+    np.testing.assert_array_equal(found, values)
 
 
 def test_sums_in_the_reduce_dtype() -> None:
