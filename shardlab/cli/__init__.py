@@ -94,7 +94,10 @@ class _Train(Configured):
     keep: int = option(2, "how many of the last checkpoints to keep")
     keep_every: int = option(0, "keep also those of steps that divide by this")
     max_skipped: int = option(0, "skip updates that are not finite, and stop after so many in a row; 0 skips none")
+    max_spike: float = option(0, "stop at a loss so many times the median of the 20 steps before; 0 lets all pass")
+    check_replicas: int = option(0, "compare what several devices hold copies of, every so many steps")
     resume: bool = option(False, "go on from the last checkpoint in DIR, on this plan or another; from 0 without one")
+    skip_batches: int = option(0, "with --resume: leave out so many batches of the data first")
     distributed: bool = option(
         False, "one of several processes, as started by srun, mpirun, Kubernetes or on a TPU pod"
     )
@@ -255,6 +258,7 @@ def train(arguments: list[str], *, restart: bool) -> int:
     if not call.options.distributed:
         processes.check_not_alone()
     start(call.config, restart=restart)
+    from shardlab.run.guards import Guards
     from shardlab.run.loop import train as run
     from shardlab.run.resume import Saving
 
@@ -270,7 +274,8 @@ def train(arguments: list[str], *, restart: bool) -> int:
             tensorboard=call.options.tensorboard,
             saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
             resume=call.options.resume,
-            max_skipped=call.options.max_skipped,
+            skip_batches=call.options.skip_batches,
+            guards=Guards(call.options.max_skipped, call.options.max_spike, call.options.check_replicas),
             stuck_after=call.options.stuck_after if call.options.distributed else 0,
             about={"config": call.path, "overrides": call.given},
         )

@@ -30,11 +30,12 @@ class Source:
     Attributes:
       data: an iterator over batches, or over this process's shares.
       share: which of how many shares those are, (0, 1) for whole batches.
+      left_out: how many batches the run has left out so far.
     """
 
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
         self._plan, self._sharding = plan, NamedSharding(mesh, PartitionSpec(plan.mesh.batch or None))
-        self.share = (0, 1)
+        self.share, self.left_out = (0, 1), 0
         given = {}
         if count() > 1 and _gives_shares(config.data):
             self.share = rows_here(self._sharding, (config.batch_size,))
@@ -45,14 +46,17 @@ class Source:
         """Where it stands, where the data can say that."""
         return self.data.get_state() if hasattr(self.data, "get_state") else None
 
-    def batches(self, steps: int, start: Start | None = None) -> Iterator[Any]:
-        """As many batches, from the beginning or from those after `start`; the first is looked at now.
+    def batches(self, steps: int, start: Start | None = None, skip: int = 0) -> Iterator[Any]:
+        """As many batches, from the beginning or from those after `start` and `skip` more; the first is looked at now.
 
         Raises:
           DeclarationError: the first batch is not as planned, or the position is one in other data; later, there are
             no more batches.
         """
-        iterator = iter(self.data) if start is None else batches_after(self.data, start)
+        iterator = iter(self.data)
+        if start is not None:
+            self.left_out = (start.about or {}).get("left_out", 0) + skip
+            iterator = itertools.islice(batches_after(self.data, start), skip, None)
         first = list(itertools.islice(iterator, 1))
         shares = self.share[1]
         planned = [(path, (shape[0] // shares, *shape[1:]), dtype) for path, shape, dtype in self._plan.batch]
@@ -103,7 +107,7 @@ def batches_after(data: Any, start: Start) -> Iterator[Any]:
                 "give the data that saved it, or start anew without --resume"
             ) from error
         return iter(data)
-    return itertools.islice(iter(data), start.step, None)
+    return itertools.islice(iter(data), start.step + start.about.get("left_out", 0), None)
 
 
 def _gives_shares(data: Any) -> bool:

@@ -26,6 +26,7 @@ from shardlab.report.text import report_text
 from shardlab.run.batches import Source
 from shardlab.run.config import Config
 from shardlab.run.evaluate import Evaluation
+from shardlab.run.guards import Guards, Watch
 from shardlab.run.instruments import Board, Profiler, stop_after_the_step
 from shardlab.run.record import (
     CURVE,
@@ -66,7 +67,8 @@ def train(
     tensorboard: bool = False,
     saving: Saving | None = None,
     resume: bool = False,
-    max_skipped: int = 0,
+    skip_batches: int = 0,
+    guards: Guards | None = None,
     stuck_after: float = 0,
     about: Mapping[str, Any] | None = None,
 ) -> RunRecord:
@@ -85,8 +87,8 @@ def train(
       tensorboard: write the metrics to ``out/tensorboard`` as well.
       saving: when to save a checkpoint; None never.
       resume: go on from the last checkpoint in `out`, on whatever plan; from step 0 where there is none.
-      max_skipped: make no update where the loss or a gradient is not finite, and stop after so many such steps in a
-        row, with the parameters named; 0: every update is made.
+      skip_batches: of a run that goes on, leave out so many batches of its data first.
+      guards: what else ends it.
       stuck_after: where no step ends for so many seconds, print the stack of every thread and end the process; 0 waits
         for ever.
       about: put into the report as it is: the config's path, what was overridden.
@@ -95,16 +97,15 @@ def train(
       DeclarationError: with every fault of the declaration, before anything is compiled or written; `out` holds
         checkpoints of an earlier run and this one does not resume.
       CheckpointError: a checkpoint cannot be written.
-      NotFinite: `max_skipped` steps in a row had no finite loss and gradients.
+      NotFinite, LossSpike, ReplicasDiffer: what `guards` says.
     """
+    guards = guards or Guards()
     view, out, saving = view if view is not None and index() == 0 else Silent(), Path(out), saving or Saving()
     begun = time.perf_counter()
     profiler = Profiler(out / "profile", steps=profile, of=config.steps)
     board = Board(out / "tensorboard") if tensorboard else None
-    if max_skipped < 0:
-        raise DeclarationError(f"max_skipped: is {max_skipped}; give a number of steps, or 0 to skip none")
     store = saving.store(out)
-    if by_first(lambda: _has_ended(config, out, store, resume=resume)):
+    if by_first(lambda: _has_ended(config, out, store, resume=resume, skip_batches=skip_batches)):
         view.say(f"the run in {out} has ended: all {config.steps} steps are done")
         return read_run(out)
     with view.phase("planning"):
@@ -123,7 +124,7 @@ def train(
     if not resume and any((out / name).exists() for name in FILES):
         view.say(f"{out} holds an earlier run, which this one replaces at its first step")
 
-    step, evaluation = _compiled(config, plan, held_out, view, skip_nonfinite=max_skipped > 0)
+    step, evaluation = _compiled(config, plan, held_out, view, skip_nonfinite=guards.max_skipped > 0)
     canonical = Canonical(step.model, plan, step.optimizer, mesh) if saving.every or resume else None
     start, before = Start(), list[Row]()
     if resume and canonical is not None:
@@ -132,7 +133,7 @@ def train(
         if start.state is not None:
             by_first(lambda: before.extend(_rows_up_to(out, start.step)))
             source = Source(config, plan, mesh)
-            batches = source.batches(config.steps - start.step, start)
+            batches = source.batches(config.steps - start.step, start, skip_batches)
     state = start.state
     if state is None:
         with view.phase("creating the state, every array in its own sharding"):
@@ -155,7 +156,8 @@ def train(
             view.steps(config.steps, config.unit, config.batch_size),
         ):
             beside = Beside(profiler, Agreement(mesh, asked), watchdog, HostTimes())
-            steps = Steps(config, step, evaluation, rows, beside, saves, max_skipped, start)
+            watch = Watch(guards, plan, rows, store)
+            steps = Steps(config, step, evaluation, rows, beside, saves, watch, start)
             state = steps.run(state, batches)
         if saves is not None:
             with view.phase("finishing the last checkpoint"):
@@ -181,13 +183,18 @@ def train(
     return RunRecord(out, tuple(rows.all), report)
 
 
-def _has_ended(config: Config, out: Path, store: Checkpoints, *, resume: bool) -> bool:
+def _has_ended(config: Config, out: Path, store: Checkpoints, *, resume: bool, skip_batches: int) -> bool:
     """Whether the run in a directory has ended and is not to be run again.
 
     Raises:
       DeclarationError: the directory cannot be used for this run.
     """
     _check_place(out)
+    if skip_batches < 0 or (skip_batches and not (resume and store.steps())):
+        raise DeclarationError(
+            f"skip_batches: is {skip_batches}; it leaves out batches after a checkpoint: give it with --resume where "
+            f"{store.folder} has one, or 0"
+        )
     if not resume:
         refuse_to_replace(store, out)
         return False

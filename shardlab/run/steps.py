@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,12 @@ import jax
 
 from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.store import Checkpoints
-from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.processes import Agreement
 from shardlab.plan.plan import Plan
 from shardlab.run.batches import Source
 from shardlab.run.config import Config
 from shardlab.run.evaluate import Evaluation
+from shardlab.run.guards import Watch
 from shardlab.run.instruments import Profiler
 from shardlab.run.record import Row, plain
 from shardlab.run.resume import Start
@@ -27,16 +26,11 @@ from shardlab.run.rows import Rows
 from shardlab.run.stragglers import HostTimes
 from shardlab.run.watchdog import Watchdog
 from shardlab.step.compile import CompiledStep
-from shardlab.step.finite import not_finite
 from shardlab.step.state import TrainState
 
 # Steps handed to the devices before the metrics of an earlier one are waited for. Enough to keep them busy; many
 # steps in flight can use up the threads of emulated devices, which ends the process.
 RUN_AHEAD = 2
-
-
-class NotFinite(DeclarationError):
-    """Steps in a row whose loss or gradients were not finite."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +60,7 @@ class Saves:
         about = {
             "plan": json.loads(self.plan.to_json()),
             "data": self.source.position(),
+            "left_out": self.source.left_out,
             "initial_eval_loss": initial_eval_loss,
             "jax": jax.__version__,
         }
@@ -88,12 +83,12 @@ class Steps:
         rows: Rows,
         beside: Beside,
         saves: Saves | None,
-        max_skipped: int,
+        watch: Watch,
         start: Start,
     ) -> None:
         self._config, self._step, self._evaluation = config, step, evaluation
-        self._rows, self._beside, self._saves, self._max_skipped = rows, beside, saves, max_skipped
-        self._done, self._skipped = start.step, 0
+        self._rows, self._beside, self._saves, self._watch = rows, beside, saves, watch
+        self._done = start.step
         self.initial_eval_loss: float | None = start.about.get("initial_eval_loss") if start.about is not None else None
 
     def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
@@ -119,7 +114,8 @@ class Steps:
             ends = number == last or stop.to_stop(number - RUN_AHEAD)
             due = self._evaluation is not None and (ends or number % config.eval_every == 0)
             saved = self._saves is not None and (ends or number % self._saves.every == 0)
-            while waiting and (ends or due or saved or beside.profiler.ends_with(number)):
+            compares = self._watch.compares(number)
+            while waiting and (ends or due or saved or compares or beside.profiler.ends_with(number)):
                 row = self._row(*waiting.popleft())
                 if due and not waiting:
                     row["eval_loss"] = self._evaluate(state)
@@ -127,7 +123,11 @@ class Steps:
                 self._rows.add(row)
             # And after an evaluation, which may take long.
             ends = ends or (due and stop.to_stop(number))
-            if self._saves is not None and (saved or ends):
+            saved = self._saves is not None and (saved or ends)
+            if saved or compares:
+                self._watch.compare(number, state)
+                self._clock = time.perf_counter()
+            if self._saves is not None and saved:
                 self._saves.save(state, self.initial_eval_loss)
                 beside.watchdog.beat(f"step {number} is saved")
                 self._clock = time.perf_counter()
@@ -144,31 +144,8 @@ class Steps:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         row = Row(step=number, loss=loss, grad_norm=norm, seconds=seconds, tokens=round(weight))
-        if self._max_skipped:
-            self._skips(row, not_finite(metrics["finite"], self._step.plan))
+        self._watch.look(row, metrics)
         return row
-
-    def _skips(self, row: Row, paths: Sequence[str]) -> None:
-        """Counts the steps in a row that made no update; one too many ends the run, with its row written."""
-        loss = [] if math.isfinite(row["loss"] or 0.0) else ["the loss"]
-        if not (paths or loss):
-            self._skipped = 0
-            return
-        self._skipped += 1
-        row["skipped"] = True
-        some = ", ".join([*loss, *paths[:3]]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        self._rows.view.say(f"step {row['step']}: no update: not finite: {some} ({self._skipped} in a row)")
-        if self._skipped >= self._max_skipped:
-            self._rows.add(row)
-            saved: list[int] = []
-            if self._saves is not None:
-                self._saves.store.wait()
-                saved = self._saves.store.steps()
-            way = f"go on from the checkpoint of step {saved[-1]} with --resume" if saved else "start anew"
-            raise NotFinite(
-                f"steps {row['step'] - self._skipped + 1} to {row['step']}: not finite: {some}; parameters are as they "
-                f"were before; look at the data and the learning rate of these steps, and {way}"
-            )
 
     def _evaluate(self, state: TrainState) -> float:
         assert self._evaluation is not None

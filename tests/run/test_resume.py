@@ -19,9 +19,8 @@ from shardlab.run.data import ByteText
 from shardlab.run.loop import train
 from shardlab.run.record import METRICS, RunRecord, read_rows, read_run
 from shardlab.run.resume import Saving, Start
-from shardlab.run.steps import NotFinite
 from tests.run.test_loop import Heard, numbers
-from tests.run.tiny import Points, tiny
+from tests.run.tiny import tiny
 
 SAVING = Saving(every=2)
 
@@ -246,31 +245,3 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path) -> None:
     ended(started(out, 60, 3))
     assert told_by(out) == told_by(tmp_path / "whole")
     assert len(told_by(out)) == 60
-
-
-def test_fewer_than_no_skipped_steps_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DeclarationError, match="max_skipped: is -1; give a number of steps, or 0"):
-        train(tiny(steps=2), tmp_path, max_skipped=-1)
-
-
-class Spoilt(Points):
-    """Points of which some batches hold a number that is not finite."""
-
-    def train(self, batch_size: int, *, seed: int = 0) -> Any:
-        for number, batch in enumerate(super().train(batch_size, seed=seed), start=1):
-            if number in (3, 5, 6, 7):
-                batch["features"][0, 0] = float("nan")
-            yield batch
-
-
-def test_updates_that_are_not_finite_are_skipped_until_too_many_are_in_a_row(tmp_path: Path) -> None:
-    heard = Heard()
-    with pytest.raises(NotFinite, match=r"steps 5 to 7: not finite: the loss, blocks/0/.*go on from the checkpoint of"):
-        train(tiny(steps=9, data=Spoilt()), tmp_path, saving=SAVING, max_skipped=3, view=heard)
-    rows = list(read_rows(tmp_path))
-    assert [row["step"] for row in rows if row.get("skipped")] == [3, 5, 6, 7]
-    assert all((row["loss"] is None) == bool(row.get("skipped")) for row in rows)
-    assert any(text.startswith("step 3: no update: not finite: the loss, blocks/0/") for text in heard.texts)
-    # What was saved meanwhile is finite, and a run goes on from it.
-    record = train(tiny(steps=9), tmp_path, saving=SAVING, max_skipped=3, resume=True)
-    assert record.rows[-1]["loss"] is not None
