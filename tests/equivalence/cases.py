@@ -730,11 +730,7 @@ DAILY = (
         "padded-stages-zero-3",
         "kinds-encoder-decoder",
     ),
-    *(
-        "remat-whole",
-        "dropout-linen-whole",
-        "adafactor",
-    ),
+    "remat-whole",
 )
 """Beside the pipelines in which every two choices meet, what the default run tries: what those leave out."""
 

@@ -92,8 +92,8 @@ def changed(patch: pytest.MonkeyPatch) -> None:
     """One initial number, by its last bit."""
     real = compile.initial_values
 
-    def wrong(*args: Any) -> Any:
-        values = real(*args)
+    def wrong(*args: Any, **given: Any) -> Any:
+        values = real(*args, **given)
         out = np.asarray(values["out"]).copy()
         out[1] = np.nextafter(out[1], np.float32(9))
         return values | {"out": jax.device_put(out, values["out"].sharding)}
