@@ -86,7 +86,7 @@ def started(out: Path, steps: int, every: int, several: int = 0) -> subprocess.P
     return subprocess.Popen(
         [sys.executable, "-m", "shardlab", *verb, "tests/run/tiny.py", *options],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

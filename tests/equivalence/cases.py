@@ -712,7 +712,6 @@ DAILY = (
         "one-device",
         "data-8-zero-1",
         "replica-2-data-2-zero-3",
-        "data-4-whole-zero-3-accumulation",
         "tensor-4-linen",
         "sequence-parallel-stages",
     ),
@@ -721,7 +720,6 @@ DAILY = (
         "hybrid",
         "stages-listed-virtual",
         "stages-skips",
-        "vocab-zb-v",
     ),
     *(
         "batch-sum-stages",
