@@ -18,11 +18,13 @@ import shardlab
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import decoder, linen_decoder, mixer, mlp
 from shardlab.module.functions import Functions
+from shardlab.module.model import read_model
 from shardlab.module.pipeline import Pipeline
 from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import Rule, Rules
 from shardlab.step.compile import CompiledStep, compile_train_step
+from shardlab.step.reference import ReferenceStep
 from shardlab.step.verify import STEADY
 from tests.equivalence import kinds
 
@@ -759,3 +761,15 @@ def compiled(this: Case) -> CompiledStep:
     found = subject_of(this)
     optimizer, batch = OPTIMIZERS[this.optimizer](), found.batch(this.batch_size)
     return compile_train_step(found.model, found.loss, optimizer, planned(this), batch)
+
+
+def run_of_reference(found: Subject, optimizer: Any, plan: Plan, batch: Any, steps: int) -> Any:
+    """Initial parameters, losses, first gradients and last parameters of the reference."""
+    step = ReferenceStep(read_model(found.model, batch, found.pipeline), found.loss, optimizer, plan, 0)
+    initial = {path: np.asarray(value) for path, value in step.parameters.items()}
+    losses, first = [], None
+    for _ in range(steps):
+        loss, gradients = step(batch)
+        losses.append(float(loss))
+        first = first or {path: np.asarray(value) for path, value in gradients.items()}
+    return initial, losses, first, {path: np.asarray(value) for path, value in step.parameters.items()}

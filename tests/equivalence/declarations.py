@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from shardlab.mesh.faults import DeclarationError
 from shardlab.mesh.spec import MeshSpec
 from shardlab.models import mlp
-from shardlab.module.model import read_model
 from shardlab.module.residuals import POLICIES
 from shardlab.pipeline.actions import ScheduleError
 from shardlab.pipeline.schedules import SCHEDULES, Schedule, from_table
@@ -29,7 +28,6 @@ from shardlab.plan.make import make_plan
 from shardlab.plan.plan import Plan
 from shardlab.sharding.rules import Rule, Rules
 from shardlab.step.compile import compile_train_step
-from shardlab.step.reference import ReferenceStep
 from shardlab.step.state import users_own
 from shardlab.step.verify import TOLERANCES, relative_error, verify, worst
 from tests.equivalence import cases
@@ -293,14 +291,7 @@ def _reference(subject: str, optimizer: str, batch_size: int) -> Any:
         pipeline=found.pipeline,
         dtype="float64",
     )
-    step = ReferenceStep(read_model(found.model, batch, found.pipeline), found.loss, optimize, plan, 0)
-    initial = {path: np.asarray(value) for path, value in step.parameters.items()}
-    losses, first = [], None
-    for _ in range(STEPS):
-        loss, gradients = step(batch)
-        losses.append(float(loss))
-        first = first or {path: np.asarray(value) for path, value in gradients.items()}
-    return initial, losses, first, {path: np.asarray(value) for path, value in step.parameters.items()}
+    return cases.run_of_reference(found, optimize, plan, batch, STEPS)
 
 
 def _compared(this: Declaration, plan: Plan, step: Any, batch: Any) -> None:

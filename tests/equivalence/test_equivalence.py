@@ -13,15 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from shardlab.module.model import read_model
 from shardlab.pipeline.schedules import SCHEDULES
 from shardlab.plan.make import make_plan
 from shardlab.step.compile import compile_train_step
-from shardlab.step.reference import ReferenceStep
 from shardlab.step.state import users_own
 from shardlab.step.verify import TOLERANCES, relative_error, worst
 from tests.equivalence import pipelines
-from tests.equivalence.cases import CASES, DAILY, OPTIMIZERS, Case, case, subject_of
+from tests.equivalence.cases import CASES, DAILY, OPTIMIZERS, Case, case, run_of_reference, subject_of
 
 STEPS = 5
 
@@ -41,15 +39,7 @@ def reference(subject: str, optimizer: str, batch_size: int) -> Any:
         pipeline=found.pipeline,
         dtype="float64",
     )
-    model = read_model(found.model, batch, found.pipeline)
-    step = ReferenceStep(model, found.loss, OPTIMIZERS[optimizer](), plan, 0)
-    initial = {path: np.asarray(value) for path, value in step.parameters.items()}
-    losses, first = [], None
-    for _ in range(STEPS):
-        loss, gradients = step(batch)
-        losses.append(float(loss))
-        first = first or {path: np.asarray(value) for path, value in gradients.items()}
-    return initial, losses, first, {path: np.asarray(value) for path, value in step.parameters.items()}
+    return run_of_reference(found, OPTIMIZERS[optimizer](), plan, batch, STEPS)
 
 
 def check(this: Case) -> None:
