@@ -62,7 +62,7 @@ def ranked(case: str) -> dict[str, Estimate]:
     subject = Subject(override(load_config(CONFIG), scalars), target)
     estimator = Estimator(subject)
     found = [estimator.estimate(choice) for choice in space(subject) if not refusal(estimator, choice)]
-    found = sorted((one for one in found if one.hbm_bytes <= subject.room), key=lambda one: one.total_seconds)
+    found = sorted((one for one in found if one.needed_bytes <= subject.room), key=lambda one: one.total_seconds)
     named = {f"{name(one, subject)}, M {one.choice.microbatches}, by {one.choice.gather}": one for one in found}
     assert len(named) == len(found), "two plans of one name"
     return named

@@ -74,7 +74,7 @@ def audit_step(step: CompiledStep, *, log: str = "", about: Mapping[str, Any] | 
         **_declared(step.plan),
         **(about or {}),
         "memory": found.to_json(),
-        **_held(step.plan, found.total_bytes),
+        **_held(step.plan, found.total_bytes, found.peak_bytes and found.peak_bytes + found.code_bytes),
         **_read(step.plan, step.text, found.total_bytes, found.code_bytes, flops, log),
         "remedies": [],
         "trace_seconds": step.trace_seconds,
@@ -199,13 +199,16 @@ def _chip(plan: Plan) -> Chip | None:
     return None if machine.platform == "cpu" or machine.text == "local" else chip_of(machine)
 
 
-def _held(plan: Plan, needed: int) -> dict[str, Any]:
+def _held(plan: Plan, reported: int, peak: int = 0) -> dict[str, Any]:
     chip = _chip(plan)
     capacity = None if chip is None else chip.usable_hbm_bytes
+    # XLA:TPU refuses what does not fit, and reports more than it needs of what does.
+    accepted = plan.mesh.machine.platform == "tpu"
     return {
-        "hbm_bytes": needed,
+        "hbm_bytes": reported,
+        "hbm_peak_bytes": peak or None,
         "hbm_capacity_bytes": capacity,
-        "fits": capacity is None or needed <= capacity,
+        "fits": capacity is None or accepted or reported <= capacity,
     }
 
 

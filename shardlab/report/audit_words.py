@@ -110,6 +110,18 @@ def share_text(part: float, whole: float) -> str:
     return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
+def at_once_words(facts: Mapping[str, Any]) -> str:
+    """What is held at once of a step of which more is reported.
+
+    >>> at_once_words({"hbm_bytes": 3 * 2**30, "hbm_peak_bytes": 2**31})
+    '2.0 GiB at once (XLA reports 3.0 GiB, its gaps twice)'
+    """
+    peak, reported = facts.get("hbm_peak_bytes"), human_bytes(facts["hbm_bytes"])
+    return (
+        f"{human_bytes(peak)} at once (XLA reports {reported}, its gaps twice)" if peak else f"{reported} as reported"
+    )
+
+
 def verdict(facts: Mapping[str, Any]) -> tuple[str, str]:
     """Whether it fits, in a word or two; and by how much.
 
@@ -117,6 +129,8 @@ def verdict(facts: Mapping[str, Any]) -> tuple[str, str]:
     ('fits', '3.0 GiB of 4.0 GiB on a device (75.0%), 1.0 GiB left')
     """
     held, capacity = facts["hbm_bytes"], facts["hbm_capacity_bytes"]
+    if capacity is not None and facts["fits"] and held > capacity:
+        return "fits", f"{at_once_words(facts)} of {human_bytes(capacity)} on a device; the compiler takes it"
     if capacity is None:
         return "memory not limited", f"{human_bytes(held)} on a device; no capacity is known for {facts['target']}"
     share = share_text(held, capacity)

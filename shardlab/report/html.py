@@ -14,6 +14,7 @@ from shardlab.plan.text import human_bytes
 from shardlab.report.audit_words import (
     TIERS,
     alike,
+    at_once_words,
     axes_text,
     bandwidth_text,
     command,
@@ -104,6 +105,8 @@ def _tile_memory(facts: Mapping[str, Any]) -> str:
     name = "Memory of a device"
     if capacity is None:
         return _tile(name, human_bytes(held), f"no capacity is known for {facts['target']}")
+    if facts["fits"] and held > capacity:
+        return _tile(name, "fits", f"{at_once_words(facts)} of {human_bytes(capacity)}")
     longest = max(held, capacity)
     over = "" if facts["fits"] else " over"
     mark = f'<b style="left:{_percent(capacity, longest)}"></b>' if held > capacity else ""
@@ -174,7 +177,7 @@ def _memory(facts: Mapping[str, Any]) -> str:
         # In a bar of a device nearly empty there is nothing to see: it is of what is held then.
         free = 0 if capacity is None or held < capacity / 20 else max(capacity - held, 0)
         bar = _bar(parts, held + free, free=("free", free))
-        if capacity is not None and held > capacity:
+        if capacity is not None and held > capacity and not facts["fits"]:
             # Beyond the middle there is no room for the words on the right of the mark.
             right = capacity > held / 2
             place = f"right:{_percent(held - capacity, held)}" if right else f"left:{_percent(capacity, held)}"

@@ -25,6 +25,7 @@ class Memory:
       alias_bytes: outputs that live where a donated argument was; these take no memory of their own.
       temp_bytes: everything in between: activations, gradients, communication buffers.
       code_bytes: the program.
+      peak_bytes: the most that is there at once but for the program; 0 where the compiler does not say.
 
     >>> print(Memory(4096, 4096, 4096, 1536, 0))
     arguments       4.0 KiB
@@ -40,10 +41,14 @@ class Memory:
     alias_bytes: int
     temp_bytes: int
     code_bytes: int
+    peak_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """All a step needs on a device: arguments + temporaries + outputs that alias nothing + code."""
+        """All that is reported of a step: arguments + temporaries + outputs that alias nothing + code.
+
+        XLA:TPU reports more than it needs (`shardlab.search.beyond`).
+        """
         return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes + self.code_bytes
 
     def to_json(self) -> dict[str, int]:
@@ -53,7 +58,7 @@ class Memory:
     @classmethod
     def from_json(cls, fields: Mapping[str, int]) -> Memory:
         """The record `to_json` came from."""
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
 
     def __str__(self) -> str:
         rows = (
@@ -82,4 +87,5 @@ def memory(compiled: HasMemoryAnalysis) -> Memory:
         alias_bytes=stats.alias_size_in_bytes,
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
+        peak_bytes=stats.peak_memory_in_bytes,
     )

@@ -60,15 +60,16 @@ class Cost:
       flops: of products, by the dtype of what is multiplied.
       moved: bytes between memory and the cores, but for products.
       sends: (kind, axes) -> how often, and payload bytes.
-      live: bytes that it makes and holds at once.
-      largest: bytes of the largest array that it makes.
+      live, passing, gathered: bytes that it makes and holds at once: with all results; without those that are
+        gradients of weights; without them and with the weights.
     """
 
     flops: Mapping[str, Linear]
     moved: Linear
     sends: Mapping[tuple[str, tuple[str, ...]], tuple[float, Linear]]
     live: Linear
-    largest: Linear
+    passing: Linear
+    gathered: Linear
 
     def __add__(self, other: Cost) -> Cost:
         sends = dict(self.sends)
@@ -79,13 +80,12 @@ class Cost:
             dtype: self.flops.get(dtype, Linear()) + other.flops.get(dtype, Linear())
             for dtype in {**self.flops, **other.flops}
         }
-        live, largest = (
-            max(a, b, key=lambda one: one.at(1)) for a, b in ((self.live, other.live), (self.largest, other.largest))
-        )
-        return Cost(flops, self.moved + other.moved, sends, live, largest)
+        most = (max(getattr(self, name), getattr(other, name), key=lambda one: one.at(1)) for name in _HELD)
+        return Cost(flops, self.moved + other.moved, sends, *most)
 
 
-NOTHING = Cost({}, Linear(), {}, Linear(), Linear())
+_HELD = ("live", "passing", "gathered")
+NOTHING = Cost({}, Linear(), {}, Linear(), Linear(), Linear())
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,8 @@ class Costs:
         for key in {**few.sends, **many.sends}:
             (count, a), (_, b) = few.sends.get(key, (0.0, 0.0)), many.sends.get(key, (0.0, 0.0))
             sends[key] = count, Linear.through(a, b)
-        moved, live, largest = (
-            Linear.through(getattr(few, name), getattr(many, name)) for name in ("moved", "live", "largest")
-        )
-        return Cost(flops, moved, sends, live, largest), works
+        moved, *held = (Linear.through(getattr(few, name), getattr(many, name)) for name in ("moved", *_HELD))
+        return Cost(flops, moved, sends, *held), works
 
     def work(self, part: Part, split: Split) -> Work:
         """Of one trace of a block under `full` remat, what its backward does."""
@@ -237,10 +235,10 @@ class Costs:
         """One propagation, from how the inputs lie to how the results must."""
         sizes, compute = dict(split.sizes), dict(split.compute)
         program = traced.program
-        places = range(len(traced.outs))
+        places = list(range(len(traced.outs)))
         if only:
-            places_of = [place for place in places if traced.outs[place][0] == only]
-            program = program.only(places_of)
+            places = [place for place in places if traced.outs[place][0] == only]
+            program = program.only(places)
         left = iter(kept)
         ins = []
         for value, (what, path) in zip(program.values, traced.ins, strict=False):
@@ -253,7 +251,9 @@ class Costs:
                 ins.append(next(left))
             else:
                 ins.append(laid(ndim, {}))
-        return propagate(program, ins, sizes, self._wanted(traced, split, only), compiler=self.compiler)
+        gradients = [number for number, place in enumerate(places) if traced.outs[place][0] == "gradient"]
+        wanted = self._wanted(traced, split, only)
+        return propagate(program, ins, sizes, wanted, compiler=self.compiler, gradients=gradients)
 
     def _wanted(self, traced: Traced, split: Split, only: str) -> list[Any]:
         """How each result is to lie, or None where it may lie as it comes."""

@@ -23,11 +23,11 @@ from jax.sharding import PartitionSpec
 
 from shardlab.pipeline.schedules import SCHEDULES
 from shardlab.plan.layout import axes_in, policies_of_blocks, policy_within_stage
-from shardlab.search.beyond import beyond_of_tpu
+from shardlab.search.beyond import CODE, apart, counted_twice, with_gaps
 from shardlab.search.choice import Choice
 from shardlab.search.costs import NOTHING, BlockCost, Cost, Split
 from shardlab.search.link_costs import LinkCosts
-from shardlab.search.memory import Memory
+from shardlab.search.memory import Memory, Moment
 from shardlab.search.pace import bandwidth, keeping_moves, peak
 from shardlab.search.stages import held_blocks
 from shardlab.search.storage import Axes, Group, Sent, Storage, gathered, storage, wire
@@ -67,7 +67,13 @@ class Estimate:
 
     @property
     def hbm_bytes(self) -> float:
+        """As the compiler reports it."""
         return sum(self.memory.values())
+
+    @property
+    def needed_bytes(self) -> float:
+        """What has to fit the memory of a device: XLA:TPU reports more (`shardlab.search.beyond`)."""
+        return self.hbm_bytes - self.memory["counted_twice"]
 
     @property
     def wire_bytes(self) -> float:
@@ -177,7 +183,6 @@ class Planned:
             ("compute", "collectives", "weights", "gradients", "bubble", "stages", "optimizer"), 0.0
         )
         self.flops = 0.0
-        self.head_bytes = 0.0  # of the largest array that the head makes: logits
         # XLA:GPU gathers what is stored, and casts that (five steps of `benchmarks/predicted.py`).
         self.stored_first = subject.target.platform == "gpu"
         self.loops = choice.microbatches > 1 or self.stage is not None
@@ -190,7 +195,18 @@ class Planned:
             *((group, 1, False) for group in self.held.outside.values()),
         )
         self.embeds = [group for read, group in self.held.outside.items() if "before" in read]
-        self.memory = Memory(self.groups, self.embeds, by_layer=self.by_layer, pieces=self.pieces, loops=self.loops)
+        self.memory = Memory(
+            self.groups,
+            self.embeds,
+            by_layer=self.by_layer,
+            pieces=self.pieces,
+            loops=self.loops,
+            ticks=self.stage is not None,
+        )
+
+    def devices(self, axes: Axes) -> int:
+        """How many the axes are of."""
+        return math.prod(self.sizes[axis] for axis in axes)
 
     def add(self, cause: str, sent: Sent, times: float = 1.0) -> float:
         """Counts what is sent so often; the seconds that it takes once."""
@@ -216,8 +232,13 @@ class Planned:
             self.blocks()
             self.around()
         self.outer()
-        memory["temporaries"] = self.memory.most()
-        memory["fragments"] = self.beyond()
+        moments = self.memory.moments()
+        memory["temporaries"] = max(moment.held for moment in moments.values()) - self.memory.throughout
+        if subject.target.platform == "tpu":
+            live = max(moment.held for moment in moments.values())
+            moments = self.with_gaps(moments)
+            memory["fragments"] = max(moment.held for moment in moments.values()) - live + CODE
+            memory["counted_twice"] = counted_twice(moments)
         total, mfu = sum(self.seconds.values()), 0.0
         if total:
             assert subject.chip is not None
@@ -240,6 +261,7 @@ class Planned:
             cost, group = costs[kind], self.held.blocks[kind]
             gathers = gathered(group, functools.partial(of.links.by_reducing, self.placed)) if self.by_layer else {}
             reduces = group.reduces if self.pieces else {}
+            in_parts = self.kept_in_parts(cost.forward, policy)
             for cell, half in (("F", cost.forward), ("B", cost.backward), ("I", cost.first), ("W", _rest(cost))):
                 runs = table.cells.get(cell, 0)
                 if not runs:
@@ -251,6 +273,10 @@ class Planned:
                 busy = of.busy(half, rows, keeps) + forwards * of.busy(cost.forward, rows, keeps)
                 busy += self.stacked(group, cell) * of.memory_pace
                 inside = self.add("activations", of.sent(half, rows, choice), count)
+                for axes, size in in_parts.items():
+                    more = count * {"F": 1, "B": 2, "I": 2, "W": 0}[cell]
+                    x = {("all-gather", axes): (wire("all-gather", size, axes, self.sizes), 1)}
+                    inside += self.add("activations", x, more) * more / count
                 if forwards:
                     inside += self.add("activations", of.sent(cost.forward, rows, choice), count)
                 gathering = reducing = 0.0
@@ -265,12 +291,17 @@ class Planned:
                 times[cell][kind] = busy + inside + gathering + reducing
                 self.flops += count * sum(flops.at(rows) for flops in half.flops.values())
                 self.flops += count * forwards * sum(flops.at(rows) for flops in cost.forward.flops.values())
-                held = half.live.at(rows) + (group.whole if gathers else 0.0)
-                if cell in ("B", "W"):
-                    # Whole gradients are added where they are made; others are there until they are scattered.
-                    held += group.largest if reduces else -group.whole
+                if self.subject.target.platform == "tpu":
+                    # Whole gradients are added where they are made; others are there one by one, to be scattered.
+                    held = (half.gathered if gathers else half.passing).at(rows) + (group.largest if reduces else 0.0)
+                else:
+                    # XLA:GPU has all of a block's weights, and gradients to scatter, until its end.
+                    held = half.live.at(rows) + (group.whole if gathers else 0.0)
+                    if cell in ("B", "W"):
+                        held += group.largest if reduces else -group.whole
                 self.memory.holds(cell, max(held, 0.0))
             kept += room * (cost.kept.at(rows) + cost.kept_x.at(rows))
+            kept -= room * sum(size * (1 - 1 / self.devices(axes)) for axes, size in in_parts.items())
             crossing += room * cost.crossing.at(rows)
         self.pipeline(times, flow)
         once = kept if again else 0.0
@@ -279,6 +310,17 @@ class Planned:
         else:
             self.memory.bytes["activations"] = kept * table.residuals + table.cuts * crossing
         self.memory.bytes["mail"] = table.mail * flow
+
+    def kept_in_parts(self, forward: Cost, policy: str) -> dict[Axes, float]:
+        """Bytes of a product that is kept and that is a sum over axes, by those: XLA:TPU keeps it in shards of them.
+
+        So it does where x is whole between blocks, and has x in shards within a block, which it gathers once more
+        forward and twice backward (two steps of v6e and v5p, with `dots_saveable`).
+        """
+        if self.subject.target.platform != "tpu" or "dots" not in policy or axes_in(self.split.flow):
+            return {}
+        sums = {axes: sent for (kind, axes), sent in forward.sends.items() if kind == "all-reduce"}
+        return {axes: payload.at(self.rows) / count for axes, (count, payload) in sums.items() if count}
 
     def stacked(self, group: Group, cell: str) -> float:
         """Bytes that XLA:GPU moves to take a block's weights from their stack, and to add its gradients to theirs.
@@ -291,29 +333,14 @@ class Planned:
         taken = 0.0 if cell == "W" or self.by_layer else 2 * group.whole
         return taken + (4.5 * self.memory.sums(group) if cell in ("B", "W") else 0.0)
 
-    def keeps_weights(self, groups: list[Group]) -> bool:
-        """Whether weights stay until their gradient is summed: on v5e, where all-reduces sum it (4x4, 8x8, 16x16)."""
-        if self.subject.target.kind != "v5e":
-            return False
-        sums = [axes for group in groups for kind, axes in group.reduces if kind == "reduce-scatter"]
-        return bool(sums) and all(self.of.links.doubled(self.placed, axes) for axes in sums)
-
-    def beyond(self) -> float:
-        """What the compiler takes beyond what is live."""
-        if self.subject.target.platform != "tpu":
-            return 0.0
-        doubled, over_slices = (
-            functools.partial(rule, self.placed) for rule in (self.of.links.doubled, self.of.links.over_slices)
-        )
-        return beyond_of_tpu(
-            self.groups,
-            doubled,
-            over_slices,
-            once=not self.pieces,
-            backward=self.memory.transient.get("B", 0.0),
-            head=self.head_bytes,
-            most=self.memory.bytes["temporaries"],
-        )
+    def with_gaps(self, moments: dict[str, Moment]) -> dict[str, Moment]:
+        """The moments with what XLA:TPU's fragments take."""
+        heads = [group for read, group in self.held.outside.items() if "after" in read and group.reduces]
+        gradient = max((group.largest for group in heads), default=0.0)
+        x = self.memory.bytes["mail"] / math.prod(count for _, count in self.split.sizes)
+        over = any(self.of.links.over_slices(self.placed, axes) for group in heads for _, axes in group.reduces)
+        gap = 0.0 if self.loops or over else apart(self.subject.target.kind, x, gradient)
+        return with_gaps(moments, gradient, gap, ticks=self.stage is not None, over=over)
 
     def pipeline(self, times: Mapping[str, list[float]], flow: float) -> None:
         """Sends between stages, and the bubble: what cells take that no microbatch is in.
@@ -353,8 +380,7 @@ class Planned:
         flow = self.subject.costs.flow_bytes(self.split)[0].at(self.rows)
         vocabulary = of.split(choice.mesh, choice.activation, choice.saved_activation, choice.whole, True)
         before, back = of.ends(self.split, "before")
-        forward, after = of.ends(vocabulary if self.vocabulary else self.split, "after")
-        self.head_bytes = forward.largest.at(self.rows if self.vocabulary else rows)
+        _, after = of.ends(vocabulary if self.vocabulary else self.split, "after")
         for name, cost, count, each in (
             ("before", before, table.before, rows),
             ("after", after, table.after, self.rows if self.vocabulary else rows),
@@ -373,9 +399,12 @@ class Planned:
                     "cast", sum(group.whole * (1 + group.stored / group.shard) for group in made if group.cast)
                 )
             held = cost.live.at(each)
-            if name == "after" and not self.loops and self.pieces and self.keeps_weights(made):
-                # The weights stay until their gradient is summed; else that takes their place.
+            if name == "after" and not self.loops and self.pieces and self.subject.target.kind == "v5e":
+                # The weights stay until their gradient is made; else that takes their place.
                 held += whole
+            if name == "after" and not self.loops and self.subject.target.platform == "gpu":
+                # XLA:GPU has the accumulators of what is outside blocks from the beginning.
+                held += sum(self.memory.sums(group) for group in self.held.outside.values())
             if (self.loops and name == "after") or name == "finish":
                 # As in blocks; of those to be scattered what is summed replaces what they were made of.
                 held = max(held, whole + summed) if self.pieces else held - whole
@@ -439,7 +468,7 @@ def _rest(cost: BlockCost) -> Cost:
     """The gradients of a split backward's weights."""
     whole, first = cost.backward, cost.first
     flops = {dtype: one - first.flops.get(dtype, NOTHING.moved) for dtype, one in whole.flops.items()}
-    return Cost(flops, whole.moved - first.moved, {}, whole.live, whole.largest)
+    return Cost(flops, whole.moved - first.moved, {}, whole.live, whole.passing, whole.gathered)
 
 
 def _virtual(choice: Choice) -> int:

@@ -144,4 +144,4 @@ def _starred(subject: Subject, array: Array) -> str:
 
 def fits(estimate: Estimate, subject: Subject) -> bool:
     """Whether it fits the memory of a device."""
-    return estimate.hbm_bytes <= subject.room
+    return estimate.needed_bytes <= subject.room

@@ -1,4 +1,4 @@
-"""What a plan holds in a device's memory: what it stores throughout a step, and the most that a part makes beside that.
+"""What a plan holds in a device's memory: what it stores throughout a step, and what each part of it holds beside that.
 
 A step with a loop, over microbatches or ticks, holds working copies and accumulators throughout. Without one XLA makes
 accumulators, and working copies of what is outside blocks, where they are first used, and what is used up by then
@@ -8,6 +8,7 @@ gives its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from shardlab.search.storage import Group
 
@@ -21,7 +22,20 @@ _HELD = (
     "mail",
     "temporaries",
     "fragments",
+    "counted_twice",
 )
+
+
+class Moment(NamedTuple):
+    """What is there at once in a part of a step, in bytes, beside parameters, optimizer state and batch.
+
+    Attributes:
+      held: all of it.
+      passing: but for what a loop has carried or carries: accumulators, stacks of what is kept, x, slots of mail.
+    """
+
+    held: float
+    passing: float
 
 
 class Memory:
@@ -32,7 +46,7 @@ class Memory:
       embeds: those that `before` reads.
       by_layer: whether weights of blocks are gathered layer by layer.
       pieces: whether gradients are accumulated as the optimizer's state lies.
-      loops: whether a step has a loop over microbatches or ticks.
+      loops: whether a step has a loop over microbatches or ticks; `ticks`: whether over ticks.
 
     Attributes:
       bytes: by what they hold.
@@ -47,9 +61,10 @@ class Memory:
         by_layer: bool,
         pieces: bool,
         loops: bool,
+        ticks: bool,
     ) -> None:
         self.groups, self.embeds = groups, embeds
-        self.by_layer, self.pieces, self.loops = by_layer, pieces, loops
+        self.by_layer, self.pieces, self.loops, self.ticks = by_layer, pieces, loops, ticks
         self.bytes = self._stored()
         self.transient: dict[str, float] = {}
 
@@ -75,15 +90,43 @@ class Memory:
         """Notes what a part of the step makes and holds at once."""
         self.transient[where] = max(self.transient.get(where, 0.0), size)
 
-    def most(self) -> float:
-        """Beside what is held throughout, the most that is made and held at once."""
-        if self.loops or not any(inside for _, _, inside in self.groups):
-            return max((size for name, size in self.transient.items() if name != "cast"), default=0.0)
-        # Without a loop accumulators begin where they are first added to, those of blocks after the head, of what
-        # `before` reads after the blocks; by then the weights of blocks are no longer needed.
-        of_blocks = sum(self.sums(group) * count for group, count, inside in self.groups if inside)
-        last = sum(self.sums(group) for group in self.embeds)
-        ends = [self.transient.get(name, 0.0) - of_blocks for name in ("after", "F")]
-        finish = self.transient.get("finish", 0.0) - self.bytes["working_copy"] - self.bytes["activations"]
-        cast = self.transient.get("cast", 0.0) - self.bytes["gradients"]
-        return max(self.transient.get("B", 0.0) - last, finish, cast, *ends)
+    @property
+    def throughout(self) -> float:
+        """What `bytes` says is held throughout a step, beside parameters, optimizer state and batch."""
+        return sum(self.bytes[name] for name in ("working_copy", "gradients", "activations", "mail"))
+
+    def moments(self) -> dict[str, Moment]:
+        """Of each part of the step what it holds: one may hold less than what is held throughout."""
+        copies, kept, x = (self.bytes[name] for name in ("working_copy", "activations", "mail"))
+        most, all_sums = self.transient, self.bytes["gradients"]
+        inside = sum(self.sums(group) * count for group, count, within in self.groups if within)
+        if not any(within for _, _, within in self.groups):
+            return {name: Moment(self.throughout + size, self.throughout + size) for name, size in most.items()}
+        embeds = {id(group) for group in self.embeds}
+        heads = [group for group, _, within in self.groups if not within and id(group) not in embeds]
+        head = sum(self.sums(group) for group in heads)
+        if self.loops:
+            found = {name: Moment(self.throughout + size, copies + size) for name, size in most.items()}
+            found.pop("cast", None)
+            if self.ticks:
+                # Slots begin as they are found; the head's gradient is chosen between the sum so far and with its own.
+                found["begin"] = Moment(self.throughout, copies + all_sums)
+                if "after" in found:
+                    found["after"] = found["after"]._replace(passing=copies + most["after"] + head + x)
+            else:
+                found["begin"] = Moment(self.throughout, self.throughout)
+            return found
+        if not self.pieces:
+            head = sum(group.summed for group in heads)  # until it is added to nothing
+        backward, finish, after = (most.get(name, 0.0) for name in ("B", "finish", "after"))
+        found = {
+            "before": Moment(copies + kept + x, copies + kept + x),
+            "F": Moment(copies + kept + x + most.get("F", 0.0), copies + most.get("F", 0.0)),
+            "after": Moment(copies + kept + x + after, copies + x + after),
+            "zeros": Moment(copies + kept + inside + head + x, copies + inside + head + x),
+            "B": Moment(copies + kept + inside + head + x + backward, copies + head + backward),
+            "finish": Moment(all_sums + x + finish, head + finish),
+        }
+        if "cast" in most:
+            found["cast"] = Moment(copies + kept + x + most["cast"], copies + kept + x + most["cast"])
+        return found

@@ -9,6 +9,7 @@ from shardlab.search.operation_kinds import JOINED, LINEAR
 from shardlab.search.product_rules import convolution, dot
 from shardlab.search.program import Op
 from shardlab.search.walk import Walk
+from shardlab.sharding.rules import axes_of
 
 
 def elementwise(walk: Walk, op: Op) -> None:
@@ -239,6 +240,18 @@ def _scatter(walk: Walk, op: Op) -> None:
     walk.work.moved += 3 * walk.bytes(updates)
 
 
+def _shard_map(walk: Walk, op: Op) -> None:
+    """A region that lays by hand what goes in and out of it; what it does inside is not walked."""
+    for numbers, specs in ((op.ins, op.params["in_specs"]), (op.outs, op.params["out_specs"])):
+        for number, spec in zip(numbers, specs, strict=True):
+            if number < 0:
+                continue
+            dims: list[tuple[str, ...]] = [()] * len(walk.values[number].shape)
+            for dim, entry in enumerate(spec):
+                dims[dim] = tuple(axis for axis in axes_of(entry) if walk.sizes.get(axis, 1) > 1)
+            walk.at[number] = Laid(tuple(dims)) if numbers is op.outs else walk.gathered(number, tuple(dims))
+
+
 RULES: dict[str, Callable[[Walk, Op], None]] = {
     "sharding_constraint": _constraint,
     "dot_general": dot,
@@ -249,6 +262,7 @@ RULES: dict[str, Callable[[Walk, Op], None]] = {
     "squeeze": _squeeze,
     "expand_dims": _expand,
     "gather": _gather,
+    "shard_map": _shard_map,
     **dict.fromkeys(("scatter", "scatter-add", "scatter_add"), _scatter),
     **dict.fromkeys(
         ("concatenate", "pad", "slice", "dynamic_slice", "dynamic_update_slice", "split", "rev", "sort"), _along

@@ -43,6 +43,8 @@ def propagate(
     wanted: Sequence[Any] | None = None,
     *,
     compiler: Compiler | None = None,
+    gradients: Sequence[int] = (),
+    looped: bool = False,
 ) -> Work:
     """What one device does of `program`.
 
@@ -51,6 +53,8 @@ def propagate(
       ins: how its inputs lie.
       sizes: of the automatic axes.
       compiler: what is known of it.
+      gradients: which of its results are gradients of weights, by place.
+      looped: whether it is the body of a loop.
       wanted: for each result a function from its number of dims to how it is to lie; None: as it comes.
 
     >>> import jax, jax.numpy as jnp
@@ -73,8 +77,8 @@ def propagate(
         if lay is not None and out >= 0:
             walk.at[out] = walk.gathered(out, lay(len(walk.values[out].shape)))
     walk.work.outs = tuple(walk.at[out] if out >= 0 else Laid(()) for out in program.outs)
-    walk.work.live, largest = live(walk, inner)
-    walk.work.largest = max(walk.work.largest, largest)
+    found = live(walk, inner, gradients=gradients, looped=looped)
+    walk.work.live, walk.work.passing, walk.work.gathered = found.all, found.passing, found.gathered
     return walk.work
 
 
@@ -117,12 +121,12 @@ def _scan(walk: Walk, op: Op) -> float:
             dims = walk.gathered(number, ((), *dims[1:])).dims
         weight = number >= 0 and walk.at[number].weight
         inside.append(Laid(dims[1:] if sliced else dims, weight=weight))
-    work = propagate(body, inside, walk.sizes, compiler=walk.compiler)
+    work = propagate(body, inside, walk.sizes, compiler=walk.compiler, looped=True)
     # What is carried goes on as it comes out; one more pass settles it.
     carry = [_settled(lay) for lay in work.outs[:carried]]
     if any(a.dims != b.dims for a, b in zip(carry, inside[constants : constants + carried], strict=True)):
         inside[constants : constants + carried] = carry
-        work = propagate(body, inside, walk.sizes, compiler=walk.compiler)
+        work = propagate(body, inside, walk.sizes, compiler=walk.compiler, looped=True)
     outs = list(work.outs)
     length = op.params["length"]
     walk.work.add(work, length)
@@ -154,30 +158,34 @@ def _branches(walk: Walk, op: Op) -> float:
 
     A kernel for the platform states no products, and takes those of the plain operations; what it moves is its own.
     """
-    held, least = 0.0, math.inf
+    held, least, kernel = 0.0, math.inf, walk.compiler.kernels and _by_platform(walk, op)
     for number in op.ins:
         if number >= 0:
             walk.summed(number)
     best: Work | None = None
+    works: list[Work] = []
     for body in op.bodies:
         count = body.num_ins
         given = [walk.at[number] if number >= 0 else Laid(()) for number in op.ins[-count:]] if count else []
         if len(given) != count or any(len(lay.dims) != len(body.values[k].shape) for k, lay in enumerate(given)):
             given = [Laid(((),) * len(value.shape)) for value in body.values[:count]]
         work = propagate(body, given, walk.sizes, compiler=walk.compiler)
-        held, least = max(held, work.live), min(least, work.moved)
+        works.append(work)
+        held, least = (min if kernel else max)(held, work.live), min(least, work.moved)
         if best is None or sum(work.flops.values()) >= sum(best.flops.values()):
             best = work
     if best is not None:
-        if walk.compiler.kernels and _by_platform(walk, op):
+        if kernel:
             best.moved = least
         walk.work.add(best, 1)
     for place, out in enumerate(op.outs):
-        shape = walk.values[out].shape
-        dims: Dims = ((),) * len(shape)
-        if best is not None and len(best.outs) == len(op.outs) and len(best.outs[place].dims) == len(shape):
-            dims = best.outs[place].dims
-        walk.at[out] = Laid(dims)
+        # What one branch makes zeros of, for another to keep, lies as that has it.
+        whole: Dims = ((),) * len(walk.values[out].shape)
+        lays = [work.outs[place].dims for work in works if len(work.outs) == len(op.outs)]
+        split = (dims for dims in lays if len(dims) == len(whole))
+        walk.at[out] = Laid(
+            max(split, key=lambda dims: walk.size(axis for axes in dims for axis in axes), default=whole)
+        )
     return held
 
 

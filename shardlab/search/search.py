@@ -86,11 +86,11 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
             if found.total_seconds >= faster_than:
                 dropped["varies a better plan"] += 1
                 continue
-            if found.hbm_bytes <= room:
+            if found.needed_bytes <= room:
                 fitting.append(found)
                 continue
             dropped["does not fit"] += 1
-            if least is None or found.hbm_bytes < least.hbm_bytes:
+            if least is None or found.needed_bytes < least.needed_bytes:
                 least = found
 
     with_keys = [(schedule_of(choice, config.mesh.stage), choice) for choice in candidates(subject)]

@@ -39,6 +39,7 @@ def plan_facts(one: Estimate, found: Found, subject: Subject, config_path: str) 
         "plan": {**one.choice.overrides(target), "command": line},
         "fits": fits(one, subject) if compiled is None else compiled["fits"],
         "hbm_bytes": round(one.hbm_bytes),
+        "needed_bytes": round(one.needed_bytes),
         "memory": {key: round(size) for key, size in one.memory.items()},
         "wire_bytes": round(one.wire_bytes),
         "wire": [
@@ -129,11 +130,11 @@ def nothing_fits(found: Found, subject: Subject) -> list[str]:
     least, room = found.least, subject.room
     if least is None:
         return ["no plan can be made: see what was dropped; other sizes of the batch or the model would help"]
-    lacks = least.hbm_bytes - room
+    lacks = least.needed_bytes - room
     largest = max(_HELPS, key=lambda part: least.memory[part])
     return [
         f"nothing fits: {name(least, subject)} ({how(least.choice, subject)}) lacks the least, "
-        f"{human_bytes(round(lacks))} of {human_bytes(round(least.hbm_bytes))}",
+        f"{human_bytes(round(lacks))} of {human_bytes(round(least.needed_bytes))}",
         f"most of it is {largest.replace('_', ' ')}, {human_bytes(round(least.memory[largest]))}: "
         f"{_HELPS[largest]} would help",
     ]

@@ -31,8 +31,8 @@ class Work:
       flops: of products and convolutions, by the dtype of what is multiplied.
       moved: bytes read from memory and written to it; of products those that they wait for.
       sends: collectives, by kind and axes: how often, and their payload in all (see `shardlab.hlo.collectives`).
-      live: the most bytes that it has made and not used up at once.
-      largest: bytes of the largest array that it makes and stores.
+      live, passing, gathered: the most bytes that it has made and not used up at once: with all results, without the
+        gradients of weights, and without them and with the weights (`shardlab.search.liveness.Live`).
       outs: how its results lie.
     """
 
@@ -40,7 +40,8 @@ class Work:
     moved: float = 0.0
     sends: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = field(default_factory=dict)
     live: float = 0.0
-    largest: float = 0.0
+    passing: float = 0.0
+    gathered: float = 0.0
     outs: tuple[Laid, ...] = ()
 
     def send(self, kind: str, axes: tuple[str, ...], payload: float, count: float = 1) -> None:
@@ -51,6 +52,5 @@ class Work:
         for dtype, flops in other.flops.items():
             self.flops[dtype] += flops * times
         self.moved += other.moved * times
-        self.largest = max(self.largest, other.largest)
         for (kind, axes), (count, payload) in other.sends.items():
             self.send(kind, axes, payload * times, count * times)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from shardlab.report.audit_words import verdict
 from shardlab.report.html import page
 from tests.report import audits
 
@@ -121,6 +122,17 @@ def test_the_headline_of_one_that_fits() -> None:
     assert "Sent by a device a step 455.4 GB 424.1 GiB in 1,523 collectives, 99.1% of the bytes beside compute" in text
     assert "Pipeline none one stage: no bubble" in text
     assert "What would make room" not in text
+
+
+def test_one_that_the_compiler_takes_although_more_is_reported() -> None:
+    facts = audits.fsdp()
+    facts |= {"hbm_bytes": 100 * 2**30, "hbm_peak_bytes": 90 * 2**30}
+    assert facts["hbm_bytes"] > facts["hbm_capacity_bytes"]
+    text = Page(page(facts)).text
+    words = "90.0 GiB at once (XLA reports 100.0 GiB, its gaps twice) of 95.7 GiB"
+    assert f"Memory of a device fits {words}" in text
+    assert "a device ends here" not in text
+    assert verdict(facts) == ("fits", f"{words} on a device; the compiler takes it")
 
 
 def test_the_parts_of_memory_stand_in_the_bar_and_its_legend() -> None:

@@ -55,7 +55,7 @@ def test_what_cannot_fit_is_dropped_and_counted() -> None:
     assert plans.searched == len(plans.ranked) + sum(plans.dropped.values())
     assert plans.dropped["does not fit"] > 0
     room = 15.75 * 2**30
-    assert all(one.hbm_bytes <= room for one in plans.ranked)
+    assert all(one.needed_bytes <= room for one in plans.ranked)
     assert [one.total_seconds for one in plans.ranked] == sorted(one.total_seconds for one in plans.ranked)
 
 
