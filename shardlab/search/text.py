@@ -99,14 +99,14 @@ def text(found: Found, subject: Subject, *, config_path: str, top: int) -> str:
             how(one.choice, subject),
             f"{one.total_seconds:.4g} s",
             f"{one.mfu:.1%}",
-            human_bytes(round(one.hbm_bytes)),
+            human_bytes(round(one.needed_bytes)),
             human_bytes(round(one.wire_bytes)),
             bound(one, subject).by,
             _confirmed(found.confirmed.get(one.choice)),
         )
         for place, one in enumerate(shown, start=1)
     ]
-    header = ("", "plan", "how", "step", "MFU", "HBM", "wire", "bound by", "compiled")
+    header = ("", "plan", "how", "step", "MFU", "needs", "wire", "bound by", "compiled")
     lines += ["", *columns(header, rows, right=(0, 3, 4, 5, 6)), ""]
     first = shown[0]
     parts = sorted(first.seconds.items(), key=lambda item: -item[1])
@@ -179,5 +179,5 @@ def _confirmed(compiled: Mapping[str, Any] | None) -> str:
     if "error" in compiled:
         return compiled["error"].partition("\n")[0][:60]
     wire, seconds = compiled.get("wire_bytes"), compiled.get("estimate_seconds")
-    words = human_bytes(compiled["hbm_bytes"]) + ("" if wire is None else f", wire {human_bytes(wire)}")
+    words = f"{human_bytes(compiled['hbm_bytes'])} reported" + ("" if wire is None else f", wire {human_bytes(wire)}")
     return words + ("" if seconds is None else f", {seconds:.4g} s") + ("" if compiled["fits"] else ", does not fit")
