@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from shardlab.report.collectives import collective_rows
 from shardlab.run.config import Config
@@ -45,6 +46,47 @@ def test_sums_that_are_added_are_one_collective_where_the_compiler_merges_them()
     both = lambda w, v, x: jnp.tanh(jnp.tanh(x @ w) @ v + jnp.sin(x @ w) @ v)  # noqa: E731
     assert work(both, W, V, X).sends == {("all-reduce", T): (1, 128)}
     assert work(both, W, V, X, merges=False).sends == {("all-reduce", T): (2, 256)}
+
+
+def test_gradients_leave_where_they_are_made_and_weights_are_there_until_they_are_read() -> None:
+    """Of h [4, 16], g [8, 16] and y [4, 8] in float32, 256, 512 and 128 bytes, and two weights of 512 bytes."""
+    whole = laid(2, {}, weight=True)
+    program = flat(
+        jax.make_jaxpr(lambda w, v, x: ((h := x @ w) @ v, x.T @ h))(*(jnp.zeros(s) for s in ((8, 16), (16, 8), (4, 8))))
+    )
+    found = propagate(program, [whole, whole, laid(2, {})], {}, gradients=[1])
+    assert found.live == 256 + 128 + 512
+    assert found.passing == 256 + 128 + 512
+    assert found.gathered == 512 + 512 + 256
+    first = propagate(program, [whole, whole, laid(2, {})], {}, gradients=[0, 1])
+    assert (first.live, first.passing) == (256 + 128 + 512, 256 + 512)
+
+
+def test_exponentials_of_a_loop_are_kept_for_all_that_read_them() -> None:
+    """Of a product [4, 32], 256 bytes in bfloat16 and 512 in float32, whose sums are 16 bytes."""
+
+    def softmax(x: Any, w: Any) -> Any:
+        product = x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
+        found = jnp.exp(product.astype(jnp.float32))
+        return found / found.sum(-1, keepdims=True)
+
+    weights = (8, 32), laid(2, {})
+    assert work(softmax, ((4, 8), laid(2, {})), weights).live == 256 + 16
+    looped = work(
+        lambda x, w: jax.lax.scan(lambda _, rows: (0.0, softmax(rows, w)), 0.0, x)[1],
+        ((3, 4, 8), laid(3, {})),
+        weights,
+    )
+    assert looped.live == 3 * 512 + 512 + 16 + 4  # and what it carries
+
+
+def test_a_region_that_lays_its_arrays_by_hand_is_believed() -> None:
+    mesh = jax.make_mesh((4,), T, axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    doubled = jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=P(None, "tensor"), out_specs=P(None, "tensor"))
+    assert work(doubled, ((4, 8), laid(2, {}))).outs[0].dims == ((), T)
+    gathered = work(doubled, ((4, 8), laid(2, {0: T})))
+    assert gathered.outs[0].dims == ((), T)
+    assert gathered.sends == {("all-to-all", T): (1, 4 * 8 * 4 / 4)}
 
 
 def test_a_product_waits_for_what_it_reads_and_writes_longer_than_it_computes() -> None:
