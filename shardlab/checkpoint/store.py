@@ -38,7 +38,7 @@ from shardlab.checkpoint.seal import (
     write_seal,
 )
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
-from shardlab.mesh.processes import by_first, index, of_all
+from shardlab.mesh.processes import by_first, count, index, of_all
 from shardlab.step.state import TrainState
 
 FOLDER = "checkpoints"
@@ -94,36 +94,33 @@ class Checkpoints:
     # Saving.
 
     def save(self, canonical: Canonical, state: TrainState, about: Mapping[str, Any]) -> None:
-        """Saves a state. It returns when the arrays are copied from the devices, and writes beside what follows.
+        """Saves a state. It returns when the arrays are safe from the next step, and writes beside what follows.
 
-        Until then the devices hold the state twice, as it lies and as it is saved.
+        Until then the devices hold the state twice, as it lies and as it is saved; afterwards the host holds it.
 
         Raises:
           CheckpointError: this one, or the one before, cannot be written.
         """
         self.wait()
-        arrays, digests = canonical.arrays_of(state)
-        step = int(state.step)
-        folder = self.folder / str(step)
+        folder = self.folder / str(int(state.step))
         by_first(lambda: self._clear(folder), error=CheckpointError)
-        with _named(folder), _orbax():
-            writing = ocp.save_async(folder, arrays, overwrite=True)
-        tree = {
-            name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "digest": _hex(digests[name])}
-            for name, leaf in canonical.leaves.items()
-        }
+        arrays, digests = canonical.arrays_of(state)
+        # What Orbax does first all processes do together, in order with the collectives of the steps.
+        writing = _begin(folder, arrays) if count() > 1 else None
+        copies = _on_host(arrays) if writing is None else {}
 
         def seal() -> None:
             try:
                 with _named(folder):
-                    writing.result()  # in every process, once all of them have written
+                    (writing or _begin(folder, copies)).result()  # in every process, once all of them have written
                     if index() == 0:
-                        write_seal(folder, Seal(step, about, tree, hashes(folder)))
+                        tree = _tree(canonical, np.asarray(digests))
+                        write_seal(folder, Seal(int(folder.name), about, tree, hashes(folder)))
                         self._remove()
             except Exception as error:  # told by the run's own thread, at the next save or at the end
                 self._error = error
 
-        self._sealing = threading.Thread(target=seal, name=f"sealing the checkpoint of step {step}")
+        self._sealing = threading.Thread(target=seal, name=f"sealing the checkpoint of step {folder.name}")
         self._sealing.start()
 
     def wait(self) -> None:
@@ -278,11 +275,31 @@ def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path, dige
         )
 
 
-def _orbax() -> ocp.Context:
-    """How Orbax saves: a replica is written whole; cut among them, each piece would be a program of its own."""
+def _begin(folder: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
+    """Begins to write; its `result` waits for the end."""
     context = ocp.Context()
+    # A replica is written whole; cut among them, each piece would be a program of its own.
     context.array.saving.use_replica_parallel = False
-    return context
+    # Who reads says how arrays are to lie.
+    context.array.saving.enable_write_sharding_file = False
+    with _named(folder), context:
+        return ocp.save_async(folder, dict(arrays), overwrite=True)
+
+
+def _on_host(arrays: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """The arrays in the memory of the host, where nothing that the devices do next is short of it."""
+    if jax.devices()[0].platform == "cpu":
+        return arrays
+    kept = {name: array.sharding.with_memory_kind("pinned_host") for name, array in arrays.items()}
+    return jax.block_until_ready(jax.device_put(dict(arrays), kept))
+
+
+def _tree(canonical: Canonical, digests: np.ndarray) -> dict[str, dict[str, Any]]:
+    """What a seal says of arrays."""
+    return {
+        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "digest": _hex(digest)}
+        for (name, leaf), digest in zip(canonical.leaves.items(), digests, strict=True)
+    }
 
 
 @functools.cache
@@ -291,7 +308,7 @@ def _digest_on(mesh: Mesh) -> Any:
     return jax.jit(digest, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _hex(value: jax.Array) -> str:
+def _hex(value: jax.Array | np.ndarray) -> str:
     return "".join(f"{int(word):08x}" for word in np.asarray(value))
 
 
