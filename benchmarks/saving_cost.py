@@ -32,14 +32,12 @@ def main() -> None:
     config = override(load_config("configs/quickstart.py"), {"steps": given.steps})
     with tempfile.TemporaryDirectory(prefix="shardlab-saving-") as folder:
         record = train(config, Path(folder, "run"), saving=Saving(every=given.every))
-    seconds = [row["seconds"] for row in record.rows]
-    usual = statistics.median(seconds)
-    # Beside the first two steps after a save, which files are written beside, and the run's own first.
-    beside = [
-        s
-        for row, s in zip(record.rows, seconds, strict=True)
-        if row["step"] > 2 and row["step"] % given.every in (1, 2)
-    ]
+    # The run's own first steps aside: the first half of those after a save, and the second.
+    halves: tuple[list[float], list[float]] = [], []
+    for row in record.rows[given.every :]:
+        halves[(row["step"] - 1) % given.every >= given.every // 2].append(row["seconds"])
+    seconds, beside = [row["seconds"] for row in record.rows], halves[0]
+    usual = statistics.median(halves[1])
     held, slower = record.report["seconds_held_up_by_saving"], sum(beside) - usual * len(beside)
     whole = sum(seconds)
     print(

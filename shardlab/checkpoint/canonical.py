@@ -103,7 +103,8 @@ class Canonical:
     def arrays_of(self, state: TrainState) -> tuple[dict[str, jax.Array], jax.Array]:
         """The canonical arrays of a state by name, in the order of `leaves`, and their digests, uint32 [arrays, 2]."""
         leaves = jax.tree.leaves(state)
-        arrays, by_device = {}, []
+        arrays: dict[str, jax.Array] = {}
+        by_device: list[jax.Array] = []
         for group in self._groups:
             found, digests = group.program([leaves[place] for place in group.places])
             by_device += digests

@@ -2,9 +2,9 @@
 
     digest = sum over places p of mix(bits[p] ^ mix(p)), modulo 2**32, twice with other constants
 
-A sum does not ask on which device a term is, nor in which order, and each device can add up its own. `mix` is one to one, so one number that is another
-always shows, however many of its bits are; of several all but one in 2**64 do. Numbers that change places show, as a
-layer does that was taken for another.
+A sum does not ask on which device a term is, nor in which order, and each device can add up its own. `mix` is one to
+one, so one number that is another always shows, however many of its bits are; of several all but one in 2**64 do.
+Numbers that change places show, as a layer does that was taken for another.
 
 Source of `mix`: the finalizer of MurmurHash3 (Austin Appleby, public domain).
 """

@@ -4,16 +4,17 @@
 
 What is kept is removed only when a newer one is sealed, so that one is there whatever ends the process.
 
-Of several processes each writes and reads what its own devices hold, in a directory that all of them see. The first
-looks at what is there, hashes files, seals and removes, and what it finds is told to all.
+Of several processes each writes and reads what its own devices hold, in a directory that all of them see, and hashes
+its share of the files. The first looks at what is there, seals and removes, and what it finds is told to all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ from shardlab.checkpoint.seal import (
     write_seal,
 )
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
-from shardlab.mesh.processes import by_first, count, index, of_all
+from shardlab.mesh.processes import by_first, count, index, of_all, to_first
 from shardlab.step.state import TrainState
 
 FOLDER = "checkpoints"
+# Counts the saves of this process, as each of the others does.
+_SAVES = itertools.count()
 
 
 class Checkpoints:
@@ -109,13 +112,20 @@ class Checkpoints:
         writing = _begin(folder, arrays) if count() > 1 else None
         copies = _on_host(arrays) if writing is None else {}
 
+        key = f"{folder}/{next(_SAVES)}"
+
+        def written() -> dict[str, str]:
+            with _named(folder):
+                (writing or _begin(folder, copies)).result()  # in every process, once all of them have written
+                return hashes(folder, index(), count())
+
         def seal() -> None:
             try:
-                with _named(folder):
-                    (writing or _begin(folder, copies)).result()  # in every process, once all of them have written
-                    if index() == 0:
+                found = to_first(written, key, error=CheckpointError)
+                if found is not None:
+                    with _named(folder):
                         tree = _tree(canonical, np.asarray(digests))
-                        write_seal(folder, Seal(int(folder.name), about, tree, hashes(folder)))
+                        write_seal(folder, Seal(int(folder.name), about, tree, _of_all_files(found)))
                         self._remove()
             except Exception as error:  # told by the run's own thread, at the next save or at the end
                 self._error = error
@@ -140,6 +150,11 @@ class Checkpoints:
                 raise error
 
         of_all(tell, error=CheckpointError)
+
+    def let_end(self) -> None:
+        """Until what is being saved is sealed or has failed, whichever; of several processes none waits for others."""
+        if self._sealing is not None and count() == 1:
+            self._sealing.join()
 
     def _clear(self, folder: epath.Path) -> None:
         """Makes room for a step."""
@@ -179,12 +194,16 @@ class Checkpoints:
         def look() -> dict[str, Any]:
             seal = self.seal(step)
             raise_faults(_differences(seal, canonical, folder))
-            damaged = faults_of_files(folder, seal)
-            if damaged:
-                raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
             return asdict(seal)
 
+        def hashed() -> dict[str, str]:
+            with _named(folder):
+                return hashes(folder, index(), count())
+
         seal = Seal(**by_first(look, error=CheckpointError))
+        damaged = faults_of_files(folder, seal, _of_all_files(of_all(hashed, error=CheckpointError)))
+        if damaged:
+            raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
 
         def read() -> None:
             with _named(folder):
@@ -273,6 +292,11 @@ def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path, dige
             f"checkpoint {folder}: {', '.join(wrong[:3])}{more}: what is read is not what was saved (another digest); "
             "use another checkpoint"
         )
+
+
+def _of_all_files(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The hashes that several processes made of their shares, in the order of the files."""
+    return dict(sorted(item for one in found for item in one.items()))
 
 
 def _begin(folder: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
