@@ -19,16 +19,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shardlab.checkpoint.digest import digest
+from shardlab.checkpoint.digest import digests_by_device
 from shardlab.module.model import Model
 from shardlab.plan.plan import Plan
 from shardlab.plan.proof import place_of
 from shardlab.sharding.rules import axes_of, entry
 from shardlab.sharding.zero import add_axes
 from shardlab.step.state import TrainState, abstract_state_of, cut, stage_axis, state_spec_tree, storage_specs
+
+_AT_ONCE = 8
+"""Leaves that a program makes the parts of at most; more would be long to compile."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class _Held:
     def slots(self) -> tuple[int, ...] | None:
         """Of a stack where each of them is."""
         return tuple(slot for slot, name in enumerate(self.names) if name) if self.stacked else None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A program for some leaves of a `TrainState`, which are at these places among its leaves."""
+
+    program: Any
+    places: tuple[int, ...]
 
 
 class Canonical:
@@ -85,17 +97,21 @@ class Canonical:
                 sharding = NamedSharding(mesh, _unstacked_spec(spec, own[name].shape, one.stacked, plan))
                 leaves[name] = jax.ShapeDtypeStruct(own[name].shape, own[name].dtype, sharding=sharding)
         self.leaves: dict[str, jax.ShapeDtypeStruct] = dict(sorted(leaves.items()))
+        self._groups = self._grouped()
+        self._total = _total_of(mesh, self._rows())
 
-    def arrays_of(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """The canonical arrays of a state by name, and of each its digest, uint32 [2]."""
-        arrays, digests = {}, {}
-        for one, leaf in zip(self._held, jax.tree.leaves(state), strict=True):
-            first = self.leaves[one.filled[0]]
-            parts, found = _parts_of(one.slots, first.shape, first.sharding)(leaf)
-            # What is held once is that of every name.
-            for name, part, its_digest in zip(one.filled, itertools.cycle(parts), itertools.cycle(found), strict=False):
-                arrays[name], digests[name] = part, its_digest
-        return {name: arrays[name] for name in self.leaves}, {name: digests[name] for name in self.leaves}
+    def arrays_of(self, state: TrainState) -> tuple[dict[str, jax.Array], jax.Array]:
+        """The canonical arrays of a state by name, in the order of `leaves`, and their digests, uint32 [arrays, 2]."""
+        leaves = jax.tree.leaves(state)
+        arrays: dict[str, jax.Array] = {}
+        by_device: list[jax.Array] = []
+        for group in self._groups:
+            found, digests = group.program([leaves[place] for place in group.places])
+            by_device += digests
+            for place, parts in zip(group.places, found, strict=True):
+                # What is held once is that of every name.
+                arrays.update(zip(self._held[place].filled, itertools.cycle(parts), strict=False))
+        return {name: arrays[name] for name in self.leaves}, self._total(by_device)
 
     def state_of(self, arrays: Mapping[str, jax.Array]) -> TrainState:
         """The state that canonical arrays are those of."""
@@ -105,6 +121,29 @@ class Canonical:
             leaves.append(_whole_of(one.slots, stored.shape, sharding)([arrays[name] for name in names]))
         state: TrainState = jax.tree.unflatten(self._treedef, leaves)
         return state
+
+    def _grouped(self) -> list[_Group]:
+        """Leaves that share a program, which makes the parts of all of them: a call costs more than they do."""
+        alike: dict[Any, list[int]] = {}
+        for place, (one, stored, sharding) in enumerate(zip(self._held, self._stored, self._shardings, strict=True)):
+            first = self.leaves[one.filled[0]]
+            kind = (one.slots, first.shape, first.sharding, sharding)
+            alike.setdefault((kind, stored.shape, stored.dtype), []).append(place)
+        return [
+            _Group(_saved_of(*kind), tuple(places[start : start + _AT_ONCE]))
+            for (kind, *_), places in alike.items()
+            for start in range(0, len(places), _AT_ONCE)
+        ]
+
+    def _rows(self) -> tuple[int, ...]:
+        """Of every name, in the order of `leaves`, where its digest is among those that the groups' programs make."""
+        rows: dict[str, int] = {}
+        made = 0
+        for group in self._groups:
+            for one in (self._held[place] for place in group.places):
+                rows.update((name, made + slot * one.stacked) for slot, name in enumerate(one.names) if name)
+                made += len(one.names) if one.stacked else 1
+        return tuple(rows[name] for name in self.leaves)
 
 
 def own_parameters(plan: Plan, parameters: Mapping[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:
@@ -120,7 +159,7 @@ def own_parameters(plan: Plan, parameters: Mapping[str, jax.Array]) -> Iterator[
         held = _Held(members.get(name, (name,)), stacked=name in members)
         shape, leaf = shapes[held.filled[0]], parameters[name]
         sharding = NamedSharding(leaf.sharding.mesh, _unstacked_spec(spec, shape, held.stacked, plan))  # type: ignore[attr-defined]
-        yield from zip(held.filled, _parts_of(held.slots, shape, sharding, digests=False)(leaf), strict=True)
+        yield from zip(held.filled, _parts_of(held.slots, shape, sharding)(leaf), strict=True)
 
 
 def _unstacked_spec(spec: PartitionSpec, shape: tuple[int, ...], stacked: bool, plan: Plan) -> PartitionSpec:
@@ -132,18 +171,37 @@ def _unstacked_spec(spec: PartitionSpec, shape: tuple[int, ...], stacked: bool, 
 
 
 @functools.cache
-def _parts_of(
-    slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding, *, digests: bool = True
+def _parts_of(slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding) -> Any:
+    """A program that cuts a stack into the arrays of its slots; None: the array alone."""
+    return jax.jit(lambda leaf: _parts(leaf, slots, shape), out_shardings=sharding)
+
+
+@functools.cache
+def _saved_of(
+    slots: tuple[int, ...] | None, shape: tuple[int, ...], sharding: NamedSharding, stored: NamedSharding
 ) -> Any:
-    """A program that cuts a stack into the arrays of its slots; None: the array alone. Of each also the digest."""
+    """A program that does so with several leaves, and gives of each also the digests by device, of pad slots too."""
 
-    def parts(leaf: jax.Array) -> Any:
-        found = [cut(leaf, shape)] if slots is None else [cut(leaf[slot], shape) for slot in slots]
-        return (found, [digest(one) for one in found]) if digests else found
+    def saved(leaves: list[jax.Array]) -> Any:
+        parts = [_parts(leaf, slots, shape) for leaf in leaves]
+        return parts, [digests_by_device(leaf, stored, shape) for leaf in leaves]
 
-    # Every process reads the digests.
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.jit(parts, out_shardings=(sharding, everywhere) if digests else sharding)
+    by_device = NamedSharding(stored.mesh, PartitionSpec(stored.mesh.axis_names))
+    return jax.jit(saved, out_shardings=(sharding, by_device))
+
+
+def _parts(leaf: jax.Array, slots: tuple[int, ...] | None, shape: tuple[int, ...]) -> list[jax.Array]:
+    return [cut(leaf, shape)] if slots is None else [cut(leaf[slot], shape) for slot in slots]
+
+
+def _total_of(mesh: Mesh, rows: tuple[int, ...]) -> Any:
+    """A program that adds up what the devices have, and takes these rows of it: one sum for all arrays."""
+
+    def total(by_device: list[jax.Array]) -> jax.Array:
+        return jnp.concatenate(by_device, axis=1).sum(axis=0, dtype=jnp.uint32)[np.array(rows)]
+
+    # Every process reads it.
+    return jax.jit(total, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.cache

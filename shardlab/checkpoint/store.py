@@ -4,16 +4,17 @@
 
 What is kept is removed only when a newer one is sealed, so that one is there whatever ends the process.
 
-Of several processes each writes and reads what its own devices hold, in a directory that all of them see. The first
-looks at what is there, hashes files, seals and removes, and what it finds is told to all.
+Of several processes each writes and reads what its own devices hold, in a directory that all of them see, and hashes
+its share of the files. The first looks at what is there, seals and removes, and what it finds is told to all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ from shardlab.checkpoint.seal import (
     write_seal,
 )
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
-from shardlab.mesh.processes import by_first, index, of_all
+from shardlab.mesh.processes import by_first, count, index, of_all, to_first
 from shardlab.step.state import TrainState
 
 FOLDER = "checkpoints"
+# Counts the saves of this process, as each of the others does.
+_SAVES = itertools.count()
 
 
 class Checkpoints:
@@ -94,36 +97,40 @@ class Checkpoints:
     # Saving.
 
     def save(self, canonical: Canonical, state: TrainState, about: Mapping[str, Any]) -> None:
-        """Saves a state. It returns when the arrays are copied from the devices, and writes beside what follows.
+        """Saves a state. It returns when the arrays are safe from the next step, and writes beside what follows.
 
-        Until then the devices hold the state twice, as it lies and as it is saved.
+        Until then the devices hold the state twice, as it lies and as it is saved; afterwards the host holds it.
 
         Raises:
           CheckpointError: this one, or the one before, cannot be written.
         """
         self.wait()
-        arrays, digests = canonical.arrays_of(state)
-        step = int(state.step)
-        folder = self.folder / str(step)
+        folder = self.folder / str(int(state.step))
         by_first(lambda: self._clear(folder), error=CheckpointError)
-        with _named(folder), _orbax():
-            writing = ocp.save_async(folder, arrays, overwrite=True)
-        tree = {
-            name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "digest": _hex(digests[name])}
-            for name, leaf in canonical.leaves.items()
-        }
+        arrays, digests = canonical.arrays_of(state)
+        # What Orbax does first all processes do together, in order with the collectives of the steps.
+        writing = _begin(folder, arrays) if count() > 1 else None
+        copies = _on_host(arrays) if writing is None else {}
+
+        key = f"{folder}/{next(_SAVES)}"
+
+        def written() -> dict[str, str]:
+            with _named(folder):
+                (writing or _begin(folder, copies)).result()  # in every process, once all of them have written
+                return hashes(folder, index(), count())
 
         def seal() -> None:
             try:
-                with _named(folder):
-                    writing.result()  # in every process, once all of them have written
-                    if index() == 0:
-                        write_seal(folder, Seal(step, about, tree, hashes(folder)))
+                found = to_first(written, key, error=CheckpointError)
+                if found is not None:
+                    with _named(folder):
+                        tree = _tree(canonical, np.asarray(digests))
+                        write_seal(folder, Seal(int(folder.name), about, tree, _of_all_files(found)))
                         self._remove()
             except Exception as error:  # told by the run's own thread, at the next save or at the end
                 self._error = error
 
-        self._sealing = threading.Thread(target=seal, name=f"sealing the checkpoint of step {step}")
+        self._sealing = threading.Thread(target=seal, name=f"sealing the checkpoint of step {folder.name}")
         self._sealing.start()
 
     def wait(self) -> None:
@@ -143,6 +150,11 @@ class Checkpoints:
                 raise error
 
         of_all(tell, error=CheckpointError)
+
+    def let_end(self) -> None:
+        """Until what is being saved is sealed or has failed, whichever; of several processes none waits for others."""
+        if self._sealing is not None and count() == 1:
+            self._sealing.join()
 
     def _clear(self, folder: epath.Path) -> None:
         """Makes room for a step."""
@@ -182,12 +194,16 @@ class Checkpoints:
         def look() -> dict[str, Any]:
             seal = self.seal(step)
             raise_faults(_differences(seal, canonical, folder))
-            damaged = faults_of_files(folder, seal)
-            if damaged:
-                raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
             return asdict(seal)
 
+        def hashed() -> dict[str, str]:
+            with _named(folder):
+                return hashes(folder, index(), count())
+
         seal = Seal(**by_first(look, error=CheckpointError))
+        damaged = faults_of_files(folder, seal, _of_all_files(of_all(hashed, error=CheckpointError)))
+        if damaged:
+            raise CheckpointError(f"checkpoint {folder}: {'; '.join(damaged)}; use another checkpoint")
 
         def read() -> None:
             with _named(folder):
@@ -278,11 +294,36 @@ def _check(arrays: Mapping[str, jax.Array], seal: Seal, folder: epath.Path, dige
         )
 
 
-def _orbax() -> ocp.Context:
-    """How Orbax saves: a replica is written whole; cut among them, each piece would be a program of its own."""
+def _of_all_files(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The hashes that several processes made of their shares, in the order of the files."""
+    return dict(sorted(item for one in found for item in one.items()))
+
+
+def _begin(folder: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
+    """Begins to write; its `result` waits for the end."""
     context = ocp.Context()
+    # A replica is written whole; cut among them, each piece would be a program of its own.
     context.array.saving.use_replica_parallel = False
-    return context
+    # Who reads says how arrays are to lie.
+    context.array.saving.enable_write_sharding_file = False
+    with _named(folder), context:
+        return ocp.save_async(folder, dict(arrays), overwrite=True)
+
+
+def _on_host(arrays: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """The arrays in the memory of the host, where nothing that the devices do next is short of it."""
+    if jax.devices()[0].platform == "cpu":
+        return arrays
+    kept = {name: array.sharding.with_memory_kind("pinned_host") for name, array in arrays.items()}
+    return jax.block_until_ready(jax.device_put(dict(arrays), kept))
+
+
+def _tree(canonical: Canonical, digests: np.ndarray) -> dict[str, dict[str, Any]]:
+    """What a seal says of arrays."""
+    return {
+        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "digest": _hex(digest)}
+        for (name, leaf), digest in zip(canonical.leaves.items(), digests, strict=True)
+    }
 
 
 @functools.cache
@@ -291,7 +332,7 @@ def _digest_on(mesh: Mesh) -> Any:
     return jax.jit(digest, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _hex(value: jax.Array) -> str:
+def _hex(value: jax.Array | np.ndarray) -> str:
     return "".join(f"{int(word):08x}" for word in np.asarray(value))
 
 

@@ -26,6 +26,7 @@ from shardlab.checkpoint.names import Held, Names, read_names
 from shardlab.checkpoint.safetensors import DTYPES, Entry, Tensor, read_folder, shown, write_folder
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError, Fault, raise_faults
+from shardlab.mesh.processes import gathered
 from shardlab.plan.plan import Plan
 from shardlab.step.state import shardings, storage_specs
 
@@ -140,16 +141,15 @@ def write_weights(
             entries[name] = Entry(name, dtype or leaf.dtype.name, found.shape)
     raise_faults(_alike(faults))
 
-    def tensors() -> Iterator[np.ndarray]:
+    def tensors(values: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for one, value in zip(held, values, strict=True):
             for at, _ in one.tensors():
                 yield one.as_theirs(value[tuple(at.get(dim, slice(None)) for dim in range(value.ndim))])
 
-    if jax.process_index():
-        for _ in values:
-            pass  # gathering takes all processes
-        return []
-    return write_folder(folder, list(entries.values()), tensors(), max_bytes)
+    def write(values: Iterator[np.ndarray]) -> list[Path]:
+        return write_folder(folder, list(entries.values()), tensors(values), max_bytes)
+
+    return gathered(values, write) or []
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

@@ -72,7 +72,7 @@ options of every verb:
 Ctrl-C ends a training run after the steps under way, with everything written; a second one at once.
 
 Exit status: 0; 1 where verify fails, or diff finds other communication, memory or findings; 2 for a faulty
-declaration; 3 where no step ended for too long; 130 for what Ctrl-C left unfinished; launch has that of the first
+declaration; 3 where nothing went on for too long; 130 for what Ctrl-C left unfinished; launch has that of the first
 process that ended with an error, 128 and the number of the signal where one ended it.
 """
 
@@ -102,7 +102,9 @@ class _Train(Configured):
         False, "one of several processes, as started by srun, mpirun, Kubernetes or on a TPU pod"
     )
     stuck_after: int = option(
-        600, "with --distributed: print every stack and exit after so many seconds without a step"
+        600,
+        "with --distributed: print every stack and exit after so many seconds without a step, or ten times as many in "
+        "compiling or a checkpoint",
     )
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PLACE = "SHARDLAB_PROCESS"
 # What XLA, its coordination service and Gloo say where another process is gone.
 _LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|Socket closed|Connection (reset|closed|refused)")
+# Milliseconds that the first process waits for what the others do meanwhile; one that is gone ends it sooner.
+_LONGEST = 24 * 3600 * 1000
 # Set where a program is started several times at once, each being one of so many.
 _ONE_OF = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -199,19 +201,65 @@ def of_all(work: Callable[[], Any], *, error: type[DeclarationError] = Declarati
     """
     if count() == 1:
         return [work()]
-    raised: Exception | None = None
-    try:
-        mine = {"value": work()}
-    except Exception as caught:
-        raised, mine = caught, _told(caught, error)
+    mine, raised = _done(work, error)
     everyones = [json.loads(text) for text in _gather(json.dumps(mine).encode())]
     if raised is not None:
         raise raised
-    for number, told in enumerate(everyones):
-        if "value" not in told:
-            told["text"] = f"process {number}: {told['text']}"
-        _value(told, error)
-    return [told["value"] for told in everyones]
+    return _values(everyones, error)
+
+
+def to_first(work: Callable[[], Any], key: str, *, error: type[DeclarationError] = DeclarationError) -> Any:
+    """What `work` gives on each process, by index, on the first; None on the others, which go on.
+
+    It may be called in a thread beside the steps: no device takes part.
+
+    Args:
+      key: the same in all processes, and used once.
+
+    Raises:
+      DeclarationError: as of `of_all`, on the first; elsewhere only where it was raised.
+    """
+    if count() == 1:
+        return [work()]
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    mine, raised = _done(work, error)
+    if index():
+        client.key_value_set(f"{key}/{index()}", json.dumps(mine))
+        if raised is not None:
+            raise raised
+        return None
+    others = [json.loads(client.blocking_key_value_get(f"{key}/{k}", _LONGEST)) for k in range(1, count())]
+    client.key_value_delete(key)
+    if raised is not None:
+        raise raised
+    return _values([mine, *others], error)
+
+
+def gathered(values: Iterator[Any], work: Callable[[Iterator[Any]], Any]) -> Any:
+    """What `work` makes of values on the first process; None on the others. All take part in making the values.
+
+    Raises:
+      DeclarationError: what `work` raised; on the first process as it was raised.
+    """
+    if count() == 1:
+        return work(values)
+    made, raised = None, None
+    if index() == 0:
+        try:
+            made = work(values)
+        except Exception as caught:
+            raised = caught
+    for _ in values:
+        pass  # where the first has failed, too: the others cannot know
+
+    def tell() -> None:
+        if raised is not None:
+            raise raised
+
+    by_first(tell)
+    return made
 
 
 class Agreement:
@@ -263,6 +311,27 @@ def whole(array: jax.Array, mesh: Mesh) -> np.ndarray | None:
 
         array = jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
     return np.asarray(array) if index() == 0 else None
+
+
+def _done(work: Callable[[], Any], error: type[DeclarationError]) -> tuple[dict[str, Any], Exception | None]:
+    """What `work` gives or raises, to be told, and what it raised."""
+    try:
+        return {"value": work()}, None
+    except Exception as caught:
+        return _told(caught, error), caught
+
+
+def _values(everyones: list[dict[str, Any]], error: type[DeclarationError]) -> list[Any]:
+    """What each process told.
+
+    Raises:
+      DeclarationError: one of them told an error; with the process named.
+    """
+    for number, told in enumerate(everyones):
+        if "value" not in told:
+            told["text"] = f"process {number}: {told['text']}"
+        _value(told, error)
+    return [told["value"] for told in everyones]
 
 
 def _told(caught: Exception, error: type[DeclarationError]) -> dict[str, Any]:

@@ -416,17 +416,17 @@ def load_config(path: str | Path) -> Config:
     example = "def config() -> Config: return Config(model=..., ...)"
     try:
         names = runpy.run_path(str(file))
-    except DeclarationError:
+    except (DeclarationError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise DeclarationError(f"config {str(path)!r}: {_told(error, file)}") from error
     if not callable(names.get("config")):
         raise DeclarationError(f"config {str(path)!r}: has no function config(); write {example}")
     try:
         made = names["config"]()
-    except DeclarationError:
+    except (DeclarationError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise DeclarationError(f"config {str(path)!r}: {_told(error, file)}") from error
     if not isinstance(made, Config):
         raise DeclarationError(

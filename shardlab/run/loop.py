@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from shardlab.checkpoint.canonical import Canonical
 from shardlab.checkpoint.store import Checkpoints
 from shardlab.mesh.build import build_mesh
 from shardlab.mesh.faults import DeclarationError
-from shardlab.mesh.processes import Agreement, by_first, check_all_joined, index, whole
+from shardlab.mesh.processes import Agreement, by_first, check_all_joined, gathered, index, whole
 from shardlab.plan.plan import Plan
 from shardlab.report.curve import draw_curve
 from shardlab.report.summary import step_facts
@@ -57,6 +59,8 @@ from shardlab.run.watchdog import Watchdog
 from shardlab.step.compile import CompiledStep, compile_train_step
 from shardlab.step.state import TrainState, users_own
 
+_InPhase = Callable[[str], contextlib.AbstractContextManager[None]]
+
 
 def train(
     config: Config,
@@ -89,8 +93,8 @@ def train(
       resume: go on from the last checkpoint in `out`, on whatever plan; from step 0 where there is none.
       skip_batches: of a run that goes on, leave out so many batches of its data first.
       guards: what else ends it.
-      stuck_after: where no step ends for so many seconds, print the stack of every thread and end the process; 0 waits
-        for ever.
+      stuck_after: where no step ends for so many seconds, print the stack of every thread and end the process; what is
+        no step, as compiling, reading or finishing a checkpoint, has ten times as long. 0 waits for ever.
       about: put into the report as it is: the config's path, what was overridden.
 
     Raises:
@@ -105,50 +109,52 @@ def train(
     profiler = Profiler(out / "profile", steps=profile, of=config.steps)
     board = Board(out / "tensorboard") if tensorboard else None
     store = saving.store(out)
-    if by_first(lambda: _has_ended(config, out, store, resume=resume, skip_batches=skip_batches)):
-        view.say(f"the run in {out} has ended: all {config.steps} steps are done")
-        return read_run(out)
-    with view.phase("planning"):
-        plan = config.plan()
-        mesh = build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
-        check_all_joined()
-    for note in plan.notes:
-        view.say(f"note: {note}")
-    weights = None if resume and store.steps() else config.open_weights(plan)  # refused before it compiles
-    with view.phase("reading the data"):
-        source = Source(config, plan, mesh)
-        batches = source.batches(config.steps)
-        held_out = config.data.held_out(config.batch_size, config.eval_batches) if config.eval_every else []
-    if hasattr(config.data, "describe"):
-        view.say(config.data.describe())
-    if not resume and any((out / name).exists() for name in FILES):
-        view.say(f"{out} holds an earlier run, which this one replaces at its first step")
-
-    step, evaluation = _compiled(config, plan, held_out, view, skip_nonfinite=guards.max_skipped > 0)
-    canonical = Canonical(step.model, plan, step.optimizer, mesh) if saving.every or resume else None
-    start, before = Start(), list[Row]()
-    if resume and canonical is not None:
-        with view.phase("reading the last checkpoint"):
-            start = start_from(store, canonical, view)
-        if start.state is not None:
-            by_first(lambda: before.extend(_rows_up_to(out, start.step)))
+    with Watchdog(stuck_after) as watchdog, _saved_to_the_end(store):
+        phase = functools.partial(_phase, view, watchdog)
+        extra = [name for name, there in (("profile", profile), ("tensorboard", tensorboard)) if there]
+        if by_first(lambda: _has_ended(config, out, store, extra, resume=resume, skip_batches=skip_batches)):
+            view.say(f"the run in {out} has ended: all {config.steps} steps are done")
+            return read_run(out)
+        with phase("planning"):
+            plan = config.plan()
+            mesh = build_mesh(plan.mesh)  # says so where the devices are not there, before data is read
+            check_all_joined()
+        for note in plan.notes:
+            view.say(f"note: {note}")
+        weights = None if resume and store.steps() else config.open_weights(plan)  # refused before it compiles
+        with phase("reading the data"):
             source = Source(config, plan, mesh)
-            batches = source.batches(config.steps - start.step, start, skip_batches)
-    state = start.state
-    if state is None:
-        with view.phase("creating the state, every array in its own sharding"):
-            state = step.init(config.seed, None if weights is None else weights.onto(step.mesh))
-            jax.block_until_ready(state)
-    saves = None
-    if canonical is not None and saving.every:
-        saves = Saves(saving.every, store, canonical, source, plan)
-        # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.
-        with view.phase("compiling what saves"):
-            jax.block_until_ready(canonical.arrays_of(state))
-    by_first(lambda: _make_room(out, plan) if start.state is None else _cut_links(out))
-    seconds_before = time.perf_counter() - begun
+            batches = source.batches(config.steps)
+            held_out = config.data.held_out(config.batch_size, config.eval_batches) if config.eval_every else []
+        if hasattr(config.data, "describe"):
+            view.say(config.data.describe())
+        if not resume and any((out / name).exists() for name in FILES):
+            view.say(f"{out} holds an earlier run, which this one replaces at its first step")
 
-    with Watchdog(stuck_after) as watchdog:
+        step, evaluation = _compiled(config, plan, held_out, phase, skip_nonfinite=guards.max_skipped > 0)
+        canonical = Canonical(step.model, plan, step.optimizer, mesh) if saving.every or resume else None
+        start, before = Start(), list[Row]()
+        if resume and canonical is not None:
+            with phase("reading the last checkpoint"):
+                start = start_from(store, canonical, view)
+            if start.state is not None:
+                by_first(lambda: before.extend(_rows_up_to(out, start.step)))
+                source = Source(config, plan, mesh)
+                batches = source.batches(config.steps - start.step, start, skip_batches)
+        state = start.state
+        if state is None:
+            with phase("creating the state, every array in its own sharding"):
+                state = step.init(config.seed, None if weights is None else weights.onto(step.mesh))
+                jax.block_until_ready(state)
+        saves = None
+        if canonical is not None and saving.every:
+            saves = Saves(saving.every, store, canonical, source, plan)
+            # Once now: what saving needs, in time to compile and in memory, does not come as a surprise between steps.
+            with phase("compiling what saves"):
+                jax.block_until_ready(canonical.arrays_of(state))
+        by_first(lambda: _make_room(out, plan) if start.state is None else _cut_links(out))
+        seconds_before = time.perf_counter() - begun
+
         with (
             open_rows(out, view, board, before) as rows,
             stop_after_the_step(view) as asked,
@@ -160,9 +166,9 @@ def train(
             steps = Steps(config, step, evaluation, rows, beside, saves, watch, start)
             state = steps.run(state, batches)
         if saves is not None:
-            with view.phase("finishing the last checkpoint"):
+            with phase("finishing the last checkpoint"):
                 store.wait()
-        with view.phase("writing the report"):
+        with phase("writing the report"):
             _write_weights(out, plan, mesh, state)
             by_process = seconds_by_process(beside.times)
             told = {
@@ -178,18 +184,37 @@ def train(
     view.say(f"\n{report_text(report)}\n")
     if len(by_process) > 1:
         view.say(f"{straggler_text(by_process)}\n")
-    extra = [name for name, there in (("profile/", profile), ("tensorboard/", board)) if there]
-    view.say(f"in {out}: {', '.join([*FILES, *extra])}")
+    view.say(f"in {out}: {', '.join([*FILES, *(f'{name}/' for name in extra)])}")
     return RunRecord(out, tuple(rows.all), report)
 
 
-def _has_ended(config: Config, out: Path, store: Checkpoints, *, resume: bool, skip_batches: int) -> bool:
-    """Whether the run in a directory has ended and is not to be run again.
+@contextlib.contextmanager
+def _phase(view: View, watchdog: Watchdog, text: str) -> Iterator[None]:
+    """Around something long that is no step."""
+    watchdog.phase(text)
+    with view.phase(text):
+        yield
+
+
+@contextlib.contextmanager
+def _saved_to_the_end(store: Checkpoints) -> Iterator[None]:
+    """An error ends the run, and not what it is saving; Ctrl-C does."""
+    try:
+        yield
+    except Exception:
+        store.let_end()
+        raise
+
+
+def _has_ended(
+    config: Config, out: Path, store: Checkpoints, extra: Sequence[str], *, resume: bool, skip_batches: int
+) -> bool:
+    """Whether the run in a directory has ended and is not to be run again; `extra` are directories that it makes there.
 
     Raises:
       DeclarationError: the directory cannot be used for this run.
     """
-    _check_place(out)
+    _check_place(out, extra)
     if skip_batches < 0 or (skip_batches and not (resume and store.steps())):
         raise DeclarationError(
             f"skip_batches: is {skip_batches}; it leaves out batches after a checkpoint: give it with --resume where "
@@ -205,10 +230,10 @@ def _has_ended(config: Config, out: Path, store: Checkpoints, *, resume: bool, s
 
 
 def _compiled(
-    config: Config, plan: Plan, held_out: Sequence[Any], view: View, *, skip_nonfinite: bool
+    config: Config, plan: Plan, held_out: Sequence[Any], phase: _InPhase, *, skip_nonfinite: bool
 ) -> tuple[CompiledStep, Evaluation | None]:
     """The train step, and the evaluation where there is something held out."""
-    with view.phase(f"compiling the train step for {plan.mesh}"):
+    with phase(f"compiling the train step for {plan.mesh}"):
         step = compile_train_step(
             config.model,
             config.loss,
@@ -220,7 +245,7 @@ def _compiled(
         )
     if not held_out:
         return step, None
-    with view.phase("compiling the evaluation"):
+    with phase("compiling the evaluation"):
         return step, Evaluation(config, plan, held_out)
 
 
@@ -239,15 +264,15 @@ def _write_weights(out: Path, plan: Plan, mesh: Mesh, state: TrainState) -> None
             for path, array in users_own(plan, {name: value}).items():
                 yield path, whole(array, mesh)
 
-    if index() == 0:
-        write_arrays(out, arrays())
-    else:
-        for _ in arrays():
-            pass
+    gathered(arrays(), lambda arrays: write_arrays(out, arrays))
 
 
-def _check_place(out: Path) -> None:
-    """That the directory is there or can be made, and can be written to; nothing is made yet."""
+def _check_place(out: Path, extra: Sequence[str]) -> None:
+    """That the directory is there or can be made, and can be written to, `extra` ones in it too; nothing is made yet.
+
+    Raises:
+      DeclarationError: it cannot be used for this run.
+    """
     if out.is_file():
         raise DeclarationError(f"out {str(out)!r}: is a file; give a directory")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -257,6 +282,15 @@ def _check_place(out: Path) -> None:
     for name in FILES:
         if (out / name).is_dir():
             raise DeclarationError(f"out {str(out)!r}: {name} in it is a directory; give another place")
+    for name in extra:
+        if (out / name).is_file():
+            raise DeclarationError(f"out {str(out)!r}: {name} in it is a file; give another place")
+        for path in (out / name, *(out / name).rglob("*")):
+            if path.is_symlink():
+                raise DeclarationError(
+                    f"out {str(out)!r}: {path.relative_to(out)} in it is a link, and what is written there lands "
+                    "elsewhere; remove it, or give another place"
+                )
 
 
 def _make_room(out: Path, plan: Plan) -> None:

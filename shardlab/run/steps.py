@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections import deque
@@ -58,14 +59,17 @@ class Saves:
         """Saves a state."""
         start = time.perf_counter()
         about = {
-            "plan": json.loads(self.plan.to_json()),
             "data": self.source.position(),
             "left_out": self.source.left_out,
             "initial_eval_loss": initial_eval_loss,
             "jax": jax.__version__,
         }
-        self.store.save(self.canonical, state, plain(about))
+        self.store.save(self.canonical, state, {"plan": self._plan, **plain(about)})
         self.seconds.append(time.perf_counter() - start)
+
+    @functools.cached_property
+    def _plan(self) -> Any:
+        return plain(json.loads(self.plan.to_json()))
 
 
 class Steps:
@@ -94,6 +98,7 @@ class Steps:
     def run(self, state: TrainState, batches: Iterator[Any]) -> TrainState:
         """The state after the last step, or after the one in which the run was stopped."""
         config, beside, last = self._config, self._beside, self._config.steps
+        beside.watchdog.beat("the steps have begun")
         stop, taken, times = beside.stop, beside.times.taken, beside.times
         if self._evaluation is not None and not self._done:
             self.initial_eval_loss = self._evaluate(state)
@@ -128,6 +133,7 @@ class Steps:
                 self._watch.compare(number, state)
                 self._clock = time.perf_counter()
             if self._saves is not None and saved:
+                beside.watchdog.phase(f"saving step {number}")
                 self._saves.save(state, self.initial_eval_loss)
                 beside.watchdog.beat(f"step {number} is saved")
                 self._clock = time.perf_counter()

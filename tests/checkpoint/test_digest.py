@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardlab.checkpoint.digest import digest
+from shardlab.checkpoint.digest import digest, digests_by_device
 
 pytestmark = pytest.mark.versions
 
@@ -31,6 +31,17 @@ def test_it_is_the_same_however_the_array_lies(dtype: str) -> None:
     for spec in (P(), P("a", "b"), P("b", "a"), P(None, ("a", "b")) if array.shape[1] % 8 == 0 else P(("a", "b"))):
         laid = jax.device_put(array, NamedSharding(mesh, spec))
         np.testing.assert_array_equal(jax.jit(digest)(laid), digest(array))
+
+
+@pytest.mark.parametrize("spec", [P("a"), P("b", None, "a"), P(None, ("b", "a"))])
+def test_those_of_a_stack_are_what_its_devices_add_up(spec: P) -> None:
+    """Of arrays [6, 4] that are padded to [8, 4], with something in the padding; every device but one copy counts."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    stack, sharding = drawn("float32", (4, 8, 4)) + jnp.arange(4.0)[:, None, None], NamedSharding(mesh, spec)
+    laid = jax.device_put(stack, sharding)
+    by_device = jax.jit(lambda array: digests_by_device(array, sharding, (6, 4)))(laid)
+    assert by_device.shape == (8, 4, 2)
+    np.testing.assert_array_equal(by_device.sum(axis=0, dtype=jnp.uint32), [digest(one[:6]) for one in stack])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])

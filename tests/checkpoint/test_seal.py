@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from etils import epath
 
-from shardlab.checkpoint.seal import SEAL, CheckpointError, Seal, faults_of_files, read_seal, write_seal
+from shardlab.checkpoint.seal import SEAL, CheckpointError, Seal, faults_of_files, hashes, read_seal, write_seal
 
 LEAF = {"shape": [2, 3], "dtype": "float32", "digest": "00ff"}
 GOOD: dict[str, Any] = {"step": 3, "about": {}, "tree": {"step": LEAF}, "files": {"state/d": "00"}}
@@ -88,3 +88,15 @@ def test_no_link_is_followed(folder: epath.Path, target: str) -> None:
     (Path(folder) / "state" / "d").symlink_to(target)
     with pytest.raises(CheckpointError, match=r"3/state: d is a link, and none was written; use another"):
         faults_of_files(folder, read_seal(folder))
+
+
+def test_shares_are_all_files_once_and_as_large(folder: epath.Path) -> None:
+    """As Orbax names them: of every process a large file and a small one."""
+    sizes = {f"{process}/{name}": size for process in "0123" for name, size in (("data", 1000), ("manifest", 10))}
+    for name, size in sizes.items():
+        (Path(folder) / name).parent.mkdir(exist_ok=True)
+        (Path(folder) / name).write_bytes(name.encode() * size)
+    shares = [hashes(folder, share, 4) for share in range(4)]
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    assert {name: one for share in shares for name, one in share.items()} == hashes(folder)
+    assert [sum(sizes[name] for name in share) for share in shares] == [1010] * 4

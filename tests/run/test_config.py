@@ -297,6 +297,8 @@ FAULTY = {
     "x = 1\nraise RuntimeError('no luck')\n": "line 2, RuntimeError: no luck",
     "x = 1\n\ndef config(:\n": "line 3, SyntaxError: ",
     "import sys\nsys.exit('bye')\n": "line 2, SystemExit: bye",
+    "x = 1\nraise BaseException('x')\n": "line 2, BaseException: x",
+    "def config():\n    raise BaseException('y')\n": "line 2, BaseException: y",
     "def config():\n    return inner()\n\ndef inner():\n    return [][1]\n": "line 5, IndexError: list index out",
     "import json\ndef config():\n    return json.loads('{')\n": "line 3, JSONDecodeError: ",
     "configuration = None\n": "has no function config(); write def config() -> Config: return Config(model=..., ...)",
@@ -316,6 +318,12 @@ def test_a_faulty_file_is_told_its_line(tmp_path: Path, text: str) -> None:
         load_config(path)
     assert str(error.value).startswith(f"config {path!r}: {FAULTY[text]}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["raise KeyboardInterrupt", "def config():\n    raise KeyboardInterrupt"])
+def test_ctrl_c_in_a_file_is_no_fault_of_it(tmp_path: Path, text: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        load_config(written(tmp_path, text))
 
 
 def test_a_declaration_that_is_faulty_speaks_for_itself(tmp_path: Path) -> None:

@@ -407,6 +407,17 @@ def test_a_process_that_sleeps_is_found_by_every_watchdog(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_process_that_is_stuck_in_compiling_is_found_and_the_phase_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = started(out, *TWO, "--stuck-after", "4", config="tests/run/uneven.py", UNEVEN="1:0:sleep 1000")
+    ended(process, out, STUCK)
+    told = said(out)
+    assert "process 1 of 2: nothing for 40 s; in the phase 'compiling the train step for " in told
+    assert re.search(r"process 0 of 2: nothing for 40 s; in the phase '", told)
+    assert re.search(r"^process 1: .*uneven\.py\", line \d+ in loss", told, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_a_process_that_is_stopped_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = started(out, *TWO, "--steps", "100000", "--stuck-after", "5")

@@ -483,3 +483,23 @@ def test_a_place_where_a_file_is_to_be_and_a_directory_is(tmp_path: Path) -> Non
     (tmp_path / "report.json").mkdir()
     with pytest.raises(DeclarationError, match=r"report\.json in it is a directory; give another place"):
         train(tiny(), tmp_path)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("link", "options"),
+    [("profile", {"profile": 1}), ("profile/plugins", {"profile": 1}), ("tensorboard", {"tensorboard": True})],
+)
+def test_what_a_link_leads_to_gets_neither_profiles_nor_metrics(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, link: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", ModuleType("tensorboardX"))
+    setattr(sys.modules["tensorboardX"], "SummaryWriter", None)  # noqa: B010
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (out / link).parent.mkdir(parents=True)
+    (out / link).symlink_to(elsewhere)
+    message = re.escape(f"out {str(out)!r}: {link} in it is a link, and what is written there lands elsewhere; remove")
+    with pytest.raises(DeclarationError, match=f"^{message}"):
+        train(tiny(), out, **options)
+    assert list(elsewhere.iterdir()) == []

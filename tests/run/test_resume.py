@@ -231,6 +231,17 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(whole: RunRecord, 
     assert losses(after) == losses(whole)
 
 
+def test_an_error_ends_the_run_and_not_what_it_is_saving(tmp_path: Path) -> None:
+    class Fails(Heard):
+        def step(self, row: Any) -> None:
+            if row["step"] == 3:
+                raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        train(tiny(steps=7), tmp_path, saving=SAVING, view=Fails())
+    assert Checkpoints(tmp_path).steps() == [2]
+
+
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """In a process of its own, so that -9 ends it as a machine would; `benchmarks/kills.py` does it a hundred times."""
     ended(started(tmp_path / "whole", 60, 3))

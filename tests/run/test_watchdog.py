@@ -32,6 +32,18 @@ def test_steps_that_end_keep_it_quiet_and_so_does_the_end_of_all() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
+def test_a_phase_has_ten_times_as_long_and_its_name_is_told() -> None:
+    ended = ran("with Watchdog(0.1) as dog:\n dog.phase('compiling')\n time.sleep(0.5)\n print('on')\n time.sleep(50)")
+    assert (ended.returncode, ended.stdout) == (3, "on\n")
+    assert ended.stderr.startswith("shardlab: nothing for 1 s; in the phase 'compiling'; the stack of every thread:\n")
+
+
+def test_a_step_after_a_phase_has_no_longer_than_others() -> None:
+    ended = ran("with Watchdog(0.5) as dog:\n dog.phase('compiling')\n dog.beat('step 1')\n time.sleep(50)")
+    assert ended.returncode == 3
+    assert ended.stderr.startswith("shardlab: nothing for 0.5 s; step 1; ")
+
+
 def test_without_seconds_it_watches_nothing() -> None:
     ended = ran("with Watchdog(0) as dog:\n dog.beat('step 1')\n time.sleep(0.5)")
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,6 +1,7 @@
 """The tiny config with data that one process is slow to read, or never reads; the environment says which and when.
 
 UNEVEN=1:3:sleep 0.2    process 1 sleeps so long before every batch from the third on
+UNEVEN=1:0:sleep 1000   ... while the step is traced
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardlab.mesh import processes
+from shardlab.models.mlp import label_loss
 from shardlab.run.config import Config
 from tests.run import tiny
 
@@ -30,5 +32,13 @@ class Uneven(tiny.Points):
             yield batch
 
 
+def loss(logits: Any, batch: Any) -> Any:
+    """The tiny config's, traced slowly."""
+    which, first, what = os.environ["UNEVEN"].split(":")
+    if processes.index() == int(which) and first == "0":
+        time.sleep(float(what.partition(" ")[2]))
+    return label_loss(logits, batch)
+
+
 def config() -> Config:
-    return dataclasses.replace(tiny.config(), data=Uneven())
+    return dataclasses.replace(tiny.config(), data=Uneven(), loss=loss)
