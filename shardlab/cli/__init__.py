@@ -133,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         status = 1
-    if status and argv is None and processes.joined():
-        # JAX would wait here for the other processes to end as well, and they wait for this one to go on.
+    if status and argv is None:
+        # JAX would wait here for the other processes to end as well, and they wait for this one to go on; Orbax, after
+        # a save that failed, for its threads that wait for the rest of it, minutes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -85,11 +85,11 @@ def emulator() -> Iterator[dict[str, str]]:
 
 
 def shardlab(variables: dict[str, str], *arguments: str, status: int = 0) -> str:
-    """What a command says."""
+    """What a command says, on standard output last."""
     command = [sys.executable, "-m", "shardlab", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=variables, timeout=LONG, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stderr + done.stdout
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
