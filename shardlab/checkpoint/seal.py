@@ -3,7 +3,7 @@
     STEP/state/...      the arrays, as Orbax writes them
     STEP/seal.json      {"sha256": of the rest of it, "step", "about", "tree": {name: shape, dtype, digest}, "files"}
 
-It is written when everything else is on disk, in one move: a step without a seal, or with one that does not hold, is no
+It is written when everything else is there, in one move: a step without a seal, or with one that does not hold, is no
 checkpoint, whatever else is there.
 """
 
@@ -54,6 +54,9 @@ def write_seal(folder: epath.Path, seal: Seal) -> None:
     """Writes the seal of a step, at once or not at all."""
     held = asdict(seal)
     text = json.dumps({"sha256": _hash(_canonical(held)), **held}, indent=1) + "\n"
+    if "://" in str(folder):  # a bucket has a file whole or not at all
+        (folder / SEAL).write_text(text)
+        return
     new = folder / f"{SEAL}.new"
     new.write_text(text)
     new.replace(folder / SEAL)

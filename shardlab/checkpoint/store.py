@@ -2,6 +2,8 @@
 
     DIR/checkpoints/STEP/       Orbax writes the arrays, in parts, while the run goes on; then `seal` makes it count
 
+DIR is a local directory, or one of a bucket, gs://BUCKET/PATH.
+
 What is kept is removed only when a newer one is sealed, so that one is there whatever ends the process.
 
 Of several processes each writes and reads what its own devices hold, in a directory that all of them see, and hashes
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,9 +54,12 @@ class Checkpoints:
     """The checkpoints in a directory.
 
     Args:
-      directory: of the run: a local path, or one of an object store as Orbax reads it (``gs://...``).
+      directory: of the run, or another: a local path, or one of a bucket (``gs://bucket/run``).
       keep: how many of the last ones to keep, at least 1.
       keep_every: keep also those of steps that divide by this; 0 keeps none.
+
+    Raises:
+      DeclarationError: they cannot be kept there.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, keep_every: int = 0) -> None:
@@ -62,8 +68,7 @@ class Checkpoints:
             for name, value, least in (("keep", keep, 1), ("keep_every", keep_every, 0))
             if value < least
         )
-        text = str(directory)
-        self.folder = epath.Path(text if "://" in text else Path(text).absolute()) / FOLDER
+        self.folder = _place(str(directory)) / FOLDER
         self._keep, self._keep_every = keep, keep_every
         self._sealing: threading.Thread | None = None
         self._error: Exception | None = None
@@ -75,16 +80,21 @@ class Checkpoints:
         return [step for step, fault in self.found() if fault is None]
 
     def found(self) -> Iterator[tuple[int, CheckpointError | None]]:
-        """Every step that there is something of, in order, and why it is no checkpoint, or None."""
-        if not self.folder.is_dir():
-            return
-        for step in sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()):
-            try:
-                read_seal(self.folder / str(step))
-            except CheckpointError as error:
-                yield step, error
-            else:
-                yield step, None
+        """Every step that there is something of, in order, and why it is no checkpoint, or None.
+
+        Raises:
+          CheckpointError: the bucket cannot be read.
+        """
+        with _named(self.folder):
+            if not self.folder.is_dir():
+                return
+            for step in sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()):
+                try:
+                    read_seal(self.folder / str(step))
+                except CheckpointError as error:
+                    yield step, error
+                else:
+                    yield step, None
 
     def seal(self, step: int) -> Seal:
         """What the checkpoint of a step holds.
@@ -235,6 +245,31 @@ class Checkpoints:
             return [str(error)]
 
 
+def _place(directory: str) -> epath.Path:
+    """A directory where Orbax can write.
+
+    Raises:
+      DeclarationError: it is of another store, or what reads buckets is not installed.
+    """
+    scheme, colon, rest = directory.partition("://")
+    if not colon:
+        return epath.Path(Path(directory).absolute())
+    if scheme != "gs":
+        raise DeclarationError(
+            f"checkpoints {directory!r}: Orbax writes to directories and to gs:// alone; give gs://BUCKET/PATH, or a "
+            "directory, and copy that elsewhere: what is not copied whole is told and never read"
+        )
+    if not rest.strip("/"):
+        raise DeclarationError(f"checkpoints {directory!r}: names no bucket; give gs://BUCKET/PATH")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise DeclarationError(f"checkpoints {directory!r}: needs gcsfs; run pip install 'shardlab[gcs]'")
+    import fsspec
+
+    # A listing that is kept would not have what TensorStore and other processes have written since.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(directory)
+
+
 def _remove(path: epath.Path) -> None:
     """Removes a step; of a link to one, the link alone."""
     if is_link(path):
@@ -344,7 +379,7 @@ def _named(folder: epath.Path) -> Iterator[None]:
     except DeclarationError:
         raise
     except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: {error.strerror or error}") from error
+        raise CheckpointError(f"checkpoint {folder}: {error.strerror or f'{type(error).__name__}: {error}'}") from error
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"checkpoint {folder}: {type(error).__name__}: {first}") from error

@@ -91,6 +91,7 @@ class _Train(Configured):
     profile: int = option(0, "capture a JAX profile of this many steps (3 if no number follows) in DIR/profile")
     tensorboard: bool = option(False, "write the metrics to DIR/tensorboard too")
     checkpoint_every: int = option(0, "save a checkpoint in DIR/checkpoints after so many steps, and at the end")
+    checkpoints: str = option("", "where to save them instead: another directory, or gs://BUCKET/PATH", "PLACE")
     keep: int = option(2, "how many of the last checkpoints to keep")
     keep_every: int = option(0, "keep also those of steps that divide by this")
     max_skipped: int = option(0, "skip updates that are not finite, and stop after so many in a row; 0 skips none")
@@ -134,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         status = 1
-    if status and argv is None and processes.joined():
-        # JAX would wait here for the other processes to end as well, and they wait for this one to go on.
+    if status and argv is None:
+        # JAX would wait here for the other processes to end as well, and they wait for this one to go on; Orbax, after
+        # a save that failed, for its threads that wait for the rest of it, minutes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -274,7 +276,9 @@ def train(arguments: list[str], *, restart: bool) -> int:
             view=view,
             profile=call.options.profile,
             tensorboard=call.options.tensorboard,
-            saving=Saving(call.options.checkpoint_every, call.options.keep, call.options.keep_every),
+            saving=Saving(
+                call.options.checkpoint_every, call.options.keep, call.options.keep_every, call.options.checkpoints
+            ),
             resume=call.options.resume,
             skip_batches=call.options.skip_batches,
             guards=Guards(call.options.max_skipped, call.options.max_spike, call.options.check_replicas),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Checkpoint(Common):
-    run: str = field(metadata={"help": "the --out directory of a run", "metavar": "RUN"})
+    run: str = field(metadata={"help": "the --out directory of a run, or its --checkpoints", "metavar": "RUN"})
     verify: bool = option(False, "check every array's digest and every file's SHA-256")
 
 
@@ -28,7 +28,10 @@ def checkpoint(arguments: list[str], *, restart: bool) -> int:
 
     store = Checkpoints(options.run)
     if not store.folder.is_dir():
-        raise DeclarationError(f"run {options.run!r}: has no checkpoints; give the --out directory of a run that saves")
+        raise DeclarationError(
+            f"run {options.run!r}: has no checkpoints; give the --out directory of a run that saves, or what its "
+            "--checkpoints named"
+        )
     facts: dict[str, Any] = {"directory": str(store.folder), "checkpoints": [], "damaged": [], "unfinished": []}
     lines, damaged = [], 0
     for step, fault in store.found():

@@ -96,6 +96,10 @@ def _watch(
             continue
         del running[index]
         if code and not status:
+            # One that was killed takes others with it, and they may be heard of before it.
+            time.sleep(0.2)
+            killed = ((other, dead) for other, process in running.items() if (dead := process.poll() or 0) < 0)
+            index, code = next(killed, (index, code))
             status = code if code > 0 else 128 - code
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             others = f"; ending the other {len(running)}" if running else ""

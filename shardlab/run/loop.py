@@ -84,8 +84,8 @@ def train(
 
     Args:
       config: the run.
-      out: a directory; made where it is not there. Its earlier run is replaced once this one is compiled: until then
-        it is as it was, whatever happens.
+      out: a local directory; made where it is not there. Its earlier run is replaced once this one is compiled: until
+        then it is as it was, whatever happens.
       view: what is told of what happens; None shows nothing.
       profile: write a JAX profile of this many steps to ``out/profile``; 0 writes none.
       tensorboard: write the metrics to ``out/tensorboard`` as well.
@@ -104,6 +104,10 @@ def train(
       NotFinite, LossSpike, ReplicasDiffer: what `guards` says.
     """
     guards = guards or Guards()
+    if "://" in str(out):
+        raise DeclarationError(
+            f"out {str(out)!r}: is no local directory; give one, and --checkpoints {out} for what it saves"
+        )
     view, out, saving = view if view is not None and index() == 0 else Silent(), Path(out), saving or Saving()
     begun = time.perf_counter()
     profiler = Profiler(out / "profile", steps=profile, of=config.steps)

@@ -31,11 +31,13 @@ class Saving:
       every: save after so many steps, and after the last; 0 saves nothing.
       keep: how many of the last checkpoints to keep.
       keep_every: keep also those of steps that divide by this; 0 keeps none.
+      where: a directory, or one of a bucket, whose checkpoints they are; none: the run's own.
     """
 
     every: int = 0
     keep: int = 2
     keep_every: int = 0
+    where: str = ""
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -43,7 +45,7 @@ class Saving:
 
     def store(self, out: Path) -> Checkpoints:
         """The checkpoints of the run in a directory."""
-        return Checkpoints(out, keep=self.keep, keep_every=self.keep_every)
+        return Checkpoints(self.where or out, keep=self.keep, keep_every=self.keep_every)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def check_resumes(store: Checkpoints, out: Path, steps: int) -> None:
     newest = max(store.steps(), default=0)
     if newest > steps:
         raise DeclarationError(
-            f"steps: {steps}, and the checkpoint in {out} is of step {newest}; give as many steps at least"
+            f"steps: {steps}, and the checkpoint in {store.folder} is of step {newest}; give as many steps at least"
         )
     check_rows(out, newest)
 

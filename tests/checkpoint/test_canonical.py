@@ -1,62 +1,81 @@
-"""A state saved on one plan is the same on any other: every leaf, and the step that follows."""
+"""A state saved on one plan is the same on any other: every leaf, and the step that follows.
+
+All pairs, those of plans of two processes too, take minutes: pytest -m slow tests/checkpoint/test_canonical.py
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from shardlab.checkpoint import Canonical, Checkpoints
+from shardlab.checkpoint import Checkpoints
 from shardlab.mesh.faults import DeclarationError
-from shardlab.step.compile import CompiledStep
+from shardlab.step.reference import ReferenceStep
 from shardlab.step.state import users_own
-from tests.checkpoint.plans import FEW, PLANS
-from tests.equivalence.cases import Case, case, compiled, subject_of
+from tests.checkpoint.plans import FEW, PLANS, TWO, Planned, batch, canonical_of, planned
+from tests.checkpoint.two_processes import Found
+from tests.equivalence.cases import case, compiled, subject_of
 
-BATCHES = 3
+ROOT = Path(__file__).parents[2]
+# What two processes may take for all pairs of plans that they have a part in.
+LONG = 1200
 
 
 @functools.cache
-def step_of(this: str) -> tuple[CompiledStep, Canonical]:
-    step = compiled(PLANS[this])
-    return step, canonical_of(step)
-
-
-def canonical_of(step: CompiledStep) -> Canonical:
-    return Canonical(step.model, step.plan, step.optimizer, step.mesh)
-
-
-def batch(this: Case, number: int) -> Any:
-    whole = subject_of(this).batch(this.batch_size * BATCHES)
-    return jax.tree.map(lambda leaf: leaf[number * this.batch_size : (number + 1) * this.batch_size], whole)
-
-
-def names_and_arrays(canonical: Canonical, state: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array) for name, array in canonical.arrays_of(state)[0].items()}
+def ready(this: str) -> Planned:
+    return planned(PLANS[this])
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every plan saves, each in a directory of its name."""
+    return tmp_path_factory.mktemp("saved")
+
+
+Saved = Callable[[str], tuple[Checkpoints, dict[str, np.ndarray], float]]
+
+
+@pytest.fixture(scope="module")
+def saved(root: Path) -> Saved:
     """What a plan saved after two steps, its arrays, and the loss of its third step."""
 
     @functools.cache
     def of(this: str) -> tuple[Checkpoints, dict[str, np.ndarray], float]:
-        step, canonical = step_of(this)
-        state = step.init(0)
-        for number in range(2):
-            state, _ = step(state, batch(PLANS[this], number))
-        store = Checkpoints(tmp_path_factory.mktemp("run"))
-        store.save(canonical, state, {"data": 2})
-        store.wait()
-        arrays = names_and_arrays(canonical, state)
-        return store, arrays, float(step(state, batch(PLANS[this], 2))[1]["loss"])
+        return Checkpoints(root / this), *ready(this).save(root / this)
 
     return of
+
+
+@pytest.fixture(scope="module")
+def reference() -> float:
+    """The loss of the third step of the reference."""
+    this = ready("one device")
+    step = ReferenceStep(this.step.model, subject_of(this.case).loss, this.step.optimizer, this.step.plan, 0)
+    return [float(step(batch(this.case, number))[0]) for number in range(3)][-1]
+
+
+def goes_on(this: Planned, store: Checkpoints, arrays: dict[str, np.ndarray]) -> float:
+    """The loss of the step after what a plan saved, on another one, where it is the same arrays."""
+    state = store.load(this.canonical, 2)
+    assert int(state.step) == 2
+    found = this.arrays(state)
+    assert found.keys() == arrays.keys()
+    for name in arrays:
+        np.testing.assert_array_equal(found[name], arrays[name], err_msg=name)
+    # As where the state was made.
+    for made, held in zip(jax.tree.leaves(this.step.init(0)), jax.tree.leaves(state), strict=True):
+        assert (made.shape, made.dtype, made.sharding) == (held.shape, held.dtype, held.sharding)
+    return this.next_loss(state, 2)
 
 
 PAIRS = [
@@ -66,29 +85,58 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_every_leaf_and_the_next_loss_are_those_of_the_plan_that_saved(saved: Any, a: str, b: str) -> None:
+def test_every_leaf_and_the_next_loss_are_those_of_the_plan_that_saved(
+    saved: Saved, reference: float, a: str, b: str
+) -> None:
     store, arrays, loss = saved(a)
-    step, canonical = step_of(b)
-    state = store.load(canonical, 2)
-    assert int(state.step) == 2
-    found = names_and_arrays(canonical, state)
-    assert found.keys() == arrays.keys()
-    for name in arrays:
-        np.testing.assert_array_equal(found[name], arrays[name], err_msg=name)
-    # What lies in pad slots and padding is zeros, as where the state was made.
-    for made, held in zip(jax.tree.leaves(step.init(0)), jax.tree.leaves(state), strict=True):
-        assert (made.shape, made.dtype, made.sharding) == (held.shape, held.dtype, held.sharding)
-    after = float(step(state, batch(PLANS[b], 2))[1]["loss"])
-    assert after == pytest.approx(loss, rel=1e-5)
+    after = goes_on(ready(b), store, arrays)
+    assert after == pytest.approx(reference, rel=1e-5)
     assert a != b or after == loss
+
+
+@pytest.fixture(scope="module")
+def two(root: Path, saved: Saved) -> list[Found]:
+    """What each of two processes found, once every plan has saved."""
+    for this in PLANS:
+        arrays = saved(this)[1]
+        np.savez(root / this / "arrays.npz", **arrays)  # type: ignore[arg-type]
+    subprocess.run(
+        [sys.executable, "-m", "tests.checkpoint.two_processes", str(root)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=LONG,
+        check=True,
+    )
+    return [Found(**json.loads((root / f"{number}.json").read_text())) for number in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("a", "b"), list(itertools.product((*PLANS, *TWO), TWO)))
+def test_two_processes_go_on_with_what_any_plan_saved(two: list[Found], reference: float, a: str, b: str) -> None:
+    for one in two:
+        wrong, count, after = one.read[a][b]
+        assert wrong == []
+        assert count == len(ready("one device").canonical.leaves)
+        assert after == pytest.approx(reference, rel=1e-5)
+        assert a != b or after == one.losses[b]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("a", "b"), list(itertools.product(TWO, PLANS)))
+def test_any_plan_goes_on_with_what_two_processes_saved(
+    two: list[Found], root: Path, reference: float, a: str, b: str
+) -> None:
+    with np.load(root / a / "arrays.npz") as arrays:
+        after = goes_on(ready(b), Checkpoints(root / a), dict(arrays))
+    assert after == pytest.approx(reference, rel=1e-5)
 
 
 @pytest.mark.parametrize("this", FEW)
 def test_canonical_names_are_the_users_own(this: str) -> None:
     """Of the first state: parameters as a run leaves them; Adam's moments as one step of the gradients makes them."""
-    step, canonical = step_of(this)
+    step = ready(this).step
     state, _ = step(step.init(0), batch(PLANS[this], 0))
-    found = names_and_arrays(canonical, state)
+    found = ready(this).arrays(state)
     own = users_own(step.plan, {**state.parameters, **state.buffers})
     parameters = {name.partition("/")[2]: array for name, array in found.items() if name.startswith("parameters/")}
     assert parameters.keys() == own.keys()
@@ -107,26 +155,23 @@ OPTIMIZERS = ("adafactor", "muon", "masked", "multi", "multisteps", "block-clipp
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_any_optimizers_state_goes_from_stages_to_one_device_and_back(optimizer: str, tmp_path: Path) -> None:
-    piped = compiled(case("mlp-7-layers", optimizer=optimizer, stage=2, data=2, microbatches=2, zero=1))
-    alone = compiled(case("mlp-7-layers", optimizer=optimizer))
-    state = piped.init(0)
-    here, there = canonical_of(piped), canonical_of(alone)
-    this = case("mlp-7-layers")
-    state, _ = piped(state, batch(this, 0))
-    first = names_and_arrays(here, state)
+    piped = planned(case("mlp-7-layers", optimizer=optimizer, stage=2, data=2, microbatches=2, zero=1))
+    alone = planned(case("mlp-7-layers", optimizer=optimizer))
+    state, _ = piped.step(piped.step.init(0), batch(piped.case, 0))
+    first = piped.arrays(state)
     store = Checkpoints(tmp_path)
-    store.save(here, state, {})
+    store.save(piped.canonical, state, {})
     store.wait()
-    moved = store.load(there, 1)
-    store.save(there, moved, {})
+    moved = store.load(alone.canonical, 1)
+    store.save(alone.canonical, moved, {})
     store.wait()
-    again = names_and_arrays(here, store.load(here, 1))
+    again = piped.arrays(store.load(piped.canonical, 1))
     assert again.keys() == first.keys()
     for name in first:
         np.testing.assert_array_equal(again[name], first[name], err_msg=name)
 
 
-def test_another_model_or_optimizer_is_refused_by_path(saved: Any) -> None:
+def test_another_model_or_optimizer_is_refused_by_path(saved: Saved) -> None:
     store, *_ = saved("one device")
     fewer = canonical_of(compiled(case("mlp-5-layers")))
     with pytest.raises(
@@ -146,10 +191,10 @@ def test_another_model_or_optimizer_is_refused_by_path(saved: Any) -> None:
     ],
 )
 def test_another_shape_or_dtype_is_refused_and_never_cast(
-    saved: Any, shape: tuple[int, ...], dtype: str, said: str
+    saved: Saved, shape: tuple[int, ...], dtype: str, said: str
 ) -> None:
     store, arrays, _ = saved("one device")
-    canonical = canonical_of(step_of("one device")[0])
+    canonical = canonical_of(ready("one device").step)
     name = next(name for name, array in arrays.items() if array.shape == (10,) and name.startswith("parameters"))
     sharding = canonical.leaves[name].sharding
     canonical.leaves[name] = jax.ShapeDtypeStruct(shape, np.dtype(jax.numpy.dtype(dtype)), sharding=sharding)

@@ -204,6 +204,30 @@ def test_one_that_ends_with_an_error_is_named_and_ends_all(ends: str, status: in
     assert err == [f"shardlab: {how}", "shardlab: process 0: still there; killed"]
 
 
+def test_one_that_was_killed_is_named_though_another_that_ended_of_it_is_heard_of_first() -> None:
+    """What holds the output of the one that was killed open keeps it from being heard of for a second."""
+    program = """
+import socket, subprocess
+place = ("127.0.0.1", int(os.environ["SHARDLAB_PROCESS"].rpartition(":")[2]))
+if me:
+    while True:
+        try:
+            link = socket.create_connection(place)
+            break
+        except OSError:
+            time.sleep(0.05)
+    link.recv(1)  # until the other is gone
+    sys.exit(2)
+server = socket.create_server(place)
+link = server.accept()
+subprocess.Popen(["sleep", "3"])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    code, _, err = heard(launcher(program))
+    assert code == 137
+    assert err == ["shardlab: process 0 was ended by SIGKILL; ending the other 1"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_passed_on_once_and_a_second_kills(number: int) -> None:
     program = """
