@@ -56,6 +56,7 @@ from shardlab.plan.layout import (
     stacks_of,
     storage_of,
 )
+from shardlab.plan.lookups import looked_up, lookup_note
 from shardlab.plan.microbatch import Microbatch
 from shardlab.plan.notes import (
     PER_LAYER,
@@ -287,6 +288,8 @@ def make_plan(
             recomputed_bytes = activation_bytes
             activation_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))) // x_parts
     notes += storage_notes(parameters, inside, mesh, zero, head)
+    regional = {*(mesh.batch if manual else ()), *((mesh.stage,) if mesh.stage else ())}
+    notes += _lookup_notes(model, shapes, entering, parameters, mesh, regional)
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
     if widened and dtype != "float64":
         more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
@@ -444,6 +447,34 @@ def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         return written_by(after, model.buffers, model.parameters, batch, key)
+
+
+def _lookup_notes(
+    model: Model,
+    batch: Any,
+    entering: Microbatch | None,
+    parameters: Sequence[Parameter],
+    mesh: MeshSpec,
+    manual: set[str],
+) -> list[str]:
+    """Which parameters lie otherwise where they are looked up in, beside `manual` axes."""
+    sizes = {axis: size for axis, size in mesh.sizes.items() if size > 1 and axis not in manual}
+    if len(sizes) < 2 or all(mesh.sizes[axis] == 1 for axis in manual):
+        return []
+    if entering is not None:
+        found = entering.looked_up()
+    else:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+            found = looked_up(
+                lambda v, b, k: model.forward(v, b, k, True), {**model.parameters, **model.buffers}, batch, key
+            )
+    return [
+        note
+        for one in parameters
+        if one.path in found
+        for note in lookup_note(one.path, without(one.compute, tuple(manual)), one.stored_shape, found[one.path], sizes)
+    ]
 
 
 def _padded_buffers(paths: list[str], placements: Mapping[str, Placement]) -> list[Fault]:

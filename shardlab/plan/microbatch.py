@@ -19,6 +19,7 @@ from shardlab.module.residuals import BlockVjp, rematerialised, residual_bytes, 
 from shardlab.module.split import Split
 from shardlab.pipeline.stages import LayerCosts
 from shardlab.plan.check import check_flow
+from shardlab.plan.lookups import looked_up
 from shardlab.plan.readers import read_by
 from shardlab.plan.vocabulary import shared_by_example
 
@@ -65,15 +66,34 @@ class Microbatch:
     @cached_property
     def read_by(self) -> dict[str, tuple[str, ...]]:
         """By path, those of before, context and after that read an array."""
-        x, parts = self.x, self.parts
+        functions, others = self._outer()
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            return read_by(functions, self.values, *others)
+
+    def looked_up(self) -> dict[str, frozenset[int]]:
+        """By path, the dims along which an array is looked up in; of blocks by those of the first of each kind."""
+        functions, others = self._outer()
+        found: dict[str, frozenset[int]] = {}
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            each = [looked_up(function, self.values, *others) for function in functions.values()]
+            for kind in range(len(self.parts.blocks)):
+                paths = self.parts.layers[self.parts.kinds.index(kind)]
+                dims = looked_up(self._block(kind), self._layer(kind), self.x, self.c, self.key)
+                each.append({paths[inner]: along for inner, along in dims.items()})
+        for dims in each:
+            found |= {path: found.get(path, frozenset()) | along for path, along in dims.items()}
+        return found
+
+    def _outer(self) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]:
+        """Before, context and after as functions of ``(values, *others)``, and the others."""
+        parts = self.parts
         functions: dict[str, Callable[..., Any]] = {
             "before": lambda v, x, b, k: parts.before(v, b, k, True),
             "after": lambda v, x, b, k: parts.after(v, x, b, k, True),
         }
         if (context := parts.context) is not None:
             functions["context"] = lambda v, x, b, k: context(v, b, k, True)
-        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
-            return read_by(functions, self.values, x, self.examples, self.key)
+        return functions, (self.x, self.examples, self.key)
 
     def not_by_example(self, stages: int) -> str | None:
         """The first array of x whose leading dim is not the examples, so that stages cannot share them; or None."""

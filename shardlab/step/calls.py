@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from shardlab.mesh.faults import DeclarationError
 from shardlab.module.model import Model, Parts, computed, flowing, split_auxiliary
+from shardlab.plan.lookups import for_lookup, looked_up
 from shardlab.plan.microbatch import block_names
 from shardlab.plan.plan import Parameter, Plan
 from shardlab.plan.vocabulary import part_of, shared_by_example, with_size
@@ -70,6 +71,7 @@ class Calls:
         self.saved_spec = self.flow_spec if saved is None else region.automatic_part(saved)
         self.shared = region.stage is not None and (plan.head == "examples" or self._may_share())
         self._auxiliary = self._with_auxiliary()
+        self._lookups = self._looked_up() if region.manual and len(region.inner) > 1 else {}
         if self._vocabulary:
             self._check_vocabulary()
         if region.manual or plan.num_microbatches > 1:
@@ -122,6 +124,11 @@ class Calls:
         legal = self._legal(name)
         arrays, *others = args
         shapes = self._padded_in_block.get(name, self._padded)
+        sizes = {axis: self._region.mesh.shape[axis] for axis in self._region.inner}
+        for path, (spec, dims) in self._lookups.get(name, {}).items():
+            laid = for_lookup(spec, arrays[path].shape, dims, sizes)
+            if laid != spec:
+                arrays = {**arrays, path: jax.lax.with_sharding_constraint(arrays[path], laid)}
         args = ({path: cut(value, shapes.get(path, value.shape)) for path, value in arrays.items()}, *others)
         if key is None:
             return legal(*args, None)
@@ -169,6 +176,21 @@ class Calls:
             given = self._arguments(self._plan.microbatch_rows)
             out = {name: jax.eval_shape(self._functions[name], *given[name]) for name in self._block_names}
             return frozenset(name for name, (_, auxiliary) in out.items() if auxiliary is not None)
+
+    def _looked_up(self) -> dict[str, dict[str, tuple[PartitionSpec, frozenset[int]]]]:
+        """By function, the arrays that it looks up in: their specs, and along which dims."""
+        specs = {p.path: p.compute for p in self._plan.parameters} | {b.path: b.spec for b in self._plan.buffers}
+        paths, found = dict(self._first_layers()), {}
+        with jax.sharding.use_abstract_mesh(self._region.automatic_mesh):
+            for name, arguments in self._arguments(self._plan.microbatch_rows).items():
+                if name in self._functions and name != "loss":
+                    dims = looked_up(self._functions[name], *arguments)
+                    own = paths.get(name, {})
+                    found[name] = {
+                        path: (self._region.automatic_part(specs[own.get(path, path)]), along)
+                        for path, along in dims.items()
+                    }
+        return found
 
     def _arguments(self, rows: int, parts: int = 1) -> dict[str, tuple[Any, ...]]:
         """Shapes of the arguments of every function with `rows` examples and `parts` stages' parts of a vocabulary."""

@@ -136,18 +136,26 @@ class ReferenceStep:
 
     def gradients(self, batch: Any) -> tuple[jax.Array, Arrays]:
         """Loss and gradients at the present parameters."""
-        key = jax.random.fold_in(self._key, self._steps)
         with jax.set_mesh(self._mesh):
-            value, gradient, self._written = self._gradients(self.parameters, self.buffers, batch, key)
+            value, gradient, self._written = self._gradients(self.parameters, self.buffers, batch, self.key)
         return value, gradient
 
     def __call__(self, batch: Any) -> tuple[jax.Array, Arrays]:
         """One step; the loss and the gradients that it used."""
         value, gradient = self.gradients(batch)
+        self.update(gradient, value)
+        return value, gradient
+
+    def update(self, gradient: Arrays, value: jax.Array) -> None:
+        """Goes on from the batch that `gradients` was last given, by a gradient and a loss."""
         self.parameters, self.optimizer = self._update(self.parameters, gradient, self.optimizer, value)
         self.buffers = {**self.buffers, **self._written}
         self._steps += 1
-        return value, gradient
+
+    @property
+    def key(self) -> jax.Array:
+        """The random key of the next step."""
+        return jax.random.fold_in(self._key, self._steps)
 
 
 def narrowest(model: Model, loss: Loss, plan: Plan, batch: Any) -> str | None:

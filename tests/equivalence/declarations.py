@@ -213,14 +213,14 @@ def attempt(this: Declaration) -> str:
     with jax.enable_x64(this["options"]["dtype"] == "float64"):
         try:
             plan, step = _compiled(this)
+            assert Plan.from_json(plan.to_json()) == plan
+            assert str(plan)
+            step()
         except (DeclarationError, ScheduleError) as error:
             said = f"{type(error).__name__}: {error}"
             assert "report it" not in said, said
             assert "the compiler refuses" not in said, said
             return f"refused: {said}"
-        assert Plan.from_json(plan.to_json()) == plan
-        assert str(plan)
-        step()
     return "trained"
 
 

@@ -133,6 +133,18 @@ def test_a_wrong_step_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert re.search(line, str(found)), str(found)
 
 
+@pytest.mark.parametrize("name", ["a missing psum", "scaled by microbatches", "a bubble that leaks"])
+def test_in_bfloat16_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_it, mesh, _ = WRONG[name]
+    break_it(monkeypatch)
+    found = verified(REPLICATED, dtype="bfloat16", **mesh)
+    assert found.max_grad_rounding is not None
+    assert found.max_grad_rounding > found.tolerances.rounding
+    assert re.search(
+        r"  over their rounding +(inf|\d\.\de[+-]\d\d)  \(at most 6e\+00\)  FAIL  (blocks/\d/w|out)", str(found)
+    )
+
+
 def test_no_batches() -> None:
     plan: Any = None
     with pytest.raises(DeclarationError) as error:
