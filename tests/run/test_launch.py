@@ -225,7 +225,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     code, _, err = heard(launcher(program))
     assert code == 137
-    assert err == ["shardlab: process 0 was ended by SIGKILL; ending the other 1"]
+    assert err[0] == "shardlab: process 0 was ended by SIGKILL; ending the other 1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
