@@ -6,8 +6,8 @@ Of one run: the seconds for which saves held the steps up (what the devices copy
 how much longer the first half of the steps after a save took, while files were written, than the second, as a part of
 all steps.
 
-On two cores beside other work, with steps of 0.6 to 0.8 s (jax 0.10.2), four saves of these 229 arrays held the steps up
-for 0.12 s (0.2 %), and the steps beside them took 2.5 to 4.4 % longer.
+On two cores beside other work, with steps of 0.6 to 0.8 s (jax 0.10.2), four saves of these 229 arrays held the steps
+up for 0.12 s (0.2 %), and the steps beside them took 2.5 to 4.4 % longer.
 """
 
 from __future__ import annotations

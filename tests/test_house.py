@@ -49,7 +49,8 @@ def test_the_checks_before_a_commit_are_those_of_ci() -> None:
 def test_requirements_have_lower_bounds_only() -> None:
     required = project()["project"]
     extras = required["optional-dependencies"]
-    assert set(extras) == {"test", "dev", "tpu", "cuda13", "gpu-compiler", "tensorboard", "transformers"}
+    machines = {"tpu", "cuda13", "gpu-compiler"}
+    assert set(extras) == {"test", "dev", *machines, "tensorboard", "gcs", "gcs-emulator", "transformers"}
     for requirement in (*required["dependencies"], *chain.from_iterable(extras.values())):
         assert re.fullmatch(r"[A-Za-z\d-]+(\[\w+\])?>=[\d.]+", requirement)
     assert required["requires-python"] == ">=3.11"

@@ -261,6 +261,8 @@ def train(arguments: list[str], *, restart: bool) -> int:
     call = configured(_Train, _with_number(arguments, "--profile", "3"), "train", about)
     if not call.options.distributed:
         processes.check_not_alone()
+    if call.options.checkpoints and not (call.options.checkpoint_every or call.options.resume):
+        raise DeclarationError("--checkpoints: is given, and nothing is saved; give --checkpoint-every too")
     start(call.config, restart=restart)
     from shardlab.run.guards import Guards
     from shardlab.run.loop import train as run

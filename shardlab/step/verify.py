@@ -38,9 +38,9 @@ class Tolerances:
     rounding: float = 6.0
 
 
-# Of a plan in bfloat16 rounding is measured. Errors are about 1 of it, 1.9 in a decoder of ten layers, 3.5 under dropout,
-# whose masks are others where it is measured; of one part in eight that is left out the error is 8, of a gradient that
-# is halved 30. `grad` of bfloat16 is for a model that computes in it of its own accord, whatever the plan says: a bound.
+# Of a plan in bfloat16 rounding is measured. Errors are about 1 of it, 1.9 in a decoder of ten layers, 3.5 by dropout,
+# whose masks are others where it is measured; 8 where one part in eight is left out, 30 of a gradient that is halved.
+# `grad` of bfloat16 is for a model that computes in it of its own accord, whatever the plan says: a bound.
 TOLERANCES = {
     "float64": Tolerances(loss=1e-12, grad=1e-12, params=1e-8),
     "float32": Tolerances(loss=1e-6, grad=1e-5, params=1e-5),

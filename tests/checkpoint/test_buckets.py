@@ -58,6 +58,8 @@ def test_a_run_is_local_and_no_directory_is_named_after_a_store(
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(ROOT / "tests/run/tiny.py"), "--out", "gs://bucket/run"]) == 2
     assert "is no local directory; give one, and --checkpoints gs://bucket/run for" in capsys.readouterr().err
+    assert main(["train", str(ROOT / "tests/run/tiny.py"), "--checkpoints", "elsewhere"]) == 2
+    assert "--checkpoints: is given, and nothing is saved; give --checkpoint-every too" in capsys.readouterr().err
     assert main(["checkpoint", "s3://bucket/run"]) == 2
     assert "Orbax writes to directories and to gs:// alone" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -145,6 +145,25 @@ def test_in_bfloat16_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_an_update_that_is_a_little_short_is_caught_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compile.make_update
+
+    def short(*args: Any) -> Callable[..., Any]:
+        update = real(*args)
+
+        def updated(gradient: Any, state: Any, parameters: Any, loss: Any) -> Any:
+            new, state = update(gradient, state, parameters, loss)
+            return jax.tree.map(lambda old, new: old + 0.99 * (new - old), parameters, new), state
+
+        return updated
+
+    monkeypatch.setattr(compile, "make_update", short)
+    found = verified(REPLICATED, dtype="bfloat16", data=2)
+    assert found.max_rel_err_params > found.tolerances.params
+    assert found.max_grad_rounding is not None
+    assert found.max_grad_rounding < 2
+
+
 def test_no_batches() -> None:
     plan: Any = None
     with pytest.raises(DeclarationError) as error:
