@@ -16,7 +16,7 @@ from shardlab.step.reference import one_device_mesh, reference_loss
 from shardlab.step.region import rows_of
 
 Arrays = dict[str, Any]
-DRAWS = 8
+DRAWS = 16
 _NEAR = float(jnp.finfo(jnp.bfloat16).eps)
 
 

@@ -128,7 +128,7 @@ def test_errors_over_rounding() -> None:
     assert over([0.5, 0.25], same[1], np.array([9.0, 0.1]), plenty) == (pytest.approx(5 * 1.25**0.5), "a")
     # Half a unit in the last place of bfloat16; what float32 is allowed, of the largest entry of all.
     assert over([1.0, 0.7], same[1], 0 * plenty, plenty) == (pytest.approx(0.2 * 2**8), "a")
-    assert over(same[0], [1e-6, 3e-8], plenty, 0 * plenty) == (pytest.approx(3), "b")
+    assert over(same[0], [1e-6, 3e-6], plenty, 0 * plenty) == (pytest.approx(3e-6 * 2**20), "b")
     assert over(same[0], [1e-6, np.nan], plenty, plenty) == (np.inf, "b")
 
 
