@@ -38,7 +38,7 @@ class Watchdog:
 
     def phase(self, name: str) -> None:
         """Says what has begun: ``compiling the train step``."""
-        self._watched(f"in the phase {name!r}", 10 * self._seconds)
+        self._watched(f"still {name}", 10 * self._seconds)
 
     def _watched(self, at: str, seconds: float) -> None:
         self._now = (time.monotonic() + seconds, at, seconds)
