@@ -23,8 +23,7 @@ _OTHERS = 3.0  # seconds that are left to the other processes to find out too
 class Watchdog:
     """Ends the process when `seconds` pass without a `beat`; 0 watches nothing.
 
-    What is no step, as compiling, has ten times as long from when its `phase` is told: until it, or the next, has a
-    beat. Processes that come to a phase at different times wait for each other in it.
+    What is no step, as compiling, has ten times as long, from when its `phase` is told to the next phase or beat.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -38,7 +37,7 @@ class Watchdog:
 
     def phase(self, name: str) -> None:
         """Says what has begun: ``compiling the train step``."""
-        self._watched(f"in the phase {name!r}", 10 * self._seconds)
+        self._watched(f"still {name}", 10 * self._seconds)
 
     def _watched(self, at: str, seconds: float) -> None:
         self._now = (time.monotonic() + seconds, at, seconds)

@@ -85,9 +85,8 @@ def process(place: str, folder: Path, number: int) -> None:
     canonical, state = Canonical(step.model, plan, step.optimizer, step.mesh), step.init(0)
     files: list[str] = []
     told: dict[str, Any] = {}
-    hash_of, write_seal = seal._hash_of, store.write_seal
 
-    def noted(file: Any) -> str:
+    def noted(file: Any, hash_of: Any = seal._hash_of) -> Any:
         files.append(str(file.relative_to(folder / "run" / "checkpoints" / "0")))
         return hash_of(file)
 
@@ -105,14 +104,13 @@ def process(place: str, folder: Path, number: int) -> None:
         run.save(canonical, dataclasses.replace(state, step=jnp.full_like(state.step, at)), {})
         run.wait()
 
-    seal._hash_of = noted
     run = Checkpoints(folder / "run")
-    saved(run, 0)
-    told["saved"], files = files[:], files
-    files.clear()
-    run.load(canonical, 0)
-    told["loaded"], told["files"] = files[:], list(run.seal(0).files)
-    seal._hash_of = hash_of
+    with pytest.MonkeyPatch.context() as watched:
+        watched.setattr(seal, "_hash_of", noted)
+        saved(run, 0)
+        told["saved"] = files[:]
+        run.load(canonical, 0)
+        told["loaded"], told["files"] = files[len(told["saved"]) :], list(run.seal(0).files)
     begun = time.monotonic()
     data = max(
         (folder / "run" / "checkpoints" / "0").rglob("ocdbt.process_1/d/*"), key=lambda file: file.stat().st_size
@@ -121,12 +119,13 @@ def process(place: str, folder: Path, number: int) -> None:
         data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
     sync_global_devices("flipped")
     told["flipped"] = error_of(lambda: run.load(canonical, 0))
-    store.write_seal = failing
-    told["unsealed"] = error_of(lambda: saved(run, 1))
-    store.write_seal = write_seal
-    if number == 1:
-        store.hashes = failing
-    told["unhashed"] = error_of(lambda: saved(run, 2))
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(store, "write_seal", failing)
+        told["unsealed"] = error_of(lambda: saved(run, 1))
+    with pytest.MonkeyPatch.context() as broken:
+        if number == 1:
+            broken.setattr(store, "hashes", failing)
+        told["unhashed"] = error_of(lambda: saved(run, 2))
     if number == 0:
         (folder / "weights").mkdir()
         (folder / "weights" / "model.safetensors").write_text("mine")

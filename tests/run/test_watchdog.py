@@ -35,7 +35,7 @@ def test_steps_that_end_keep_it_quiet_and_so_does_the_end_of_all() -> None:
 def test_a_phase_has_ten_times_as_long_and_its_name_is_told() -> None:
     ended = ran("with Watchdog(0.1) as dog:\n dog.phase('compiling')\n time.sleep(0.5)\n print('on')\n time.sleep(50)")
     assert (ended.returncode, ended.stdout) == (3, "on\n")
-    assert ended.stderr.startswith("shardlab: nothing for 1 s; in the phase 'compiling'; the stack of every thread:\n")
+    assert ended.stderr.startswith("shardlab: nothing for 1 s; still compiling; the stack of every thread:\n")
 
 
 def test_a_step_after_a_phase_has_no_longer_than_others() -> None:

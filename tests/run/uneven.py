@@ -24,7 +24,7 @@ class Uneven(tiny.Points):
     def train(self, batch_size: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
         which, first, what = os.environ["UNEVEN"].split(":")
         for number, batch in enumerate(super().train(batch_size, seed=seed), start=1):
-            if processes.index() == int(which) and number >= int(first):
+            if processes.index() == int(which) and number >= int(first) > 0:
                 verb, _, seconds = what.partition(" ")
                 if verb == "fail":
                     raise OSError("the disk is gone")
