@@ -16,7 +16,6 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -47,7 +46,6 @@ from shardlab.mesh.processes import by_first, count, index, of_all, to_first
 from shardlab.step.state import TrainState
 
 FOLDER = "checkpoints"
-_HAND_OVER = 5e-4  # seconds for which a thread may compute before it hands over; Python lets it for ten times as long
 # Counts the saves of this process, as each of the others does.
 _SAVES = itertools.count()
 
@@ -133,8 +131,7 @@ class Checkpoints:
 
         def seal() -> None:
             try:
-                with _beside_steps():
-                    found = to_first(written, key, error=CheckpointError)
+                found = to_first(written, key, error=CheckpointError)
                 if found is not None:
                     with _named(folder):
                         tree = _tree(canonical, np.asarray(digests))
@@ -271,17 +268,6 @@ def _place(directory: str) -> epath.Path:
     # A listing that is kept would not have what TensorStore and other processes have written since.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(directory)
-
-
-@contextlib.contextmanager
-def _beside_steps() -> Iterator[None]:
-    """Python hands over soon to the thread of the steps, which asks often and for little, while another saves."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(min(usual, _HAND_OVER))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
 
 
 def _remove(path: epath.Path) -> None:

@@ -133,6 +133,7 @@ def test_a_wrong_step_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert re.search(line, str(found)), str(found)
 
 
+@pytest.mark.slow  # what bfloat16 lets through is in test_verify_rounding
 @pytest.mark.parametrize("name", ["a missing psum", "scaled by microbatches", "a bubble that leaks"])
 def test_in_bfloat16_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it, mesh, _ = WRONG[name]
