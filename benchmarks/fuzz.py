@@ -11,11 +11,11 @@ a declaration that `--again` runs once more, with its traceback. Ends with an er
 What fails is tried once more in a process of its own whose programs are compiled as users compile them: without LLVM's
 optimisations XLA:CPU's float32 draws of odd sizes differ by their last bit from program to program.
 
-On jax 0.11.2 and 16 cores 2,268 of seeds 5, 6 and 7 were tried: 788 trained as the reference, 1,474 were refused, none
-hung or ended its process, and 6 failed, all of which train since. Two were such draws. Three were in bfloat16: gradients
-that cancel to nothing, which are held to float32's allowance now, and errors of 6.1 and 6.2 times the rounding that one
-device makes, of which 7 times is allowed now, of more draws. One was in float32 after two steps, by 1.1e-5 of an
-embedding where 1e-5 is allowed: each step is compared by itself now (`shardlab.step.verify`).
+On jax 0.11.2 and 16 cores 2,268 of seeds 5, 6 and 7 were tried: 788 trained as the reference, 1,474 were refused,
+none hung or ended its process, and 6 failed, all of which train since. Two were such draws. Three were in bfloat16:
+gradients that cancel to nothing, which are held to float32's allowance now, and errors of 6.1 and 6.2 times the
+rounding that one device makes, of which 7 times is allowed now, of more draws. One was in float32 after two steps, by
+1.1e-5 of an embedding where 1e-5 is allowed: each step is compared by itself now (`shardlab.step.verify`).
 
 Of seed 2 the first 1,221 were tried on jax 0.11.2: 425 trained as the reference, 773 were refused, and 23 failed. One
 aborted in XLA's partitioner: a lookup in an embedding with a dim over each of two automatic axes beside stages, which
