@@ -60,7 +60,7 @@ class Cost:
       flops: of products, by the dtype of what is multiplied.
       moved: bytes between memory and the cores, but for products.
       sends: (kind, axes) -> how often, and payload bytes.
-      live, passing, gathered: bytes that it makes and holds at once: with all results; without those that are
+      live, bare, gathered: bytes that it makes and holds at once: with all results; without those that are
         gradients of weights; without them and with the weights.
     """
 
@@ -68,7 +68,7 @@ class Cost:
     moved: Linear
     sends: Mapping[tuple[str, tuple[str, ...]], tuple[float, Linear]]
     live: Linear
-    passing: Linear
+    bare: Linear
     gathered: Linear
 
     def __add__(self, other: Cost) -> Cost:
@@ -84,7 +84,7 @@ class Cost:
         return Cost(flops, self.moved + other.moved, sends, *most)
 
 
-_HELD = ("live", "passing", "gathered")
+_HELD = ("live", "bare", "gathered")
 NOTHING = Cost({}, Linear(), {}, Linear(), Linear(), Linear())
 
 

@@ -293,7 +293,7 @@ class Planned:
                 self.flops += count * forwards * sum(flops.at(rows) for flops in cost.forward.flops.values())
                 if self.subject.target.platform == "tpu":
                     # Whole gradients are added where they are made; others are there one by one, to be scattered.
-                    held = (half.gathered if gathers else half.passing).at(rows) + (group.largest if reduces else 0.0)
+                    held = (half.gathered if gathers else half.bare).at(rows) + (group.largest if reduces else 0.0)
                 else:
                     # XLA:GPU has all of a block's weights, and gradients to scatter, until its end.
                     held = half.live.at(rows) + (group.whole if gathers else 0.0)
@@ -468,7 +468,7 @@ def _rest(cost: BlockCost) -> Cost:
     """The gradients of a split backward's weights."""
     whole, first = cost.backward, cost.first
     flops = {dtype: one - first.flops.get(dtype, NOTHING.moved) for dtype, one in whole.flops.items()}
-    return Cost(flops, whole.moved - first.moved, {}, whole.live, whole.passing, whole.gathered)
+    return Cost(flops, whole.moved - first.moved, {}, whole.live, whole.bare, whole.gathered)
 
 
 def _virtual(choice: Choice) -> int:

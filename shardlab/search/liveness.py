@@ -16,12 +16,12 @@ class Live:
 
     Attributes:
       all: with all of its results.
-      passing: but for the gradients of weights, which are added or sent where they are made.
-      gathered: as `passing`, and with the weights that it reads, each until it is read for the last time.
+      bare: but for the gradients of weights, which are added or sent where they are made.
+      gathered: as `bare`, and with the weights that it reads, each until it is read for the last time.
     """
 
     all: float
-    passing: float
+    bare: float
     gathered: float
 
 
@@ -79,5 +79,5 @@ def live(walk: Walk, inner: Mapping[int, float], *, gradients: Collection[int] =
             most = max(most, now + inner.get(place, 0.0))
         return most
 
-    passing = results - leaving
-    return Live(most(results, {}), most(passing, {}), most(passing, weights))
+    inside = results - leaving
+    return Live(most(results, {}), most(inside, {}), most(inside, weights))

@@ -78,7 +78,7 @@ def propagate(
             walk.at[out] = walk.gathered(out, lay(len(walk.values[out].shape)))
     walk.work.outs = tuple(walk.at[out] if out >= 0 else Laid(()) for out in program.outs)
     found = live(walk, inner, gradients=gradients, looped=looped)
-    walk.work.live, walk.work.passing, walk.work.gathered = found.all, found.passing, found.gathered
+    walk.work.live, walk.work.bare, walk.work.gathered = found.all, found.bare, found.gathered
     return walk.work
 
 

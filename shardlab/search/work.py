@@ -31,7 +31,7 @@ class Work:
       flops: of products and convolutions, by the dtype of what is multiplied.
       moved: bytes read from memory and written to it; of products those that they wait for.
       sends: collectives, by kind and axes: how often, and their payload in all (see `shardlab.hlo.collectives`).
-      live, passing, gathered: the most bytes that it has made and not used up at once: with all results, without the
+      live, bare, gathered: the most bytes that it has made and not used up at once: with all results, without the
         gradients of weights, and without them and with the weights (`shardlab.search.liveness.Live`).
       outs: how its results lie.
     """
@@ -40,7 +40,7 @@ class Work:
     moved: float = 0.0
     sends: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = field(default_factory=dict)
     live: float = 0.0
-    passing: float = 0.0
+    bare: float = 0.0
     gathered: float = 0.0
     outs: tuple[Laid, ...] = ()
 

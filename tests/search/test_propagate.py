@@ -56,10 +56,10 @@ def test_gradients_leave_where_they_are_made_and_weights_are_there_until_they_ar
     )
     found = propagate(program, [whole, whole, laid(2, {})], {}, gradients=[1])
     assert found.live == 256 + 128 + 512
-    assert found.passing == 256 + 128 + 512
+    assert found.bare == 256 + 128 + 512
     assert found.gathered == 512 + 512 + 256
     first = propagate(program, [whole, whole, laid(2, {})], {}, gradients=[0, 1])
-    assert (first.live, first.passing) == (256 + 128 + 512, 256 + 512)
+    assert (first.live, first.bare) == (256 + 128 + 512, 256 + 512)
 
 
 def test_exponentials_of_a_loop_are_kept_for_all_that_read_them() -> None:
