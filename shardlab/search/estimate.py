@@ -300,8 +300,8 @@ class Planned:
                     if cell in ("B", "W"):
                         held += group.largest if reduces else -group.whole
                 self.memory.holds(cell, max(held, 0.0))
-            kept += room * (cost.kept.at(rows) + cost.kept_x.at(rows))
-            kept -= room * sum(size * (1 - 1 / self.devices(axes)) for axes, size in in_parts.items())
+            elsewhere = sum(size * (1 - 1 / self.devices(axes)) for axes, size in in_parts.items())
+            kept += room * (max(cost.kept.at(rows) - elsewhere, 0.0) + cost.kept_x.at(rows))
             crossing += room * cost.crossing.at(rows)
         self.pipeline(times, flow)
         once = kept if again else 0.0
