@@ -97,6 +97,7 @@ def test_the_quickstart_plans_on_every_mesh_of_eight(quickstart: Config, data: i
     assert plan.num_parameters == 8 * (block + 2 * 64) + outside + 64
 
 
+@pytest.mark.slow
 def test_in_bfloat16_a_config_is_held_to_its_own_rounding() -> None:
     """Each token's embedding is in the batch a hundred times: a reference in bfloat16 would lose a fifth of the sum."""
     small = {"model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 2, "data.max_megabytes": 1.0}
