@@ -58,7 +58,7 @@ def plans() -> dict[str, Estimate]:
 
 
 def needed() -> int:
-    return round(Estimator(Subject(config(), TARGET)).estimate(choice_of(config())).hbm_bytes)
+    return round(Estimator(Subject(config(), TARGET)).estimate(choice_of(config())).needed_bytes)
 
 
 @pytest.mark.parametrize("part", [0.8, 0.5, 0.1])
@@ -66,16 +66,16 @@ def test_the_fastest_that_fits_and_what_it_saves(plans: dict[str, Estimate], par
     """A part of the plans fit. The compiler needs a tenth more than is counted: that stays."""
     by_compiler = round(1.1 * needed())
     extra = by_compiler - needed()
-    room = math.ceil(sorted(one.hbm_bytes for one in plans.values())[int(part * len(plans))]) + extra
-    fitting = {words: one for words, one in plans.items() if one.hbm_bytes <= room - extra}
+    room = math.ceil(sorted(one.needed_bytes for one in plans.values())[int(part * len(plans))]) + extra
+    fitting = {words: one for words, one in plans.items() if one.needed_bytes <= room - extra}
     assert 0 < len(fitting) < len(plans)
     words, best = min(fitting.items(), key=lambda item: item[1].total_seconds)
     found = other_mesh(config(), by_compiler, room)
     assert found is not None
     assert found == Remedy(
         words,
-        pytest.approx(needed() - best.hbm_bytes, abs=2),  # type: ignore[arg-type]
-        pytest.approx(best.hbm_bytes + extra, abs=2),  # type: ignore[arg-type]
+        pytest.approx(needed() - best.needed_bytes, abs=2),  # type: ignore[arg-type]
+        pytest.approx(best.needed_bytes + extra, abs=2),  # type: ignore[arg-type]
         True,
         pytest.approx(best.total_seconds),  # type: ignore[arg-type]
     )
@@ -87,7 +87,7 @@ def test_none_where_none_fits() -> None:
 
 def test_what_make_plan_refuses_is_not_offered(plans: dict[str, Estimate], monkeypatch: pytest.MonkeyPatch) -> None:
     """The second fastest then; half of the plans fit."""
-    room = math.ceil(sorted(one.hbm_bytes for one in plans.values())[len(plans) // 2])
+    room = math.ceil(sorted(one.needed_bytes for one in plans.values())[len(plans) // 2])
     first = other_mesh(config(), needed(), room)
     asked = []
 

@@ -37,7 +37,7 @@ def other_mesh(config: Config, needed: int, capacity: int) -> Remedy | None:
         return None
 
     def held(one: Estimate) -> int:
-        return left(needed, round(now.hbm_bytes), round(one.hbm_bytes))
+        return left(needed, round(now.needed_bytes), round(one.needed_bytes))
 
     fitting = (one for one in _estimates(estimator, config) if held(one) <= capacity)
     for one in sorted(fitting, key=lambda one: one.total_seconds)[:_MADE]:

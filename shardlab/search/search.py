@@ -142,7 +142,7 @@ def search(config: Config, target: str, *, planned: int = 1) -> tuple[Subject, F
 
 def _rank(one: Estimate) -> tuple[float, float, int]:
     """The fastest first; of equally fast ones that which takes less memory."""
-    return one.total_seconds, one.hbm_bytes, one.choice.zero
+    return one.total_seconds, one.needed_bytes, one.choice.zero
 
 
 def _leaders(fitting: Iterable[Estimate], stage: str | None) -> list[Estimate]:

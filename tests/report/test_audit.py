@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 
 import shardlab
 from shardlab.hlo import collectives
-from shardlab.report.audit import Audit, audit_refused, audit_step
+from shardlab.mesh.spec import MeshSpec
+from shardlab.report.audit import Audit, _held, audit_refused, audit_step
 from shardlab.report.estimate import model_flops
 from shardlab.report.memory import memory
 from shardlab.step.compile import CompiledStep, compile_train_step
@@ -122,6 +124,14 @@ def test_what_the_compiler_refuses_for_something_else_is_said_in_its_words() -> 
         "plan on data=8 (batch) x stage=1 (stage) x tensor=1 on cpu:8: the compiler refuses"
     )
     assert "xla_no_such_option" in str(caught.value)
+
+
+@pytest.mark.parametrize(("target", "fits"), [("tpu:v5e:2x2", True), ("gpu:h100:1x4", False)])
+def test_what_xla_tpu_takes_fits_whatever_it_reports(target: str, fits: bool) -> None:
+    plan: Any = SimpleNamespace(mesh=MeshSpec({"data": 4}, batch="data", target=target))
+    held = _held(plan, 2**40, 2**33)
+    assert held["hbm_capacity_bytes"] < held["hbm_bytes"] == 2**40
+    assert (held["fits"], held["hbm_peak_bytes"]) == (fits, 2**33)
 
 
 def test_what_was_refused_is_audited_as_far_as_it_is_known(step: CompiledStep, audit: Audit) -> None:
