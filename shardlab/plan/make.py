@@ -71,6 +71,7 @@ from shardlab.plan.optimizer import state_specs, why_per_layer
 from shardlab.plan.plan import Buffer, Parameter, Plan, Stack, StateLeaf, shard_bytes
 from shardlab.plan.scatter import scatter_faults
 from shardlab.plan.vocabulary import vocabulary_faults
+from shardlab.plan.whole import kept_whole, whole_note
 from shardlab.sharding.resolve import Placement, flatten, resolve
 from shardlab.sharding.rules import Rules, read_rules
 from shardlab.sharding.zero import without
@@ -289,7 +290,7 @@ def make_plan(
             activation_bytes = residual_bytes(tuple(jax.tree.leaves(entering.x))) // x_parts
     notes += storage_notes(parameters, inside, mesh, zero, head)
     regional = {*(mesh.batch if manual else ()), *((mesh.stage,) if mesh.stage else ())}
-    notes += _lookup_notes(model, shapes, entering, parameters, mesh, regional)
+    notes += _whole_notes(model, shapes, entering, parameters, mesh, regional)
     widened = [p.path for p in parameters if jnp.dtype(p.dtype).itemsize > model.parameters[p.path].dtype.itemsize]
     if widened and dtype != "float64":
         more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
@@ -449,7 +450,7 @@ def _written(model: Model, batch: Any, mesh: MeshSpec) -> tuple[str, ...]:
         return written_by(after, model.buffers, model.parameters, batch, key)
 
 
-def _lookup_notes(
+def _whole_notes(
     model: Model,
     batch: Any,
     entering: Microbatch | None,
@@ -457,19 +458,23 @@ def _lookup_notes(
     mesh: MeshSpec,
     manual: set[str],
 ) -> list[str]:
-    """Which parameters lie otherwise where they are looked up in, beside `manual` axes."""
+    """What is laid whole for operations that XLA gets wrong otherwise, beside `manual` axes."""
     sizes = {axis: size for axis, size in mesh.sizes.items() if size > 1 and axis not in manual}
-    if len(sizes) < 2 or all(mesh.sizes[axis] == 1 for axis in manual):
+    if not sizes:
         return []
-    if entering is not None:
-        found = entering.looked_up()
-    else:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
-            found = looked_up(
-                lambda v, b, k: model.forward(v, b, k, True), {**model.parameters, **model.buffers}, batch, key
-            )
-    return [
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        of_whole = (
+            lambda v, b, k: model.forward(v, b, k, True),
+            {**model.parameters, **model.buffers},
+            batch,
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )
+        axes = len(sizes)
+        notes = whole_note(kept_whole(*of_whole, axes=axes) if entering is None else entering.kept_whole(axes))
+        if axes < 2 or all(mesh.sizes[axis] == 1 for axis in manual):
+            return notes
+        found = looked_up(*of_whole) if entering is None else entering.looked_up()
+    return notes + [
         note
         for one in parameters
         if one.path in found

@@ -22,6 +22,7 @@ from shardlab.plan.check import check_flow
 from shardlab.plan.lookups import looked_up
 from shardlab.plan.readers import read_by
 from shardlab.plan.vocabulary import shared_by_example
+from shardlab.plan.whole import kept_whole
 
 
 class Microbatch:
@@ -82,6 +83,17 @@ class Microbatch:
                 each.append({paths[inner]: along for inner, along in dims.items()})
         for dims in each:
             found |= {path: found.get(path, frozenset()) | along for path, along in dims.items()}
+        return found
+
+    def kept_whole(self, axes: int) -> set[str]:
+        """What is computed along dims that are kept whole, beside so many automatic axes."""
+        functions, others = self._outer()
+        found: set[str] = set()
+        with jax.sharding.use_abstract_mesh(abstract_mesh(self._mesh)):
+            for function in functions.values():
+                found |= kept_whole(function, self.values, *others, axes=axes)
+            for kind in range(len(self.parts.blocks)):
+                found |= kept_whole(self._block(kind), self._layer(kind), self.x, self.c, self.key, axes=axes)
         return found
 
     def _outer(self) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]:

@@ -150,6 +150,7 @@ class Calls:
             region.automatic_mesh,
             platform=platform,
             vocabulary=vocabulary,
+            inner=len(region.inner),
         )
 
     def _may_share(self) -> bool:

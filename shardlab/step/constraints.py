@@ -3,14 +3,14 @@
 `with_sharding_constraint(x, P("data", None, "tensor"))` is right in a model that runs under `jit`. Inside a region
 that is manual over ``data`` that axis is already taken, and JAX refuses. The user's function is therefore traced as
 if all axes were automatic, the manual axes are removed from its constraints, every `batch_sum` becomes a sum over
-the devices that hold the batch, every `cross_entropy` one over the stages that hold the classes, and the result is run
-in its place. So are the rules of `jax.custom_vjp` and
-`jax.custom_jvp` inside it, which are Python that JAX calls when it differentiates.
+the devices that hold the batch, every `cross_entropy` one over the stages that hold the classes, what XLA gets wrong
+along cut dims gets them whole (see `shardlab.plan.whole`), and the result is run in its place. So are the rules of
+`jax.custom_vjp` and `jax.custom_jvp` inside it, which are Python that JAX calls when it differentiates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from shardlab.plan.whole import whole_dims
 from shardlab.sharding.zero import without
 from shardlab.step.backward import as_function, backward_of, has_rule, operands_of
 from shardlab.step.batch_sum import is_batch_sum
@@ -33,6 +34,7 @@ def made_legal(
     *,
     platform: str = "",
     vocabulary: Vocabulary | None = None,
+    inner: int = 0,
 ) -> Callable[..., Any]:
     """`function`, with `manual` axes left out of its constraints, and its batch sums taken over `spread`.
 
@@ -43,8 +45,11 @@ def made_legal(
       automatic: the mesh with every axis automatic.
       platform: what the result will run on; XLA's CPU backend aborts on a narrow sum over manual axes.
       vocabulary: how the classes of its `cross_entropy` are cut over the stages, if they are.
+      inner: how many axes of more than one device are automatic where the result will be called.
     """
-    return _Legal(manual, spread, automatic, platform, vocabulary).of(function) if manual else function
+    if not manual and not inner:
+        return function
+    return _Legal(manual, spread, automatic, platform, vocabulary, inner).of(function)
 
 
 def uses_batch_sum(jaxpr: Any) -> bool:
@@ -72,6 +77,20 @@ def _equations(jaxpr: Any, *, rules: bool = True) -> Iterator[Any]:
             yield from _equations(backward.program.jaxpr, rules=False)
 
 
+def _kept_whole(equation: Any, operands: Sequence[Collection[int]], result: Collection[int], here: Any) -> Any:
+    """In place of an operation, a call of a function that computes it with these dims whole, and others as they are."""
+
+    def whole(x: jax.Array, dims: Collection[int]) -> jax.Array:
+        free = [None if dim in dims else PartitionSpec.UNCONSTRAINED for dim in range(x.ndim)]
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*free)) if dims else x
+
+    def computed(*given: jax.Array) -> jax.Array:
+        return whole(equation.primitive.bind(*map(whole, given, operands), **equation.params), result)
+
+    (call,) = jax.make_jaxpr(jax.jit(computed))(*(var.aval for var in equation.invars)).eqns
+    return equation.replace(primitive=call.primitive, params=call.params, ctx=here)
+
+
 def _rule(equation: Any, jaxpr: Any) -> Any:
     return backward_of(equation, jaxpr) if has_rule(equation) else None
 
@@ -85,6 +104,7 @@ class _Legal:
     automatic: AbstractMesh
     platform: str
     vocabulary: Vocabulary | None
+    inner: int
     rules: bool = True
 
     def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +127,8 @@ class _Legal:
 
     def _is_concerned(self, equation: Any) -> bool:
         marked = self.vocabulary is not None and mark_of(equation) is not None
-        return marked or _names(equation, self.manual) or is_batch_sum(equation)
+        kept = whole_dims(equation, self.inner) is not None
+        return marked or kept or _names(equation, self.manual) or is_batch_sum(equation)
 
     def _rewrite(self, jaxpr: Any, here: Any) -> Any:
         """The same program made legal, inner programs included."""
@@ -133,6 +154,9 @@ class _Legal:
                 continue
             if self.rules and self._has_concerned_rule(equation, jaxpr):
                 equations.append(self._with_its_rule(equation, jaxpr, here))
+                continue
+            if (dims := whole_dims(equation, self.inner)) is not None:
+                equations.append(_kept_whole(equation, *dims, here))
                 continue
             params = {name: value_of(value) for name, value in equation.params.items()}
             # Of a constraint; of a derivative's broadcasts, which say the sharding that they were traced with.
