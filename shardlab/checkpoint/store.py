@@ -126,7 +126,9 @@ class Checkpoints:
 
         def written() -> dict[str, str]:
             with _named(folder):
-                (writing or _begin(folder, copies)).result()  # in every process, once all of them have written
+                (
+                    writing or _begin(folder, _without_shards(copies))
+                ).result()  # in every process, once all of them have written
                 return hashes(folder, index(), count())
 
         def seal() -> None:
@@ -334,7 +336,7 @@ def _of_all_files(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return dict(sorted(item for one in found for item in one.items()))
 
 
-def _begin(folder: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
+def _begin(folder: epath.Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> Any:
     """Begins to write; its `result` waits for the end."""
     context = ocp.Context()
     # A replica is written whole; cut among them, each piece would be a program of its own.
@@ -351,6 +353,14 @@ def _on_host(arrays: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         return arrays
     kept = {name: array.sharding.with_memory_kind("pinned_host") for name, array in arrays.items()}
     return jax.block_until_ready(jax.device_put(dict(arrays), kept))
+
+
+def _without_shards(arrays: Mapping[str, jax.Array]) -> Mapping[str, jax.Array | np.ndarray]:
+    """Arrays of the host in one piece each: of shards Orbax runs three times the Python, for which steps wait."""
+    if jax.devices()[0].platform == "cpu":
+        return {name: np.asarray(array) for name, array in arrays.items()}
+    # Pinned, and large: they are not held twice.
+    return arrays
 
 
 def _tree(canonical: Canonical, digests: np.ndarray) -> dict[str, dict[str, Any]]:
