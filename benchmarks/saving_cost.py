@@ -6,10 +6,10 @@ Of one run: the seconds for which saves held the steps up (what the devices copy
 how much longer the first half of the steps after a save took, while files were written, than the second, as a part of
 all steps.
 
-On two cores (jax 0.10.2, 0.52 s a step), four saves of these 229 arrays held the steps up for 0.09 s (0.2 %), and the
-steps beside them took 2.0, 2.1 and 2.6 % longer in three runs. On 16 cores (jax 0.11.2, 0.11 s a step) five saves held
-them up for 0.04 s (0.4 %), and beside them steps took 2.5, 4.5, 4.8 and 6.8 % longer in four: 0.1 s a save, which is
-Python of Orbax beside Python of the steps.
+On two cores (jax 0.10.2, 0.53 s a step) five saves of these 229 arrays held the steps up for 0.11 s (0.2 %), and the
+steps beside them took 1.4 and 2.8 % longer in two runs. On 16 cores (jax 0.11.2, 0.10 s a step) five saves held them up
+for 0.04 s (0.3 %), and beside them steps took 2.5, 2.5, 2.9 and 3.1 % longer in four. When Orbax was given arrays in
+shards it was up to 6.8 %: Python of Orbax beside Python of the steps.
 """
 
 from __future__ import annotations

@@ -715,10 +715,8 @@ DAILY = (
         "data-8-zero-1",
         "replica-2-data-2-zero-3",
         "tensor-4-linen",
-        "sequence-parallel-stages",
     ),
     *(
-        "zb-v-conditioned-tied",
         "hybrid",
         "stages-listed-virtual",
         "stages-skips",
@@ -728,9 +726,7 @@ DAILY = (
         "constraints",
         "both-axes-on-one-dim",
         "padded-stages-zero-3",
-        "kinds-encoder-decoder",
     ),
-    "remat-whole",
 )
 """Beside the pipelines in which every two choices meet, what the default run tries: what those leave out."""
 

@@ -41,12 +41,12 @@ def drawn(seed: int, most: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_equals_the_reference(seed: int) -> None:
     check(drawn(seed, 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [*range(3, 6), *range(100, 160)])
+@pytest.mark.parametrize("seed", [*range(2, 6), *range(100, 160)])
 def test_many_equal_the_reference(seed: int) -> None:
     check(drawn(seed, 8))

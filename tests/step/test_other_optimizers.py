@@ -139,7 +139,9 @@ WAVE = Functions(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float32", "bfloat16"))]
+)
 @pytest.mark.parametrize(
     ("sizes", "more"),
     [

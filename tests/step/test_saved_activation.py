@@ -19,7 +19,8 @@ IN_PARTS: dict[str, Any] = {**GIVEN, "saved_activation": P("data", "tensor")}
 
 
 @pytest.mark.parametrize(
-    ("remat", "leading"), [("full", "3,2"), pytest.param("stage", "3", marks=pytest.mark.slow), ("stage/full", "1,2")]
+    ("remat", "leading"),
+    [("full", "3,2"), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("stage", "3"), ("stage/full", "1,2")))],
 )
 def test_buffers_of_x_hold_a_part(remat: str, leading: str) -> None:
     """In the compiled step [slots, blocks, rows, tokens, width], of 6 tokens 3."""

@@ -104,6 +104,7 @@ def read(plan: Plan, stored: Any) -> Any:
     return jax.tree.unflatten(treedef, [own[jax.tree_util.keystr(k, simple=True, separator="/")] for k, _ in leaves])
 
 
+@pytest.mark.slow
 def test_in_bfloat16() -> None:
     """XLA's CPU backend aborts on a sum of bfloat16 over manual axes: y and its cotangent are summed in float32."""
     step = compile_train_step(MODEL, loss, ADAM, planned(dtype="bfloat16"), batch_of(16))
