@@ -16,7 +16,6 @@ from shardlab.mesh.emulate import emulate
 
 emulate(8)
 import jax, jax.numpy as jnp, numpy as np, optax
-from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from shardlab.mesh.spec import MeshSpec
 from shardlab.module.functions import Functions
@@ -38,17 +37,26 @@ halved.defvjp(lambda x: (halved(x), None), lambda _, dy: (spaced(dy),))
 def convolved(kernel, x):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
+# Cut along the rows of its images, or whole.
+def laid(x, rows):
+    return jax.lax.with_sharding_constraint(x, P("data" if "data" in MESHES[mesh][0] else None, rows))
+
+def whole(x):
+    return laid(x, None)
+
 def twice(x):
-    return jnp.repeat(x, 2, axis=1)
+    return jnp.repeat(whole(x), 2, axis=1)
 
 OPERATIONS = {
     "convolutions": convolved,
     "strided slices": lambda kernel, x: twice(x[:, ::2]),
     "a rule of its own": lambda kernel, x: twice(halved(x)),
-    "paddings between entries": lambda kernel, x: spaced(x[:, :4]),
-    "strided sums over windows": lambda kernel, x: twice(nn.avg_pool(x, (2, 1), (2, 1))),
-    "cumulative maxima and products": lambda kernel, x: jax.lax.cummax(x, axis=1),
-    "Fourier transforms": lambda kernel, x: jnp.fft.fft2(x, axes=(1, 2)).real,
+    "paddings between entries": lambda kernel, x: spaced(whole(x[:, :4])),
+    "strided sums over windows": lambda kernel, x: twice(
+        jax.lax.reduce_window(laid(x, "tensor"), 0.0, jax.lax.add, (1, 2, 1, 1), (1, 2, 1, 1), "SAME")
+    ),
+    "cumulative maxima and products": lambda kernel, x: whole(jax.lax.cummax(x, axis=1)),
+    "Fourier transforms": lambda kernel, x: whole(jnp.abs(jnp.fft.fft(x, axis=1))),
 }
 MESHES = {
     "two beside stages": (
