@@ -126,9 +126,8 @@ class Checkpoints:
 
         def written() -> dict[str, str]:
             with _named(folder):
-                (
-                    writing or _begin(folder, _without_shards(copies))
-                ).result()  # in every process, once all of them have written
+                # In every process, once all of them have written.
+                (writing or _begin(folder, _without_shards(copies))).result()
                 return hashes(folder, index(), count())
 
         def seal() -> None:

@@ -16,9 +16,8 @@ import jax
 from shardlab.module.inner import program_of
 
 _CUMULATIVE = frozenset({"cumlogsumexp", "cummax", "cummin", "cumprod"})
-_WINDOWS = frozenset({"reduce_window", "reduce_window_sum"})
 _SAID = {"conv_general_dilated": "convolutions", "slice": "strided slices", "pad": "paddings between entries"}
-_SAID |= {"fft": "Fourier transforms", **dict.fromkeys(_WINDOWS, "strided sums over windows")}
+_SAID |= {"reduce_window_sum": "strided sums over windows", "fft": "Fourier transforms"}
 _SAID |= dict.fromkeys(_CUMULATIVE, "cumulative maxima and products")
 
 
@@ -46,7 +45,7 @@ def whole_dims(equation: Any, axes: int) -> tuple[list[Collection[int]], Collect
         along = [dim for dim, stride in enumerate(params["strides"] or ()) if stride > 1]
     elif name == "pad":
         along = [dim for dim, (_, _, interior) in enumerate(params["padding_config"]) if interior > 0]
-    elif name in _WINDOWS:
+    elif name == "reduce_window_sum":
         along = [dim for dim, stride in enumerate(params["window_strides"]) if stride > 1]
     elif name in _CUMULATIVE:
         along = (params["axis"],)

@@ -134,7 +134,8 @@ class _Legal:
         """The same program made legal, inner programs included."""
 
         def value_of(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
+            # Tuples with names hold no programs: the dims of a convolution, the functions of a kind of key.
+            if type(value) in (list, tuple):
                 return type(value)(value_of(one) for one in value)
             if hasattr(value, "consts") and hasattr(value, "jaxpr"):
                 return value.replace(jaxpr=self._rewrite(value.jaxpr, here))

@@ -56,6 +56,11 @@ CONSTRAINED: dict[str, Callable[[Any], Any]] = {
         x[0, 0] < 9, lambda x: jnp.sin(constrained(x, "data", "tensor")), lambda x: x, x
     ),
     "in a derivative": lambda x: jax.grad(lambda x: jnp.sum(jnp.sin(constrained(x, "data", "tensor")) ** 2))(x),
+    "beside what dims and keys are said of": lambda x: (
+        constrained(x, "data", "tensor")[:, jnp.asarray([0, 2, 4, 1, 3, 5])]
+        + jax.lax.conv_general_dilated(x[:, None], jnp.ones((1, 1, 3)), (1,), "SAME")[:, 0]
+        + jax.random.normal(jax.random.key(0), (6,))
+    ),
     "in a map over examples": jax.vmap(lambda row: jnp.sin(constrained(row, "tensor")), spmd_axis_name="data"),
 }
 NEWEST = ("plain", "in a scan", "in a checkpoint")
@@ -71,6 +76,27 @@ def test_legal_and_the_same(name: str) -> None:
     with jax.set_mesh(MESH):
         expected = jax.jit(function)(X)
     np.testing.assert_allclose(in_region(function), expected, rtol=1e-6)
+
+
+def test_what_is_kept_whole_is_the_same() -> None:
+    """Of keys and of whole numbers, in maps and loops, and beside operations of several results."""
+
+    def function(x: Any) -> Any:
+        several = jax.lax.reduce_window(
+            (x, 2 * x), (0.0, 0.0), lambda a, b: (a[0] + b[0], a[1] * b[1]), (1, 2), (1, 2), "VALID"
+        )
+        keys = jax.random.split(jax.random.key(0), 12)[::2]
+        drawn = jax.vmap(lambda key, place: place * jax.random.normal(key))(keys, jnp.arange(12)[::2])
+        total, products = jax.lax.scan(lambda sum, row: (sum + row[::2].sum(), jnp.cumprod(row)), 0.0, x)
+        spectrum = jax.lax.fori_loop(0, 2, lambda _, row: jnp.abs(jnp.fft.fft(row)), x[0])
+        return several[0].sum() + several[1].sum() + drawn + total + products + spectrum + jnp.repeat(x[:, ::2], 2, 1)
+
+    def inside(x: Any) -> Any:
+        return made_legal(function, MANUAL, ("data",), AUTOMATIC, inner=2)(x)
+
+    region = jax.shard_map(inside, mesh=MESH, in_specs=P(), out_specs=P(), axis_names=set(MANUAL), check_vma=False)
+    with jax.set_mesh(MESH):
+        np.testing.assert_allclose(jax.jit(region)(X), jax.jit(function)(X), rtol=1e-5)
 
 
 def test_the_automatic_axes_stay() -> None:
