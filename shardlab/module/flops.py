@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardlab.module.inner import program_of
+from shardlab.module.inner import program_of, programs_in
 from shardlab.module.residuals import differentiable
 
 
@@ -52,7 +52,7 @@ def _of_equation(equation: Any) -> int:
     elif name == "conv_general_dilated":
         return _of_convolution(equation)
     else:
-        inside = [flops(program) for program in _programs(params)]
+        inside = [flops(program) for program in programs_in(equation)]
         if name == "cond":
             return max(inside, default=0)
         return sum(inside) * (params["length"] if name == "scan" else 1)
@@ -79,9 +79,3 @@ def _twice(equation: Any, terms: int) -> int:
     """A multiplication and an addition for each term; of complex numbers, four times that."""
     complex_ = jax.numpy.issubdtype(equation.outvars[0].aval.dtype, jax.numpy.complexfloating)
     return 2 * terms * (4 if complex_ else 1)
-
-
-def _programs(params: dict[str, Any]) -> list[Any]:
-    """The programs that an operation runs; a rule for its derivative, a function that is not traced yet, is none."""
-    values = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else (value,))]
-    return [value for value in values if hasattr(program_of(value), "eqns")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
@@ -12,6 +13,20 @@ CALLS |= {"remat2": "jaxpr", "remat": "jaxpr", "checkpoint": "jaxpr"}
 def program_of(jaxpr: Any) -> Any:
     """The program itself, of one that may be closed over constants."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def programs_in(equation: Any) -> Iterator[Any]:
+    """The programs that an operation holds, whatever for.
+
+    >>> import jax
+    >>> jaxpr = jax.make_jaxpr(lambda x: jax.lax.cond(x > 0, lambda x: -x, lambda x: x, x))(1.0)
+    >>> [sum(1 for _ in programs_in(equation)) for equation in jaxpr.eqns]
+    [0, 0, 2]
+    """
+    for value in equation.params.values():
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if hasattr(program := program_of(one), "eqns"):
+                yield program
 
 
 def scan_counts(equation: Any) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import jax
 from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
-from shardlab.module.inner import program_of
+from shardlab.module.inner import programs_in
 from shardlab.sharding.rules import axes_of, canonical, entry, spec_text
 
 
@@ -96,13 +96,11 @@ def _follow(jaxpr: Any, known: dict[Any, tuple[str, tuple[int, ...]]], found: di
         elif equation.primitive.name == "transpose":
             known[equation.outvars[0]] = path, tuple(dims[dim] for dim in equation.params["permutation"])
         else:
-            for value in equation.params.values():
-                for one in value if isinstance(value, (list, tuple)) else (value,):
-                    if hasattr(inner := program_of(one), "eqns"):
-                        # A branch does not get what chooses it, which comes first.
-                        pairs = zip(reversed(inner.invars), reversed(equation.invars), strict=False)
-                        same = {mine: known[var] for mine, var in pairs if var in operands and _alike(mine, var)}
-                        _follow(inner, same, found)
+            for program in programs_in(equation):
+                # A branch does not get what chooses it, which comes first.
+                pairs = zip(reversed(program.invars), reversed(equation.invars), strict=False)
+                same = {mine: known[var] for mine, var in pairs if var in operands and _alike(mine, var)}
+                _follow(program, same, found)
             # Whatever has its shape is taken for the array, cast or scaled.
             known |= {out: known[var] for var in operands for out in equation.outvars if _alike(out, var)}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from shardlab.module.inner import program_of
+from shardlab.module.inner import programs_in
 
 _CUMULATIVE = frozenset({"cumlogsumexp", "cummax", "cummin", "cumprod"})
 _SAID = {"conv_general_dilated": "convolutions", "slice": "strided slices", "pad": "paddings between entries"}
@@ -80,7 +80,5 @@ def whole_note(found: Iterable[str]) -> list[str]:
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if hasattr(inner := program_of(one), "eqns"):
-                    yield from _equations(inner)
+        for program in programs_in(equation):
+            yield from _equations(program)

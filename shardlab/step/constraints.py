@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from shardlab.module.inner import programs_in
 from shardlab.plan.whole import whole_dims
 from shardlab.sharding.zero import without
 from shardlab.step.backward import as_function, backward_of, has_rule, operands_of
@@ -67,11 +68,8 @@ def _equations(jaxpr: Any, *, rules: bool = True) -> Iterator[Any]:
     """The equations of a program, inner programs included, and the rules for its derivative if `rules`."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                inner = getattr(one, "jaxpr", one)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner, rules=rules)
+        for program in programs_in(equation):
+            yield from _equations(program, rules=rules)
         if rules and (backward := _rule(equation, jaxpr)) is not None:
             # A rule may call the function that it belongs to.
             yield from _equations(backward.program.jaxpr, rules=False)

@@ -20,6 +20,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend.random import define_prng_impl, threefry_2x32, threefry_prng_impl
 
 from shardlab.mesh.faults import DeclarationError
+from shardlab.module.inner import programs_in
 
 Shape = tuple[int, ...]
 Drawn = tuple[str, Shape]
@@ -101,11 +102,8 @@ def _draws(jaxpr: Any) -> Iterable[tuple[str, Shape, Shape]]:
             keys = tuple(equation.invars[0].aval.shape)
             shape = equation.params["shape"] if name != "random_gamma" else equation.outvars[0].aval.shape[len(keys) :]
             yield name, tuple(shape), keys
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (list, tuple)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _draws(inner)
+        for program in programs_in(equation):
+            yield from _draws(program)
 
 
 @functools.cache

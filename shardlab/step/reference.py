@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 
+from shardlab.module.inner import programs_in
 from shardlab.module.model import Model, Parts, computed, flowing
 from shardlab.plan.optimizer import updated
 from shardlab.plan.plan import Plan
@@ -181,7 +182,5 @@ def _dtypes(jaxpr: Any) -> Iterator[Any]:
     """The dtypes of everything that a jaxpr computes, calls and loops included."""
     for equation in jaxpr.eqns:
         yield from (var.aval.dtype for var in equation.outvars if hasattr(var.aval, "dtype"))
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _dtypes(inner)
+        for program in programs_in(equation):
+            yield from _dtypes(program)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 from shardlab.mesh.faults import DeclarationError
-from shardlab.module.inner import program_of
+from shardlab.module.inner import programs_in
 from shardlab.step.batch_sum import is_batch_sum
 from shardlab.step.blocks import following
 from shardlab.step.cross_entropy import CLASSES, SUM, mark_of
@@ -87,10 +87,8 @@ def check_same_program(part: Any, every: Any, where: str, held: str) -> None:
 def _operations(jaxpr: Any) -> Iterator[str]:
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for value in equation.params.values():
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if hasattr(program_of(one), "eqns"):
-                    yield from _operations(program_of(one))
+        for program in programs_in(equation):
+            yield from _operations(program)
 
 
 def _refuse_program(where: str, held: str) -> NoReturn:
