@@ -16,11 +16,11 @@ failed. Of 1,000 of seed 9 in between 323 trained, 676 were refused, and one fai
 seed 10: XLA computed a convolution wrong whose kernel was cut along its window beside a second axis (see
 `shardlab.plan.whole`).
 
-Before, 2,268 of seeds 5, 6 and 7: 788 trained as the reference, 1,474 were refused,
-none hung or ended its process, and 6 failed, all of which train since. Two were such draws. Three were in bfloat16:
-gradients that cancel to nothing, which are held to float32's allowance now, and errors of 6.1 and 6.2 times the
-rounding that one device makes, of which 7 times is allowed now, of more draws. One was in float32 after two steps, by
-1.1e-5 of an embedding where 1e-5 is allowed: each step is compared by itself now (`shardlab.step.verify`).
+Before, 2,268 of seeds 5, 6 and 7: 788 trained as the reference, 1,474 were refused, none hung or ended its process, and
+6 failed, all of which train since. Two were such draws of odd sizes. Three were in bfloat16: gradients that cancel to
+nothing, which are held to float32's allowance now, and errors of 6.1 and 6.2 times the rounding that one device makes,
+of which 7 times is allowed now, of more draws. One was in float32 after two steps, by 1.1e-5 of an embedding where 1e-5
+is allowed: each step is compared by itself now (`shardlab.step.verify`).
 
 Of seed 2 the first 1,221 were tried on jax 0.11.2: 425 trained as the reference, 773 were refused, and 23 failed. One
 aborted in XLA's partitioner: a lookup in an embedding with a dim over each of two automatic axes beside stages, which

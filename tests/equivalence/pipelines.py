@@ -60,7 +60,7 @@ def cases() -> dict[str, Case]:
         return {name: FEATURES[name][place] for name, place in places.items()}
 
     found = {}
-    for places in pairwise(frozen, lambda places: allowed(chosen(places)), seed=3):
+    for places in pairwise(frozen, lambda places: allowed(chosen(places)), seed=41):
         choice = chosen(places)
         (schedule, virtual), (gather, accumulate) = choice.pop("schedule"), choice.pop("shards")
         mesh, subject = choice.pop("mesh"), choice.pop("subject")

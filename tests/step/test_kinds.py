@@ -119,6 +119,7 @@ def test_a_split_backward_holds_what_its_plan_says() -> None:
     assert sum(4 * 2 * 2 * 2 * int(width) for width in widths) == plan.bytes_per_device()["activations"]
 
 
+@pytest.mark.slow
 def test_buffers_hold_a_stages_input_alone() -> None:
     """In the lowered step no buffer of several slots holds what the blocks keep."""
 

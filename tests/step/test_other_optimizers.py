@@ -69,7 +69,13 @@ OPTIMIZERS: dict[str, tuple[optax.GradientTransformation, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# 10 to 16 s each.
+LONG = ("noise", "muon every third step", "polyak_sgd")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in OPTIMIZERS]
+)
 def test_equals_the_reference(name: str) -> None:
     optimizer, steps, update = OPTIMIZERS[name]
     with jax.enable_x64(True):
